@@ -1,0 +1,58 @@
+# Each command works from a bare checkout; needs only Python 3.11 or newer with venv.
+# Kept to what GNU Make 3.81 (macOS) understands.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.SILENT:
+
+PYTHON ?= python3.13 python3.12 python3.11 python3
+VENV ?= .venv
+WORKDIR ?= runs/quickstart
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test check help
+
+quickstart: $(VENV)/.installed  ## train, evaluate and judge a small complete model on this machine
+	$(BIN)/python -m experiments.quickstart --workdir="$(WORKDIR)"
+
+test: $(VENV)/.installed-test  ## run every test
+	$(BIN)/python -m pytest -n 2 -q tests
+
+check: $(VENV)/.installed-test  ## lint, format and the quick tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -n 2 -q -m "not slow" tests
+
+help:  ## this list
+	sed -n 's/^\([a-z]*\):.*## /  make \1 	/p' Makefile | expand -t 20
+
+# A launcher may be on the path and still not run (pyenv), so each candidate is executed.
+$(BIN)/python:
+	chosen=""; found=""; \
+	for python in $(PYTHON); do \
+	  version=$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue; \
+	  if ! $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))'; then \
+	    found="$$found $$python is $$version;"; \
+	  elif ! $$python -c 'import ensurepip, venv' 2>/dev/null; then \
+	    found="$$found $$python has no venv (Debian: apt install python$$version-venv);"; \
+	  else \
+	    chosen=$$python; break; \
+	  fi; \
+	done; \
+	if [ -z "$$chosen" ]; then \
+	  echo "error: Python 3.11 to 3.14 with venv is needed:$${found:- none of $(PYTHON) runs}" >&2; \
+	  exit 2; \
+	fi; \
+	echo "[setup] creating $(VENV) with $$chosen ($$version)"; \
+	$$chosen -m venv --clear "$(VENV)"
+
+$(VENV)/.installed: setup.py constraints.txt | $(BIN)/python
+	echo "[setup] installing lightning_jax and what it needs (a few minutes the first time)"
+	SECONDS=0; $(PIP_INSTALL) -e . && echo "[setup] done in $$SECONDS s"
+	touch $@
+
+$(VENV)/.installed-test: setup.py constraints.txt | $(BIN)/python
+	echo "[setup] installing lightning_jax, the tests' tools and what they need (a few minutes)"
+	SECONDS=0; $(PIP_INSTALL) -e ".[test]" && echo "[setup] done in $$SECONDS s"
+	touch $@ $(VENV)/.installed
