@@ -1,0 +1,146 @@
+"""Every field of a run, with its unit and reason. Other configs import this one and change it.
+
+A small complete Lightning model on the Python standard library's own text; it trains, but
+`configs/quickstart.py` and `configs/small.py` are the ones to run.
+
+    python -m experiments.train --config=configs/base.py --workdir=runs/base
+"""
+
+from ml_collections import ConfigDict
+
+
+def named(**fields) -> ConfigDict:
+    """A ConfigDict that keeps the order in which its keys are written: stages are a sequence."""
+    return ConfigDict(fields, sort_keys=False)
+
+
+def stage(**changes) -> ConfigDict:
+    """One stage of pretraining: the defaults below, then `changes`."""
+    fields = dict(
+        tokens=1_000_000,  # tokens of the stage; rounded up to whole optimizer steps
+        mixture=named(code=0.9, docs=0.1),  # share of the stage's tokens by source
+        batch_size=8,  # sequences an optimizer step, over all devices
+        seq_len=512,  # tokens a sequence
+        accumulate=1,  # micro-batches an optimizer step: memory falls, results do not change
+        learning_rate=3e-3,  # peak
+        final_learning_rate=0.0,  # at the end of the decay
+        warmup_tokens=0,  # tokens of linear warm-up, from the previous stage's last rate
+        decay="none",  # none, linear, cosine or sqrt (1 - sqrt), over the last decay_tokens
+        decay_tokens=0,  # tokens of decay at the end of the stage
+        rope_base_global=0.0,  # RoPE base of global layers in this stage; 0: the model's
+    )
+    unknown = set(changes) - set(fields)
+    if unknown:
+        raise KeyError(f"unknown stage field {sorted(unknown)}: one of {sorted(fields)}")
+    return named(**{**fields, **changes})
+
+
+def source(path: str, eval_path: str = "") -> ConfigDict:
+    """One domain of text; without `eval_path` a part of `path` is held out by file."""
+    return named(path=path, eval_path=eval_path)
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # of initialisation and data order
+
+    model = config.model = ConfigDict()
+    model.vocab_size = 0  # rows of the embedding; 0: the tokenizer's, rounded up to 16
+    model.model_dim = 128  # D, residual stream
+    model.prefix = ""  # layers before the units, with a dense MLP; letters as in `unit`
+    model.unit = "LLLGLLLg"  # one letter a layer: L local, G global; lower case borrows K/V
+    model.num_units = 1  # repeats of the unit; the scan runs over them
+    model.mlp_dim = 384  # F of dense MLPs (prefix layers, and all layers if num_experts = 0)
+    model.norm_eps = 1e-5  # RMSNorm
+    model.tie_embeddings = True  # the head is the embedding, transposed
+    model.compute_dtype = "float32"  # float32 or bfloat16; parameters are always float32
+    model.scan = True  # scan over units: compile time does not grow with depth; False unrolls
+    model.remat = "none"  # none, full, or a name in jax.checkpoint_policies
+    model.head_chunk = 2048  # tokens whose logits exist at one time in the loss
+
+    attention = model.attention = ConfigDict()
+    attention.num_heads = 4  # N query heads
+    attention.num_kv_heads = 2  # K key/value heads, a divisor of N
+    attention.head_dim = 32  # H
+    attention.window = 64  # keys a local layer sees, self included
+    attention.rope_base_local = 10_000.0  # stays when the context grows
+    attention.rope_base_global = 10_000.0  # raised for long context, here or by a stage
+    attention.global_rope = True  # False: no position on global layers (NoPE)
+    attention.qk_norm = True  # RMSNorm of each query and key head
+    attention.output_gate = False  # one sigmoid gate a head on the attention output
+    attention.sinks = False  # one learned logit a head that takes attention from all keys
+    attention.implementation = ""  # reference or xla_banded; "": chosen by device and shape
+
+    moe = model.moe = ConfigDict()
+    moe.num_experts = 16  # E routed experts a layer; 0: dense MLPs
+    moe.expert_dim = 96  # F of one expert, routed or shared
+    moe.num_shared_experts = 1  # experts that every token uses
+    moe.train_routing = "top_p"  # top_k, top_p, or dense (every expert)
+    moe.eval_routing = "top_p"  # routing of evaluation and generation
+    moe.top_k = 4  # experts a token under top_k
+    moe.top_p = 0.4  # probability mass to reach under top_p; where the controller starts
+    moe.max_experts = 8  # static bound on experts a token under top_p
+    moe.renormalize_gates = False  # gates sum to 1 over the chosen; False: raw probabilities
+    moe.routed_scale = 1.0  # factor on the routed experts' sum
+    moe.target_experts = 3.0  # mean experts a token that the controller holds; 0: top_p is fixed
+    moe.controller_kp = 0.5  # proportional gain on (target - mean) / E
+    moe.controller_ki = 0.2  # integral gain, once an optimizer step
+    moe.bias_update_rate = 1e-3  # aux-free balancing: step of the selection bias; 0: off
+    moe.num_groups = 4  # expert-parallel groups of the balance losses, virtual on one device
+    moe.num_partitions = 2  # partitions a group of the PEP loss
+    moe.switch_weight = 1e-6  # balance over single experts (Switch)
+    moe.group_weight = 1e-4  # EP balance: experts within each group
+    moe.partition_weight = 1e-3  # PEP balance: experts within each partition of a group
+    moe.true_group_weight = 0.0  # balance between groups, blind to what is inside them
+    moe.z_weight = 1e-4  # squared log-sum-exp of router logits
+    moe.entropy_weight = 1e-4  # router entropy: keeps top_p from needing more and more experts
+    moe.implementation = ""  # onehot, blocked or ragged_dot; "": chosen by device
+
+    optimizer = config.optimizer = ConfigDict()
+    optimizer.name = "adamw"  # adamw or muon (Muon on matrices, AdamW on the rest)
+    optimizer.beta1 = 0.9
+    optimizer.beta2 = 0.95
+    optimizer.epsilon = 1e-8
+    optimizer.weight_decay = 0.1  # times the learning rate; on matrices only
+    optimizer.clip_norm = 1.0  # global norm of the gradient
+    optimizer.ema_decay = 0.0  # a step; 0: no average is kept
+    optimizer.z_loss_weight = 1e-4  # squared log-sum-exp of the output logits
+    optimizer.on_nan = "stop"  # stop, or skip the step, when loss or gradient is not finite
+
+    config.stages = named(
+        stable=stage(tokens=800_000, warmup_tokens=80_000),
+        decay=stage(
+            tokens=200_000,
+            mixture=named(code=0.7, docs=0.3),
+            decay="sqrt",
+            decay_tokens=200_000,
+        ),
+    )
+
+    data = config.data = ConfigDict()
+    data.tokenizer = "bytes"  # bytes; bpe:<size> trains one on the run's text; or a path
+    data.sources = named(
+        code=source("stdlib:code"),  # the installed Python's own modules
+        docs=source("stdlib:docs"),  # their docstrings
+    )
+    data.text_field = "text"  # key of the text in jsonl and parquet records
+    data.eval_fraction = 0.05  # of files (records, in record files) held out by hash
+    data.packing = "concat"  # concat: no padding; first_fit: documents are cut only if too long
+    data.prefetch = 2  # batches made ahead in a background thread
+
+    mesh = config.mesh = ConfigDict()
+    mesh.data = -1  # devices that hold a copy of the parameters; -1: all that are left
+    mesh.fsdp = 1  # devices that share one copy of the parameters
+    mesh.expert = 1  # reserved
+    mesh.tensor = 1  # reserved
+    mesh.sequence = 1  # reserved
+
+    config.log_every = 10  # steps between lines of metrics.jsonl and TensorBoard
+    config.histogram_every = 100  # steps between TensorBoard histograms; 0: never
+    config.eval_every = 200  # steps between evaluations; 0: only at the end
+    config.eval_tokens = 65_536  # held-out tokens a source at each of them; 0: all
+    config.checkpoint_every = 200  # steps between checkpoints
+    config.keep_checkpoints = 2  # newest ones kept; the last of each stage is always kept
+    config.sample_prompt = "def "  # text sample written at each evaluation
+    config.sample_tokens = 128  # its length; 0: no sample
+    return config

@@ -1,0 +1,545 @@
+"""Frozen, validated configuration; nothing below this file sees `ml_collections`.
+
+A config file in `configs/` returns an `ml_collections.ConfigDict`; `build` turns it into the frozen
+dataclasses of this file, which check themselves. No field has a default here: every field stands
+once, with unit and reason, in `configs/base.py`, and other configs are diffs of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_jax.errors import UserError
+
+LOCAL, GLOBAL = "L", "G"
+COMPUTE_DTYPES = ("float32", "bfloat16")
+ROUTINGS = ("top_k", "top_p", "dense")
+DECAYS = ("none", "linear", "cosine", "sqrt")
+
+
+def suggest(value: str, options: Sequence[str]) -> str:
+    """Returns `one of a, b, c`, with `(did you mean "b"?)` where something is close to `value`."""
+    close = difflib.get_close_matches(str(value), list(options), n=1)
+    hint = f' (did you mean "{close[0]}"?)' if close else ""
+    return f"one of {', '.join(options)}{hint}"
+
+
+def require(condition: bool, field: str, value: object, right: str) -> None:
+    """Raises the one-line `UserError` of this project unless `condition` holds."""
+    if not condition:
+        raise UserError(f"{field} = {value!r}: must be {right}")
+
+
+def _choice(field: str, value: str, options: Sequence[str]) -> None:
+    require(value in options, field, value, suggest(value, options))
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Grouped-query attention of every layer; `window` applies to local layers only."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int
+    rope_base_local: float
+    rope_base_global: float
+    global_rope: bool
+    qk_norm: bool
+    output_gate: bool
+    sinks: bool
+    implementation: str
+
+    def __post_init__(self) -> None:
+        at = "model.attention."
+        require(self.num_heads >= 1, at + "num_heads", self.num_heads, "at least 1")
+        require(
+            self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads == 0,
+            at + "num_kv_heads",
+            self.num_kv_heads,
+            f"a divisor of num_heads = {self.num_heads}",
+        )
+        require(
+            self.head_dim >= 2 and self.head_dim % 2 == 0,
+            at + "head_dim",
+            self.head_dim,
+            "a positive even number (RoPE rotates pairs)",
+        )
+        require(self.window >= 1, at + "window", self.window, "at least 1 (self is included)")
+        for name in ("rope_base_local", "rope_base_global"):
+            require(getattr(self, name) > 1, at + name, getattr(self, name), "above 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """Fine-grained experts of the layers in `unit`; `num_experts = 0` gives dense MLPs there."""
+
+    num_experts: int
+    expert_dim: int
+    num_shared_experts: int
+    train_routing: str
+    eval_routing: str
+    top_k: int
+    top_p: float
+    max_experts: int
+    renormalize_gates: bool
+    routed_scale: float
+    target_experts: float
+    controller_kp: float
+    controller_ki: float
+    bias_update_rate: float
+    num_groups: int
+    num_partitions: int
+    switch_weight: float
+    group_weight: float
+    partition_weight: float
+    true_group_weight: float
+    z_weight: float
+    entropy_weight: float
+    implementation: str
+
+    def __post_init__(self) -> None:
+        at = "model.moe."
+        require(self.num_experts >= 0, at + "num_experts", self.num_experts, "0 (dense) or more")
+        _choice(at + "train_routing", self.train_routing, ROUTINGS)
+        _choice(at + "eval_routing", self.eval_routing, ROUTINGS)
+        if not self.num_experts:
+            return
+        require(self.expert_dim >= 1, at + "expert_dim", self.expert_dim, "at least 1")
+        require(
+            self.num_shared_experts >= 0,
+            at + "num_shared_experts",
+            self.num_shared_experts,
+            "0 or more",
+        )
+        for name in ("top_k", "max_experts"):
+            require(
+                1 <= getattr(self, name) <= self.num_experts,
+                at + name,
+                getattr(self, name),
+                f"between 1 and num_experts = {self.num_experts}",
+            )
+        require(0 < self.top_p <= 1, at + "top_p", self.top_p, "in (0, 1]")
+        require(
+            self.target_experts == 0 or 1 <= self.target_experts <= self.max_experts,
+            at + "target_experts",
+            self.target_experts,
+            f"0 (fixed top_p) or between 1 and max_experts = {self.max_experts}",
+        )
+        require(
+            self.target_experts == 0 or self.train_routing == "top_p",
+            at + "target_experts",
+            self.target_experts,
+            f'0 unless train_routing is "top_p" (it is "{self.train_routing}")',
+        )
+        require(
+            self.num_groups >= 1 and self.num_experts % self.num_groups == 0,
+            at + "num_groups",
+            self.num_groups,
+            f"a divisor of num_experts = {self.num_experts}",
+        )
+        require(
+            self.num_partitions >= 1
+            and (self.num_experts // self.num_groups) % self.num_partitions == 0,
+            at + "num_partitions",
+            self.num_partitions,
+            f"a divisor of the {self.num_experts // self.num_groups} experts of a group",
+        )
+        for name in [f.name for f in dataclasses.fields(self) if f.name.endswith("_weight")]:
+            require(getattr(self, name) >= 0, at + name, getattr(self, name), "0 or more")
+
+    def slots(self, routing: str) -> int:
+        """Static number of choices a token C under a routing kind (the last axis of `_MC`)."""
+        return {"top_k": self.top_k, "top_p": self.max_experts, "dense": self.num_experts}[routing]
+
+    @property
+    def balance_weights(self) -> dict[str, float]:
+        """Weight of each auxiliary loss by the name that `ops.balance.balance_losses` gives it."""
+        names = ("switch", "group", "partition", "true_group", "z", "entropy")
+        return {name: getattr(self, f"{name}_weight") for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSpec:
+    """What one letter of the pattern says. `owner` is the key of the layer that owns its K/V."""
+
+    key: str
+    letter: str
+    owner: str
+    routed: bool
+
+    @property
+    def is_local(self) -> bool:
+        return self.letter.upper() == LOCAL
+
+    @property
+    def owns_kv(self) -> bool:
+        return self.owner == self.key
+
+
+def parse_pattern(pattern: str, field: str, *, routed: bool) -> tuple[LayerSpec, ...]:
+    """Reads one letter a layer: `L` local, `G` global; lower case borrows the keys and values.
+
+    A borrower reads those of the last owner of the same letter inside the pattern, so local layers
+    never borrow from global ones and keys and values never leave a scan step. Layers are keyed
+    `"<index>_<letter>"`.
+
+    Raises:
+      UserError: a letter that is not one of L, l, G, g, or a borrower without an owner before it.
+    """
+    owners: dict[str, str] = {}
+    layers = []
+    for index, letter in enumerate(pattern):
+        require(
+            letter.upper() in (LOCAL, GLOBAL),
+            field,
+            pattern,
+            f"made of L, l, G, g (letter {index} is {letter!r})",
+        )
+        key = f"{index}_{letter}"
+        if letter.isupper():
+            owners[letter] = key
+        kind = letter.upper()
+        other = ", and a local layer cannot borrow from a global one" if letter == "l" else ""
+        require(
+            kind in owners,
+            field,
+            pattern,
+            f"such that {letter!r} at {index} has an owner {kind!r} before it in it{other}",
+        )
+        layers.append(LayerSpec(key, letter, owners[kind], routed))
+    return tuple(layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder: embedding, `prefix` layers, `num_units` repeats of `unit`, final norm, head.
+
+    Prefix layers have a dense MLP; layers of the unit are routed when `moe.num_experts > 0`.
+    """
+
+    vocab_size: int
+    model_dim: int
+    prefix: str
+    unit: str
+    num_units: int
+    mlp_dim: int
+    norm_eps: float
+    tie_embeddings: bool
+    compute_dtype: str
+    scan: bool
+    remat: str
+    head_chunk: int
+    attention: AttentionConfig
+    moe: MoeConfig
+
+    def __post_init__(self) -> None:
+        for name in ("model_dim", "num_units", "head_chunk"):
+            value = getattr(self, name)
+            require(value >= 1, "model." + name, value, "at least 1")
+        require(
+            self.vocab_size >= 0, "model.vocab_size", self.vocab_size, "0 (tokenizer's) or more"
+        )
+        require(bool(self.unit), "model.unit", self.unit, 'at least one letter, such as "LLLG"')
+        require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "above 0")
+        _choice("model.compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        parse_pattern(self.prefix, "model.prefix", routed=False)
+        parse_pattern(self.unit, "model.unit", routed=True)
+        require(
+            self.mlp_dim >= 1 or not self._has_dense_mlp,
+            "model.mlp_dim",
+            self.mlp_dim,
+            "at least 1 where a layer has a dense MLP (prefix layers, or num_experts = 0)",
+        )
+
+    @property
+    def _has_dense_mlp(self) -> bool:
+        return bool(self.prefix) or not self.moe.num_experts
+
+    @property
+    def prefix_layers(self) -> tuple[LayerSpec, ...]:
+        return parse_pattern(self.prefix, "model.prefix", routed=False)
+
+    @property
+    def unit_layers(self) -> tuple[LayerSpec, ...]:
+        return parse_pattern(self.unit, "model.unit", routed=self.moe.num_experts > 0)
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """Every layer from the embedding to the head, units repeated."""
+        return self.prefix_layers + self.unit_layers * self.num_units
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.prefix) + len(self.unit) * self.num_units
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule; learning rates belong to the stages."""
+
+    name: str
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
+    clip_norm: float
+    ema_decay: float
+    z_loss_weight: float
+    on_nan: str
+
+    def __post_init__(self) -> None:
+        at = "optimizer."
+        _choice(at + "name", self.name, ("adamw", "muon"))
+        _choice(at + "on_nan", self.on_nan, ("stop", "skip"))
+        for name in ("beta1", "beta2", "ema_decay"):
+            require(0 <= getattr(self, name) < 1, at + name, getattr(self, name), "in [0, 1)")
+        for name in ("epsilon", "clip_norm"):
+            require(getattr(self, name) > 0, at + name, getattr(self, name), "above 0")
+        for name in ("weight_decay", "z_loss_weight"):
+            require(getattr(self, name) >= 0, at + name, getattr(self, name), "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage of pretraining; every length is in tokens, the mixture in shares of tokens.
+
+    Within the stage the learning rate warms up linearly over `warmup_tokens` (from the previous
+    stage's last rate, 0 before the first), stays, and decays over the last `decay_tokens` to
+    `final_learning_rate`.
+    """
+
+    name: str
+    tokens: int
+    mixture: tuple[tuple[str, float], ...]
+    batch_size: int
+    seq_len: int
+    accumulate: int
+    learning_rate: float
+    final_learning_rate: float
+    warmup_tokens: int
+    decay: str
+    decay_tokens: int
+    rope_base_global: float
+
+    def __post_init__(self) -> None:
+        at = f"stages.{self.name}."
+        for name in ("tokens", "batch_size", "seq_len", "accumulate"):
+            require(getattr(self, name) >= 1, at + name, getattr(self, name), "at least 1")
+        require(
+            self.batch_size % self.accumulate == 0,
+            at + "accumulate",
+            self.accumulate,
+            f"a divisor of batch_size = {self.batch_size}",
+        )
+        require(bool(self.mixture), at + "mixture", dict(self.mixture), "at least one source")
+        for source, weight in self.mixture:
+            require(weight >= 0, f"{at}mixture.{source}", weight, "0 or more")
+        total = sum(weight for _, weight in self.mixture)
+        require(total > 0, at + "mixture", dict(self.mixture), "at least one weight above 0")
+        _choice(at + "decay", self.decay, DECAYS)
+        require(self.learning_rate >= 0, at + "learning_rate", self.learning_rate, "0 or more")
+        require(
+            0 <= self.final_learning_rate <= self.learning_rate,
+            at + "final_learning_rate",
+            self.final_learning_rate,
+            f"between 0 and learning_rate = {self.learning_rate}",
+        )
+        require(
+            0 <= self.warmup_tokens <= self.tokens,
+            at + "warmup_tokens",
+            self.warmup_tokens,
+            f"between 0 and tokens = {self.tokens}",
+        )
+        require(
+            0 <= self.decay_tokens <= self.tokens - self.warmup_tokens,
+            at + "decay_tokens",
+            self.decay_tokens,
+            f"0 or more, and at most tokens - warmup_tokens = {self.tokens - self.warmup_tokens}",
+        )
+        require(
+            self.rope_base_global == 0 or self.rope_base_global > 1,
+            at + "rope_base_global",
+            self.rope_base_global,
+            "0 (the model's) or above 1",
+        )
+
+    @property
+    def step_tokens(self) -> int:
+        """Positions consumed by one optimizer step, padding included."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: the fewest that consume at least `tokens`."""
+        return -(-self.tokens // self.step_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """Where the text of one domain comes from; see `data.sources` for what `path` may be."""
+
+    name: str
+    path: str
+    eval_path: str
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), f"data.sources.{self.name}.path", self.path, "a path or a glob")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Tokenizer, sources and packing, shared by all stages."""
+
+    tokenizer: str
+    sources: tuple[SourceConfig, ...]
+    text_field: str
+    eval_fraction: float
+    packing: str
+    prefetch: int
+
+    def __post_init__(self) -> None:
+        require(bool(self.tokenizer), "data.tokenizer", self.tokenizer, '"bytes" or a path')
+        require(bool(self.sources), "data.sources", self.sources, "at least one source")
+        require(0 < self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "in (0, 1)")
+        _choice("data.packing", self.packing, ("concat", "first_fit"))
+        require(self.prefetch >= 0, "data.prefetch", self.prefetch, "0 or more batches")
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return tuple(source.name for source in self.sources)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one axis may be -1 and takes what the others leave."""
+
+    data: int
+    fsdp: int
+    expert: int
+    tensor: int
+    sequence: int
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            require(size >= 1 or size == -1, f"mesh.{name}", size, "at least 1, or -1 for the rest")
+        require(
+            list(sizes.values()).count(-1) <= 1, "mesh", sizes, "with -1 on one axis at the most"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that an experiment is."""
+
+    seed: int
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    stages: tuple[StageConfig, ...]
+    data: DataConfig
+    mesh: MeshConfig
+    log_every: int
+    histogram_every: int
+    eval_every: int
+    eval_tokens: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    sample_prompt: str
+    sample_tokens: int
+
+    def __post_init__(self) -> None:
+        require(bool(self.stages), "stages", self.stages, "at least one stage")
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("histogram_every", "eval_every", "eval_tokens", "sample_tokens"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 (never, all) or more")
+        for stage in self.stages:
+            for source, _ in stage.mixture:
+                require(
+                    source in self.data.source_names,
+                    f"stages.{stage.name}.mixture",
+                    source,
+                    suggest(source, self.data.source_names),
+                )
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(stage.steps * stage.step_tokens for stage in self.stages)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+
+def build(cls: type, values: Mapping[str, Any], *, path: str = "") -> Any:
+    """Builds the frozen dataclass `cls` from a ConfigDict or a nested mapping.
+
+    A field of type `tuple[SomeConfig, ...]` is written as a mapping from name to fields, in order;
+    `tuple[tuple[str, float], ...]` as a mapping from name to number.
+
+    Raises:
+      UserError: an unknown key (with a "did you mean"), a missing key, a wrong type, or a value
+        that the dataclass refuses.
+    """
+    types = typing.get_type_hints(cls)
+    _require_mapping(values, path.rstrip(".") or "config", "a mapping of fields")
+    known = [field.name for field in dataclasses.fields(cls)]
+    given = dict(values.items())
+    for key in given:
+        if key not in known:
+            raise UserError(f"unknown config field {path}{key}: {suggest(key, known)}")
+    for key in known:
+        if key not in given:
+            raise UserError(f"config field {path}{key} is missing: configs/base.py has its default")
+    return cls(**{key: _convert(types[key], given[key], path + key) for key in known})
+
+
+def _require_mapping(value: Any, field: str, right: str) -> None:
+    # A ConfigDict is no Mapping.
+    require(isinstance(value, Mapping) or hasattr(value, "items"), field, value, right)
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, path=path + ".")
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        _require_mapping(value, path, "a mapping from name to value")
+        pairs = [(name, entry) for name, entry in value.items() if entry is not None]
+        if dataclasses.is_dataclass(item):
+            for name, entry in pairs:
+                _require_mapping(entry, f"{path}.{name}", "a mapping of fields")
+            return tuple(
+                build(item, {"name": name, **dict(entry.items())}, path=f"{path}.{name}.")
+                for name, entry in pairs
+            )
+        return tuple((name, _convert(float, entry, f"{path}.{name}")) for name, entry in pairs)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    matches = type(value) is kind
+    require(matches, path, value, f"of type {kind.__name__}")
+    return value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The inverse of `build`: nested plain dicts, JSON-serialisable, tuples back to mappings."""
+    result: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            value = {
+                item.name: {k: v for k, v in to_dict(item).items() if k != "name"} for item in value
+            }
+        elif isinstance(value, tuple):
+            value = dict(value)
+        result[field.name] = value
+    return result
