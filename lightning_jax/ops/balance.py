@@ -1,0 +1,266 @@
+"""Load statistics of one layer's routing, the balance losses on them, and two controllers.
+
+Everything is float32 and made of sums over tokens, so shards and micro-batches add up. Counts
+are exact below 2^24 tokens. Every function works under `jax.vmap` over layers.
+
+Letters: M tokens, E experts, C choices per token, J groups (or partitions) of consecutive
+experts, E/J in each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lightning_jax.ops.routing import Routing
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RoutingStats:
+    """Sums over the tokens of one layer; add two with `jax.tree.map(jnp.add, a, b)`.
+
+    Counts carry no gradient; `*prob_sum*`, entropy_sum and z_sum do. Padding is in none of them.
+
+    tokens: real tokens.
+    top1_count_E: tokens whose most probable expert is e.
+    assigned_count_E: filled slots of expert e.
+    prob_sum_E: sum of the softmax over all experts.
+    group_member_count_J: tokens with at least one chosen expert in group j (the set B_g).
+    group_prob_sum_E: sum over those members of p_e / (sum of p over the group of e).
+    partition_member_count_J, partition_prob_sum_E: the same for the finer partitions.
+    entropy_sum: sum of -sum_e p_e log p_e, in nats.
+    z_sum: sum of logsumexp(logits)^2.
+    kept_mass_sum: sum of the probability mass on the chosen experts.
+    experts_histogram: C+1 bins, tokens that use c experts.
+    """
+
+    tokens: jax.Array
+    top1_count_E: jax.Array
+    assigned_count_E: jax.Array
+    prob_sum_E: jax.Array
+    group_member_count_J: jax.Array
+    group_prob_sum_E: jax.Array
+    partition_member_count_J: jax.Array
+    partition_prob_sum_E: jax.Array
+    entropy_sum: jax.Array
+    z_sum: jax.Array
+    kept_mass_sum: jax.Array
+    experts_histogram: jax.Array
+
+
+def routing_stats(
+    routing: Routing,
+    token_mask_M: jax.Array | None = None,
+    *,
+    num_groups: int = 1,
+    num_partitions: int = 1,
+) -> RoutingStats:
+    """The sums of one layer's routing over its real tokens.
+
+    Args:
+      routing: from `ops.routing.route`.
+      token_mask_M: bool, False for tokens to leave out. Tokens with no chosen expert, that is,
+        those masked when routing, are left out anyway.
+      num_groups: expert-parallel groups; must divide E.
+      num_partitions: partitions per group; groups times partitions must divide E.
+
+    Raises:
+      ValueError: a grouping that does not divide E.
+    """
+    E = routing.num_experts
+    for name, parts in (("num_groups", num_groups), ("num_partitions", num_partitions)):
+        if parts < 1:
+            raise ValueError(f"{name} must be at least 1, got {parts}")
+    if E % (num_groups * num_partitions):
+        raise ValueError(
+            f"num_groups * num_partitions must divide the number of experts, {E}, "
+            f"got {num_groups} * {num_partitions}"
+        )
+    index_MC = routing.expert_index_MC
+    mask_M = routing.filled_MC[:, 0]
+    if token_mask_M is not None:
+        mask_M &= token_mask_M
+    chosen_ME = jnp.any(index_MC[:, :, None] == jnp.arange(E)[None, None, :], axis=1)
+    chosen_ME &= mask_M[:, None]
+    used_M = jnp.sum(routing.filled_MC, axis=-1)
+    bins_C = jnp.arange(index_MC.shape[1] + 1)
+    probs_ME = routing.probs_ME
+    frozen_ME = jax.lax.stop_gradient(probs_ME)
+    logprob_ME = jax.nn.log_softmax(routing.logits_ME, axis=-1)
+    entropy_M = -jnp.sum(probs_ME * logprob_ME, axis=-1)
+    z_M = jax.nn.logsumexp(routing.logits_ME, axis=-1) ** 2
+    group = _group_sums(routing.logits_ME, chosen_ME, num_groups)
+    partition = _group_sums(routing.logits_ME, chosen_ME, num_groups * num_partitions)
+    return RoutingStats(
+        tokens=_sum_where(mask_M, 1.0),
+        top1_count_E=_sum_where(
+            mask_M[:, None] & (jnp.argmax(frozen_ME, axis=-1)[:, None] == jnp.arange(E)[None, :]),
+            1.0,
+        ),
+        assigned_count_E=_sum_where(chosen_ME, 1.0),
+        prob_sum_E=_sum_where(mask_M[:, None], probs_ME),
+        group_member_count_J=group[0],
+        group_prob_sum_E=group[1],
+        partition_member_count_J=partition[0],
+        partition_prob_sum_E=partition[1],
+        entropy_sum=_sum_where(mask_M, entropy_M),
+        z_sum=_sum_where(mask_M, z_M),
+        kept_mass_sum=jnp.sum(_sum_where(chosen_ME, frozen_ME)),
+        experts_histogram=_sum_where(mask_M[:, None] & (used_M[:, None] == bins_C[None, :]), 1.0),
+    )
+
+
+def _sum_where(mask, values) -> jax.Array:
+    """Sum over tokens of `values` where `mask`; a where, so that NaN padding adds nothing."""
+    return jnp.sum(jnp.where(mask, values, 0.0), axis=0, dtype=jnp.float32)
+
+
+def _group_sums(logits_ME, chosen_ME, num_groups):
+    M, E = logits_ME.shape
+    member_MJ = jnp.any(chosen_ME.reshape(M, num_groups, -1), axis=-1)
+    # A softmax inside the group is p over the group's sum, without dividing by an underflow.
+    prob_MJG = jax.nn.softmax(logits_ME.reshape(M, num_groups, -1), axis=-1)
+    prob_sum = _sum_where(member_MJ[:, :, None], prob_MJG)
+    return _sum_where(member_MJ, 1.0), prob_sum.reshape(E)
+
+
+def balance_losses(stats: RoutingStats, counts: RoutingStats | None = None) -> dict[str, jax.Array]:
+    """The balance losses of one layer, uncoefficiented float32 scalars.
+
+    Each is linear in the differentiable sums of `stats` once the counts are fixed: with `counts`
+    of the whole global batch, the losses of its shards or micro-batches *add up* to the loss of
+    the batch, in value and gradient (global-batch balance, 2501.11873). Sum them, never average.
+
+    Keys, all 1 at perfect balance unless said:
+      switch: E * sum_e f_e P_e, f the top-1 share, P the mean probability (2101.03961 eq. 4; the
+        Yi-Lightning report's L_ST, 2412.01253).
+      group: Yi-Lightning's L_EP as printed: N_g * sum_{e in g} f_e P_e per expert-parallel group
+        g of N_g experts, over the tokens B_g routed to it, averaged over groups. The report's
+        text speaks of balance between groups, but the formula is per expert *within* a group; it
+        does not define P on B_g either. Here P is normalised inside the group and f is the share
+        of the group's assignments, so that both sum to 1.
+      partition: L_PEP, the same over the finer partitions of the groups.
+      true_group: G * sum_g f_g P_g between groups, f_g the share of all assignments (Step 3.5
+        Flash): what the report's text describes; blind to imbalance inside a group.
+      z: mean of logsumexp(logits)^2 (2202.08906); 0 at best.
+      entropy: mean router entropy in nats, L_dyn of 2403.07652; log E when uniform.
+
+    Args:
+      stats: sums whose probabilities are differentiated.
+      counts: sums over the whole global batch, for the token counts and shares f; default stats.
+
+    With no token, every loss is 0.
+    """
+    counts = jax.lax.stop_gradient(stats if counts is None else counts)
+    E = stats.prob_sum_E.shape[-1]
+    top1_share_E = _ratio(counts.top1_count_E, counts.tokens)
+    share_J = _by_group(counts.assigned_count_E, counts.group_member_count_J)
+    share_J = _ratio(jnp.sum(share_J, axis=-1), jnp.sum(counts.assigned_count_E))
+    prob_J = jnp.sum(_by_group(stats.prob_sum_E, counts.group_member_count_J), axis=-1)
+    return {
+        "switch": E * jnp.sum(top1_share_E * _ratio(stats.prob_sum_E, counts.tokens)),
+        "group": _within_groups(
+            counts.assigned_count_E, counts.group_member_count_J, stats.group_prob_sum_E
+        ),
+        "partition": _within_groups(
+            counts.assigned_count_E, counts.partition_member_count_J, stats.partition_prob_sum_E
+        ),
+        "true_group": share_J.shape[0] * jnp.sum(share_J * _ratio(prob_J, counts.tokens)),
+        "z": _ratio(stats.z_sum, counts.tokens),
+        "entropy": _ratio(stats.entropy_sum, counts.tokens),
+    }
+
+
+def _within_groups(assigned_E, member_count_J, prob_sum_E):
+    assigned_JG = _by_group(assigned_E, member_count_J)
+    share_JG = _ratio(assigned_JG, jnp.sum(assigned_JG, axis=-1, keepdims=True))
+    prob_JG = _ratio(_by_group(prob_sum_E, member_count_J), member_count_J[:, None])
+    return assigned_JG.shape[1] * jnp.mean(jnp.sum(share_JG * prob_JG, axis=-1))
+
+
+def _by_group(values_E, member_count_J):
+    return values_E.reshape(member_count_J.shape[0], -1)
+
+
+def _ratio(a, b):
+    """a / b, and 0 where b is 0."""
+    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), 0.0)
+
+
+def routing_metrics(stats: RoutingStats) -> dict[str, jax.Array]:
+    """What to log of one layer, float32.
+
+    Keys: mean_experts (filled slots per token), load_max_over_mean (1 when balanced),
+    dead_experts (how many had no token), entropy (nats per token), kept_mass (probability on the
+    chosen experts), histogram (share of tokens that use 0..C experts).
+    """
+    stats = jax.lax.stop_gradient(stats)
+    assigned_E = stats.assigned_count_E
+    return {
+        "mean_experts": _ratio(jnp.sum(assigned_E), stats.tokens),
+        "load_max_over_mean": _ratio(jnp.max(assigned_E), jnp.mean(assigned_E)),
+        "dead_experts": jnp.sum(assigned_E == 0, dtype=jnp.float32),
+        "entropy": _ratio(stats.entropy_sum, stats.tokens),
+        "kept_mass": _ratio(stats.kept_mass_sum, stats.tokens),
+        "histogram": _ratio(stats.experts_histogram, stats.tokens),
+    }
+
+
+def update_bias(bias_E: jax.Array, assigned_count_E: jax.Array, *, rate: float) -> jax.Array:
+    """One step of loss-free balancing: b += rate * sign(mean load - load), then mean-centred.
+
+    Once per optimiser step, on the counts of the global batch (2408.15664). The mean is removed
+    because the bias would otherwise drift against the probabilities it is added to.
+    """
+    load_E = jax.lax.stop_gradient(assigned_count_E)
+    bias_E = bias_E + rate * jnp.sign(jnp.mean(load_E) - load_E)
+    return bias_E - jnp.mean(bias_E)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PIState:
+    """The threshold in use and the controller's accumulated error, float32."""
+
+    top_p: jax.Array
+    integral: jax.Array
+
+
+def pi_init(top_p: float | jax.Array) -> PIState:
+    """A controller that starts at `top_p`."""
+    top_p = jnp.asarray(top_p, jnp.float32)
+    return PIState(top_p, jnp.zeros_like(top_p))
+
+
+def pi_update(
+    state: PIState,
+    mean_experts: jax.Array,
+    *,
+    target: float,
+    num_experts: int,
+    initial_p: float,
+    kp: float = 0.05,
+    ki: float = 0.6,
+    minimum: float = 0.01,
+    maximum: float = 1.0,
+) -> PIState:
+    """One step of DTop-p's controller of the mean number of experts a token uses (2512.13996).
+
+    e = (target - mean_experts) / E and top_p = initial_p + kp * e + ki * sum(e), clamped to
+    [minimum, maximum]; the sum does not grow while clamped in its direction (anti-windup). Once
+    per optimiser step, on the counts of the global batch.
+
+    The default gains hold the target within 5% in 50 steps on random routers of 8 to 64 experts,
+    from nearly uniform to sharp, for targets up to E/4. An integral gain above 1 rings where many
+    experts share little mass; below 0.4 it is too slow for sharp routers of many experts.
+    """
+    error = (target - jax.lax.stop_gradient(mean_experts)) / num_experts
+    integral = state.integral + error
+    raw = initial_p + kp * error + ki * integral
+    winding = ((raw > maximum) & (error > 0)) | ((raw < minimum) & (error < 0))
+    integral = jnp.where(winding, state.integral, integral)
+    top_p = jnp.clip(initial_p + kp * error + ki * integral, minimum, maximum)
+    return PIState(top_p, integral)

@@ -1,0 +1,1 @@
+"""Attention kernels: one module per way of computing the same masked softmax."""

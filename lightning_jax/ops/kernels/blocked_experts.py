@@ -1,0 +1,209 @@
+"""Dropless expert MLPs in blocks of rows: the CPU form, in plain XLA.
+
+The filled slots, sorted by expert, are walked one expert at a time and, inside an expert, one
+block of rows at a time; both loops run a dynamic number of times, so an empty expert, an empty
+slot or a padded token costs nothing, and cost does not grow with E. A block gathers its rows,
+runs SwiGLU on its expert's weights and stores its output in sorted order. The backward pass
+recomputes the hidden values block by block (2 of its 8 matmuls) rather than storing them.
+
+XLA CPU turns `jax.lax.ragged_dot` into E masked dense matmuls, which this replaces.
+
+With bfloat16 weights on CPU, XLA's while-loop-invariant-code-motion hoists the float32 upcast of
+the whole expert stack out of the loop, on every call. Compile such programs with
+`{"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}`, or keep float32 weights there.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from lightning_jax.ops.routing import ordered_sum, sort_slots
+
+
+def block_sizes(slots: int, experts: int) -> tuple[int, ...]:
+    """Rows per block, larger first: an expert's rows go by whole large blocks, then small ones.
+
+    Large blocks make good matmuls (256 rows keep a block's rows and one expert's weights in
+    cache) but waste half a block per expert; small ones finish a group with little waste. Half
+    the mean rows per expert is still large enough for most groups to hold one. Few tokens
+    (decoding) take one small size, so that a matmul is not mostly padding.
+    """
+    mean = slots / experts
+    if mean < 64:
+        return (8 if mean <= 8 else 32,)
+    large = min(256, 1 << (int(mean / 2).bit_length() - 1))
+    return (large, 32) if large > 32 else (32,)
+
+
+def blocked_experts(
+    x_MD: jax.Array,
+    expert_index_MC: jax.Array,
+    gate_MC: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+) -> jax.Array:
+    """y_MD = sum over c of gate_MC * down(silu(x gate) * (x up)), experts as `expert_index_MC`.
+
+    Args:
+      x_MD: float rows; matmuls take its dtype and accumulate in at least float32.
+      expert_index_MC: int32, E in empty slots.
+      gate_MC: float32; differentiable.
+      gate_EDF, up_EDF, down_EFD: expert weights, cast to the dtype of x as they are read.
+
+    Returns:
+      y_MD in the dtype of x. Gradients reach x, gate_MC and the three weights.
+    """
+    sizes = block_sizes(expert_index_MC.size, gate_EDF.shape[0])
+    return _blocked(sizes, x_MD, expert_index_MC, gate_MC, gate_EDF, up_EDF, down_EFD)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocked(sizes, x_MD, expert_index_MC, gate_MC, gate_EDF, up_EDF, down_EFD):
+    return _forward(sizes, x_MD, expert_index_MC, gate_MC, gate_EDF, up_EDF, down_EFD)[0]
+
+
+def _forward(sizes, x_MD, expert_index_MC, gate_MC, gate_EDF, up_EDF, down_EFD):
+    order = sort_slots(expert_index_MC, gate_EDF.shape[0])
+    token_S = order.token_S
+    weights = (gate_EDF, up_EDF, down_EFD)
+
+    def expert(e, end, rows_RD):
+        in_D2F, down_FD = _expert_weights(weights, e, x_MD.dtype)
+
+        def block(start, size, rows_RD):
+            token_R = _take_block(token_S, start, size, end)
+            act_RF, *_ = _swiglu(x_MD[token_R], in_D2F)
+            y_RD = _dot(act_RF.astype(x_MD.dtype), down_FD)
+            return _put(rows_RD, y_RD, start)
+
+        return _for_each_block(sizes, end - order.size_E[e], end, block, rows_RD)
+
+    rows_RD = _for_each_expert(order, expert, _row_buffer(order, sizes, x_MD))
+    filled_MC = expert_index_MC < gate_EDF.shape[0]
+    y_MD = ordered_sum(rows_RD, order.position_MC, jnp.where(filled_MC, gate_MC, 0.0))
+    residuals = (x_MD, expert_index_MC, gate_MC, gate_EDF, up_EDF, down_EFD)
+    return y_MD.astype(x_MD.dtype), residuals
+
+
+def _backward(sizes, residuals, dy_MD):
+    x_MD, expert_index_MC, gate_MC, gate_EDF, up_EDF, down_EFD = residuals
+    E, D, F = gate_EDF.shape
+    dtype = x_MD.dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+    order = sort_slots(expert_index_MC, E)
+    token_S = order.token_S
+    gate_S = gate_MC.reshape(-1)[order.slot_S]
+    weights = (gate_EDF, up_EDF, down_EFD)
+
+    def expert(e, end, carry):
+        in_D2F, down_FD = _expert_weights(weights, e, dtype)
+
+        def block(start, size, carry):
+            din_D2F, ddown_FD, dx_RD, dgate_R = carry
+            token_R = _take_block(token_S, start, size, end)
+            # Rows past the group's end repeat its last one: a zero gate keeps them out.
+            valid_R = start + jnp.arange(size) < end
+            weight_R = jnp.where(valid_R, _take_block(gate_S, start, size, end), 0.0)[:, None]
+            x_RD, dy_RD = x_MD[token_R], dy_MD[token_R]
+            act_RF, silu_RF, sigmoid_RF, up_RF = _swiglu(x_RD, in_D2F)
+            dact_RF = _dot(dy_RD, down_FD.T)
+            # <dy, act down> = <dy down', act>: the gate's gradient needs no second down matmul.
+            dweight_R = jnp.sum(dact_RF * act_RF, axis=-1)
+            dact_RF *= weight_R
+            dsilu_RF = sigmoid_RF + silu_RF * (1 - sigmoid_RF)
+            dhidden = jnp.concatenate([dact_RF * up_RF * dsilu_RF, dact_RF * silu_RF], axis=-1)
+            dhidden = dhidden.astype(dtype)
+            din_D2F += _dot(x_RD.T, dhidden)
+            ddown_FD += _dot((act_RF * weight_R).astype(dtype).T, dy_RD)
+            dx_RD = _put(dx_RD, _dot(dhidden, in_D2F.T), start)
+            return din_D2F, ddown_FD, dx_RD, _put(dgate_R, dweight_R, start)
+
+        dgate_w, dup_w, ddown_w, dx_RD, dgate_R = carry
+        # One expert's weight gradients stay in cache; the full ones are written once each.
+        start = (jnp.zeros((D, 2 * F), wide), jnp.zeros((F, D), wide), dx_RD, dgate_R)
+        din_D2F, ddown_FD, dx_RD, dgate_R = _for_each_block(
+            sizes, end - order.size_E[e], end, block, start
+        )
+        return (
+            _put_expert(dgate_w, din_D2F[:, :F], e),
+            _put_expert(dup_w, din_D2F[:, F:], e),
+            _put_expert(ddown_w, ddown_FD, e),
+            dx_RD,
+            dgate_R,
+        )
+
+    dx_RD = _row_buffer(order, sizes, x_MD)
+    zeros = (*(jnp.zeros_like(w) for w in weights), dx_RD, jnp.zeros(dx_RD.shape[0], wide))
+    *dweights, dx_RD, dgate_R = _for_each_expert(order, expert, zeros)
+    filled_MC = expert_index_MC < E
+    dx_MD = ordered_sum(dx_RD, order.position_MC, filled_MC)
+    dgate_MC = jnp.where(filled_MC, dgate_R[order.position_MC], 0.0).astype(gate_MC.dtype)
+    return dx_MD.astype(dtype), None, dgate_MC, *dweights
+
+
+_blocked.defvjp(_forward, _backward)
+
+
+def _for_each_expert(order, body, carry):
+    """carry = body(e, end, carry) over the experts that have rows, in order of their rows."""
+    used_E = order.size_E > 0
+    experts_E = jnp.argsort(~used_E, stable=True)
+
+    def step(i, carry):
+        e = experts_E[i]
+        return body(e, order.end_E[e], carry)
+
+    return jax.lax.fori_loop(0, jnp.sum(used_E), step, carry)
+
+
+def _for_each_block(sizes, start, end, body, carry):
+    """carry = body(row, size, carry) over the rows [start, end), only the last block partial."""
+    state = (start, carry)
+    for size in sizes:
+        needed = 1 if size == sizes[-1] else size
+        state = jax.lax.while_loop(
+            lambda state, needed=needed: end - state[0] >= needed,
+            lambda state, size=size: (state[0] + size, body(state[0], size, state[1])),
+            state,
+        )
+    return state[1]
+
+
+def _row_buffer(order, sizes, x_MD):
+    # Blocks run in row order, so what a partial one writes past its group is then overwritten by
+    # the next group; only the last group needs room to spill into.
+    return jnp.zeros((order.slot_S.shape[0] + sizes[0], x_MD.shape[1]), x_MD.dtype)
+
+
+def _take_block(values_S, start, size, end):
+    """values_S[start : start + size], the last valid one repeated from `end` on."""
+    return values_S[jnp.minimum(start + jnp.arange(size), end - 1)]
+
+
+def _put(buffer, rows, start):
+    return jax.lax.dynamic_update_slice_in_dim(buffer, rows.astype(buffer.dtype), start, axis=0)
+
+
+def _put_expert(buffer_EXY, value_XY, e):
+    return _put(buffer_EXY, value_XY[None], e)
+
+
+def _expert_weights(weights, e, dtype):
+    """One expert's gate and up side by side (one matmul instead of two), and its down."""
+    gate_DF, up_DF, down_FD = (w[e].astype(dtype) for w in weights)
+    return jnp.concatenate([gate_DF, up_DF], axis=-1), down_FD
+
+
+def _swiglu(x_RD, in_D2F):
+    gate_RF, up_RF = jnp.split(_dot(x_RD, in_D2F), 2, axis=-1)
+    sigmoid_RF = jax.nn.sigmoid(gate_RF)
+    silu_RF = gate_RF * sigmoid_RF
+    return silu_RF * up_RF, silu_RF, sigmoid_RF, up_RF
+
+
+def _dot(a, b):
+    return jnp.dot(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))

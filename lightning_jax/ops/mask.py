@@ -1,0 +1,98 @@
+"""Which keys a query may see, as data; only the reference attention turns it into an array."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+# Position of a cache slot that holds nothing: later than any query, so causality hides it.
+EMPTY_POSITION = 2**30
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "query_positions_BT",
+        "key_positions_BS",
+        "query_segments_BT",
+        "key_segments_BS",
+    ],
+    meta_fields=["window", "causal"],
+)
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Query q sees key k iff all of these hold (positions are written q and k too):
+
+    * both are in the same segment, and it is not segment 0 (padding);
+    * q - k >= 0, if `causal`;
+    * q - k < `window`, if there is one.
+
+    A pytree: positions and segments are leaves, `window` and `causal` are static.
+
+    Attributes:
+        query_positions_BT: int32, position of each query in its document or row. None together
+            with `key_positions_BS` means aligned: query t is key t of the same row.
+        key_positions_BS: int32, position of each key; `EMPTY_POSITION` for an empty cache slot,
+            which a causal mask hides.
+        query_segments_BT: int32, document of each query, 0 for padding. None together with
+            `key_segments_BS` means one document without padding.
+        key_segments_BS: int32, document of each key, 0 for padding.
+        window: number of visible keys, self included; None for all.
+        causal: hide the future.
+
+    Raises:
+        ValueError: a window below 1; positions or segments for one side only.
+    """
+
+    query_positions_BT: jax.Array | None = None
+    key_positions_BS: jax.Array | None = None
+    query_segments_BT: jax.Array | None = None
+    key_segments_BS: jax.Array | None = None
+    window: int | None = None
+    causal: bool = True
+
+    def __post_init__(self):
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window}: must be at least 1 (self), or None for all")
+        for query, key in (
+            ("query_positions_BT", "key_positions_BS"),
+            ("query_segments_BT", "key_segments_BS"),
+        ):
+            given, missing = (key, query) if getattr(self, query) is None else (query, key)
+            # JAX rebuilds pytrees with placeholders for leaves: only arrays are held to the rule.
+            if getattr(self, missing) is None and hasattr(getattr(self, given), "shape"):
+                raise ValueError(f"{missing}=None with {given} given: give both or neither")
+
+    @property
+    def aligned(self) -> bool:
+        """Query t is key t of the same row."""
+        return self.query_positions_BT is None
+
+    def as_array(self, T: int, S: int) -> jax.Array:
+        """Visibility of every pair as bool_BTS; B is 1 if neither positions nor segments are given.
+
+        Raises:
+            ValueError: an aligned mask with T != S.
+        """
+        if self.aligned:
+            if T != S:
+                raise ValueError(
+                    f"mask without positions: needs as many keys as queries, {T} != {S}"
+                )
+            query_BT = key_BS = jnp.arange(T, dtype=jnp.int32)[None]
+        else:
+            query_BT, key_BS = self.query_positions_BT, self.key_positions_BS
+        distance_BTS = query_BT[:, :, None] - key_BS[:, None, :]
+        visible_BTS = jnp.ones(distance_BTS.shape, bool)
+        if self.causal:
+            visible_BTS &= distance_BTS >= 0
+        if self.window is not None:
+            visible_BTS &= distance_BTS < self.window
+        if self.query_segments_BT is not None:
+            key_BS = self.key_segments_BS
+            visible_BTS &= self.query_segments_BT[:, :, None] == key_BS[:, None, :]
+            visible_BTS &= (key_BS != 0)[:, None, :]
+        return visible_BTS

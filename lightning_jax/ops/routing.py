@@ -1,0 +1,197 @@
+"""Which experts each token visits, and in which order the visits are computed.
+
+Letters: M tokens, E experts, C choices (slots) per token, S = M*C slots, D model width.
+Everything here is float32: bfloat16 cumulative sums over many experts mis-threshold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+
+import jax
+import jax.numpy as jnp
+
+KINDS = ("top_k", "top_p", "dense")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """The routing of M tokens to E experts through C slots each.
+
+    expert_index_MC: int32, the chosen experts in selection order; E marks an empty slot.
+      Filled slots come first.
+    gate_MC: float32, the weight of each choice; 0 in empty slots. Differentiable.
+    logits_ME: float32 router logits; 0 for masked tokens. Differentiable.
+    probs_ME: float32 softmax of the logits over all E experts. Differentiable.
+    """
+
+    expert_index_MC: jax.Array
+    gate_MC: jax.Array
+    logits_ME: jax.Array
+    probs_ME: jax.Array
+
+    @property
+    def num_experts(self) -> int:
+        return self.probs_ME.shape[-1]
+
+    @property
+    def filled_MC(self) -> jax.Array:
+        return self.expert_index_MC < self.num_experts
+
+
+def route(
+    logits_ME: jax.Array,
+    *,
+    kind: str,
+    slots: int,
+    top_p: float | jax.Array = 1.0,
+    bias_E: jax.Array | None = None,
+    renormalize: bool = False,
+    token_mask_M: jax.Array | None = None,
+) -> Routing:
+    """Chooses experts for each token from router logits.
+
+    Kinds:
+      "top_k": exactly `slots` experts.
+      "top_p": the smallest set, in sorted order, whose probabilities reach `top_p`; the expert
+        that crosses is kept, so there is always one; at most `slots`. `top_p >= 1` means all up
+        to `slots` whatever the rounding (Huang et al. 2403.07652; cap as in XMoE, 2403.18926).
+      "dense": all E experts in index order; `slots` must be E.
+    Equal scores go to the lower index.
+
+    Args:
+      logits_ME: router logits, any float dtype; computed in float32.
+      kind: one of the above.
+      slots: C, static.
+      top_p: probability mass to reach; may be a traced scalar. Read by "top_p" only.
+      bias_E: added to the probabilities to order the selection, and for nothing else: gates and
+        probability mass stay unbiased, and no gradient reaches it (2408.15664). It cannot change
+        "dense", which selects every expert.
+      renormalize: divide the gates by their sum over the chosen; else raw probabilities.
+      token_mask_M: bool, False for padding, whose slots are all empty and which has no gradient.
+
+    Raises:
+      ValueError: unknown kind, bad `slots`, `top_p` not above 0, or shapes that do not fit.
+    """
+    _check(logits_ME, kind, slots, top_p, bias_E, token_mask_M)
+    M, E = logits_ME.shape
+    logits_ME = logits_ME.astype(jnp.float32)
+    if token_mask_M is not None:
+        # Before the softmax, so that not even a NaN in padding reaches a gradient.
+        logits_ME = jnp.where(token_mask_M[:, None], logits_ME, 0.0)
+    probs_ME = jax.nn.softmax(logits_ME, axis=-1)
+
+    if kind == "dense":
+        index_MC = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[None, :], (M, E))
+        gate_MC = probs_ME
+    else:
+        score_ME = jax.lax.stop_gradient(probs_ME)
+        if bias_E is not None:
+            score_ME += jax.lax.stop_gradient(bias_E.astype(jnp.float32))[None, :]
+        _, index_MC = jax.lax.top_k(score_ME, slots)
+        gate_MC = jnp.take_along_axis(probs_ME, index_MC, axis=-1)
+
+    keep_MC = jnp.ones(index_MC.shape, bool)
+    if kind == "top_p":
+        keep_MC = _reaches(jax.lax.stop_gradient(gate_MC), jnp.asarray(top_p, jnp.float32))
+    if token_mask_M is not None:
+        keep_MC &= token_mask_M[:, None]
+    gate_MC = jnp.where(keep_MC, gate_MC, 0.0)
+    if renormalize:
+        total_M = jnp.sum(gate_MC, axis=-1)
+        gate_MC = gate_MC / jnp.where(total_M > 0, total_M, 1.0)[:, None]
+    return Routing(jnp.where(keep_MC, index_MC, E), gate_MC, logits_ME, probs_ME)
+
+
+def _reaches(prob_MC: jax.Array, top_p: jax.Array) -> jax.Array:
+    """True while the mass before a choice is below `top_p`; a prefix of every row."""
+    # A parallel prefix sum may dip by a rounding error, which would leave a hole in the prefix.
+    mass_MC = jax.lax.cummax(jnp.cumsum(prob_MC, axis=-1), axis=1)
+    before_MC = jnp.pad(mass_MC[:, :-1], ((0, 0), (1, 0)))
+    first_C = jnp.arange(prob_MC.shape[-1]) == 0
+    return (before_MC < top_p) | (top_p >= 1.0) | first_C[None, :]
+
+
+def _check(logits_ME, kind, slots, top_p, bias_E, token_mask_M) -> None:
+    if logits_ME.ndim != 2:
+        raise ValueError(f"logits_ME must have shape [tokens, experts], got {logits_ME.shape}")
+    M, E = logits_ME.shape
+    if kind not in KINDS:
+        close = difflib.get_close_matches(str(kind), KINDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"routing kind must be one of {KINDS}, got {kind!r}{hint}")
+    if not 1 <= slots <= E:
+        raise ValueError(f"slots must be from 1 to the number of experts, {E}, got {slots}")
+    if kind == "dense" and slots != E:
+        raise ValueError(f"dense routing needs slots = experts = {E}, got slots={slots}")
+    if kind == "top_p" and isinstance(top_p, (int, float)) and not top_p > 0:
+        raise ValueError(f"top_p must be above 0, got {top_p}")
+    if bias_E is not None and bias_E.shape != (E,):
+        raise ValueError(f"bias_E must have shape {(E,)}, got {bias_E.shape}")
+    if token_mask_M is not None and (token_mask_M.shape != (M,) or token_mask_M.dtype != bool):
+        raise ValueError(
+            f"token_mask_M must be bool of shape {(M,)}, "
+            f"got {token_mask_M.dtype} of shape {token_mask_M.shape}"
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotOrder:
+    """The S = M*C slots sorted by expert, tokens in order within an expert, empty slots last.
+
+    slot_S: int32, the flat slot (token * C + choice) at each sorted position.
+    position_MC: int32, the sorted position of each slot; the inverse of `slot_S`.
+    size_E: int32, filled slots of each expert.
+    end_E: int32, one past the last sorted position of each expert.
+    """
+
+    slot_S: jax.Array
+    position_MC: jax.Array
+    size_E: jax.Array
+    end_E: jax.Array
+
+    @property
+    def token_S(self) -> jax.Array:
+        return self.slot_S // self.position_MC.shape[-1]
+
+    @property
+    def filled_S(self) -> jax.Array:
+        return jnp.arange(self.slot_S.shape[0]) < self.end_E[-1]
+
+
+def sort_slots(expert_index_MC: jax.Array, num_experts: int) -> SlotOrder:
+    """Sorts slots by expert, stably; an index of `num_experts` is an empty slot."""
+    S = expert_index_MC.size
+    slot_S = jnp.arange(S, dtype=jnp.int32)
+    expert_S, slot_S = jax.lax.sort(
+        (expert_index_MC.reshape(-1).astype(jnp.int32), slot_S), num_keys=1, is_stable=True
+    )
+    end_E = jnp.searchsorted(expert_S, jnp.arange(num_experts), side="right").astype(jnp.int32)
+    # A permutation has no duplicates, so this scatter is deterministic.
+    position_S = (
+        jnp.zeros_like(slot_S).at[slot_S].set(jnp.arange(S, dtype=jnp.int32), unique_indices=True)
+    )
+    return SlotOrder(
+        slot_S, position_S.reshape(expert_index_MC.shape), jnp.diff(end_E, prepend=0), end_E
+    )
+
+
+def ordered_sum(rows_RD: jax.Array, position_MC: jax.Array, weight_MC: jax.Array) -> jax.Array:
+    """y_MD = sum over c, in order, of weight_MC * rows_RD[position_MC], in at least float32.
+
+    A gather, never a scatter-add: the same sum in the same order on every run and device.
+    """
+    dtype = jnp.promote_types(rows_RD.dtype, jnp.float32)
+
+    def add(sum_MD, choice):
+        position_M, weight_M = choice
+        return sum_MD + weight_M[:, None].astype(dtype) * rows_RD[position_M].astype(dtype), None
+
+    first_MD = weight_MC[:, 0, None].astype(dtype) * rows_RD[position_MC[:, 0]].astype(dtype)
+    rest = (position_MC[:, 1:].T, weight_MC[:, 1:].T)
+    # Unrolled steps fuse into one pass over the tokens; dense routing of many experts must not
+    # unroll them all.
+    return jax.lax.scan(add, first_MD, rest, unroll=8)[0]

@@ -1,0 +1,241 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lightning_jax.ops.kernels.tiling import BlockSizes, block_sizes
+from lightning_jax.ops.kernels.xla_banded import banded_attention
+
+BLOCKS = BlockSizes(query=16, key=32)
+
+
+def _dense(query, key, value, dout, window, segments, sinks):
+    """Output and gradients of q, k, v, sinks in float64 from the dense softmax."""
+    query, key, value, dout = (np.asarray(x, np.float64) for x in (query, key, value, dout))
+    T, N, H = query.shape[1:]
+    G = N // key.shape[2]
+    key, value = np.repeat(key, G, 2), np.repeat(value, G, 2)
+    distance = np.arange(T)[:, None] - np.arange(T)[None]
+    visible = ((distance >= 0) & (distance < (window or T)))[None, None]
+    if segments is not None:
+        same = (segments[:, :, None] == segments[:, None]) & (segments != 0)[:, None]
+        visible = visible & same[:, None]
+    scores = np.where(visible, np.einsum("btnh,bsnh->bnts", query, key) / math.sqrt(H), -np.inf)
+    column = np.full((*scores.shape[:3], 1), -np.inf)
+    if sinks is not None:
+        column[:] = np.asarray(sinks, np.float64)[None, :, None, None]
+    scores = np.concatenate([scores, column], -1)
+    top = np.maximum(scores.max(-1, keepdims=True), -1e300)
+    weights = np.exp(scores - top)
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    weights, sink_weight = weights[..., :-1], weights[..., -1]
+    out = np.einsum("bnts,bsnh->btnh", weights, value)
+    delta = np.einsum("btnh,btnh->bnt", dout, out)
+    dscores = weights * (np.einsum("btnh,bsnh->bnts", dout, value) - delta[..., None])
+    dscores /= math.sqrt(H)
+
+    def per_key_head(x):
+        return x.reshape(*x.shape[:2], N // G, G, H).sum(3)
+
+    gradients = [
+        np.einsum("bnts,bsnh->btnh", dscores, key),
+        per_key_head(np.einsum("bnts,btnh->bsnh", dscores, query)),
+        per_key_head(np.einsum("bnts,btnh->bsnh", weights, dout)),
+    ]
+    if sinks is not None:
+        gradients.append(-(sink_weight * delta).sum((0, 2)))
+    return out, gradients
+
+
+def _inputs(T, N, K, dtype=jnp.float32, B=2, H=8):
+    rng = np.random.default_rng(T + N)
+    shapes = (B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def _packed(T):
+    """Row 0: documents that start inside blocks, then padding. Row 1: nothing but padding."""
+    row = np.repeat([1, 2, 3, 0], [5, T // 2, T - T // 2 - 9, 4])
+    return np.stack([row, np.zeros(T, np.int64)]).astype(np.int32)
+
+
+def _run(query, key, value, dout, window, segments, sinks, blocks=BLOCKS):
+    @jax.jit
+    def both(query, key, value, sinks, dout):
+        def attend(query, key, value, sinks):
+            return banded_attention(
+                query,
+                key,
+                value,
+                window=window,
+                query_segments_BT=segments,
+                key_segments_BT=segments,
+                sinks_N=sinks,
+                blocks=blocks,
+            )
+
+        out, pull = jax.vjp(attend, query, key, value, sinks)
+        return out, pull(dout)
+
+    out, gradients = both(query, key, value, sinks, dout)
+    return out, [gradient for gradient in gradients if gradient is not None]
+
+
+def _check(inputs, window, segments, sinks, tolerance, blocks=BLOCKS):
+    expected, expected_gradients = _dense(*inputs, window, segments, sinks)
+    out, gradients = _run(*inputs, window, segments, sinks, blocks)
+    assert out.dtype == inputs[0].dtype
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, tolerance, tolerance)
+    assert len(gradients) == len(expected_gradients)
+    for gradient, exact in zip(gradients, expected_gradients, strict=True):
+        gradient = np.asarray(gradient, np.float64)
+        np.testing.assert_allclose(gradient, exact, tolerance, 4 * tolerance)
+    return out, gradients
+
+
+@pytest.mark.parametrize(
+    "T, window",
+    [(70, 1), (70, 15), (70, 17), (70, 40), (70, 1000), (70, None), (64, 16), (9, 4), (9, None)],
+)
+def test_windows_and_lengths(T, window):
+    _check(_inputs(T, 4, 2), window, None, jnp.array([0.5, -1.0, 3.0, 0.0]), 1e-5)
+
+
+@pytest.mark.parametrize("N, K", [(2, 2), (2, 1), (8, 2), (8, 1)])
+def test_head_groups_without_sinks(N, K):
+    _check(_inputs(40, N, K), 20, None, None, 1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 20, None])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_packed_rows_and_padding(window, with_sinks):
+    inputs, segments = _inputs(70, 4, 2), _packed(70)
+    sinks = jnp.array([0.5, -1.0, 3.0, 0.0]) if with_sinks else None
+    out, (dquery, dkey, dvalue, *_) = _check(inputs, window, segments, sinks, 1e-5)
+    for array in (out, dquery, dkey, dvalue):
+        assert (np.asarray(array)[segments == 0] == 0).all()
+
+
+@pytest.mark.parametrize("window", [20, None])
+def test_bfloat16(window):
+    inputs = _inputs(70, 8, 2, jnp.bfloat16)
+    _check(inputs, window, _packed(70), jnp.zeros(8), 4e-2)
+
+
+@pytest.mark.parametrize("window", [24, None])
+def test_default_blocks(window):
+    _check(_inputs(200, 2, 1, B=1), window, None, None, 1e-5, blocks=None)
+
+
+@pytest.mark.parametrize("window", [20, None])
+def test_large_scores_do_not_overflow(window):
+    query, key, value, dout = _inputs(70, 4, 2)
+    # Hidden keys with scores near 1e6 must not reach the visible ones through the maximum.
+    key = key.at[:, 30:].multiply(1e6)
+    out, gradients = _run(query, key, value, dout, window, None, None)
+    expected, exact = _dense(query, key, value, dout, window, None, None)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+    np.testing.assert_allclose(out[:, :30], expected[:, :30], 1e-5, 1e-5)
+    np.testing.assert_allclose(gradients[0][:, :30], exact[0][:, :30], 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("window", [20, None])
+def test_gradients_reach_visible_keys_only(window):
+    segments = np.repeat([[1, 2]], [30, 40], axis=1).astype(np.int32)
+    query, key, value, _ = _inputs(70, 4, 2, B=1)
+    times = np.array([10, 29, 30, 47, 69])
+    one_hot = jnp.zeros((5, 1, 70, 4, 8)).at[np.arange(5), :, times].set(1.0)
+    _, gradients = jax.vmap(lambda dout: _run(query, key, value, dout, window, segments, None))(
+        one_hot
+    )
+    touched_query, touched_key, touched_value = (np.any(x, (1, 3, 4)) for x in gradients)
+    first = np.maximum(times - (window or 70) + 1, np.where(times < 30, 0, 30))
+    reachable = (np.arange(70) >= first[:, None]) & (np.arange(70) <= times[:, None])
+    np.testing.assert_array_equal(touched_value, reachable)
+    # A query with one visible key has a constant softmax: no gradient for its key.
+    several = reachable.sum(1) > 1
+    np.testing.assert_array_equal(touched_key[several], reachable[several])
+    np.testing.assert_array_equal(touched_query[several], times[several, None] == np.arange(70))
+    assert not touched_key[~several][~reachable[~several]].any()
+
+
+def test_vmap():
+    query, key, value, _ = _inputs(40, 4, 2, B=6)
+    split = [x.reshape(3, 2, *x.shape[1:]) for x in (query, key, value)]
+    segments = jnp.repeat(jnp.array([[1, 2, 0]]), jnp.array([13, 20, 7]), axis=1)
+    segments = jnp.tile(segments, (6, 1))
+
+    def loss(query, key, value, segments, sinks):
+        out = banded_attention(
+            query,
+            key,
+            value,
+            window=10,
+            query_segments_BT=segments,
+            key_segments_BT=segments,
+            sinks_N=sinks,
+            blocks=BLOCKS,
+        )
+        return jnp.sum(out**2)
+
+    gradient = jax.grad(loss, (0, 1, 2))
+    sinks = jnp.array([0.5, -1.0, 3.0, 0.0])
+    mapped = jax.jit(jax.vmap(gradient, (0, 0, 0, 0, None)))(
+        *split, segments.reshape(3, 2, 40), sinks
+    )
+    plain = jax.jit(gradient)(query, key, value, segments, sinks)
+    for left, right in zip(mapped, plain, strict=True):
+        np.testing.assert_allclose(left.reshape(right.shape), right, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("window", [20, None])
+def test_batch_sharding_needs_no_communication_of_activations(window):
+    sharding = NamedSharding(Mesh(np.array(jax.devices()[:4]), "x"), PartitionSpec("x"))
+    arrays = _inputs(70, 4, 2, B=4)[:3]
+
+    @jax.jit
+    def gradient(*arrays):
+        attend = lambda *args: banded_attention(*args, window=window, blocks=BLOCKS)  # noqa: E731
+        return jax.grad(lambda *args: jnp.sum(attend(*args) ** 2), (0, 1, 2))(*arrays)
+
+    sharded = [jax.device_put(x, sharding) for x in arrays]
+    text = gradient.lower(*sharded).compile().as_text()
+    for collective in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
+        assert collective not in text
+    for left, right in zip(gradient(*sharded), gradient(*arrays), strict=True):
+        np.testing.assert_allclose(left, right, 1e-5, 1e-5)
+
+
+def _sizes(jaxpr):
+    """Element counts of every value in a jaxpr and the jaxprs inside it."""
+    for equation in jaxpr.eqns:
+        yield from (math.prod(getattr(var.aval, "shape", ())) for var in equation.outvars)
+        for inner in jaxprs_in_params(equation.params):
+            yield from _sizes(inner)
+
+
+@pytest.mark.parametrize("window", [128, None])
+def test_no_quadratic_array(window):
+    L, N, K, H = 2048, 4, 2, 16
+    shapes = [jax.ShapeDtypeStruct((1, L, heads, H), jnp.float32) for heads in (N, K, K)]
+    step = jax.jit(jax.grad(lambda *a: banded_attention(*a, window=window).sum(), (0, 1, 2)))
+    traced = step.trace(*shapes)
+    assert max(_sizes(traced.jaxpr.jaxpr)) < L * L / 4
+    temporary = traced.lower().compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 4 * L * L
+
+
+@pytest.mark.parametrize("length, window", [(1, None), (100, 7), (4096, 512), (65536, None)])
+def test_block_sizes_hold_the_span_in_few_visits(length, window):
+    blocks = block_sizes(length, window, 64)
+    assert blocks.query * blocks.key <= 2**17
+    assert blocks.query <= max(16, 2 * length)
+
+
+def test_bad_block_size_is_named():
+    with pytest.raises(ValueError, match="key=0"):
+        BlockSizes(query=1, key=0)

@@ -1,0 +1,182 @@
+import logging
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lightning_jax.ops.attention import dot_product_attention
+from lightning_jax.ops.mask import EMPTY_POSITION, Mask
+
+
+def _inputs(B=2, T=6, S=6, N=4, K=2, H=8, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    shapes = (B, T, N, H), (B, S, K, H), (B, S, K, H)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def _loop(query, key, value, visible, sinks, scale=None):
+    """float64, one query and head at a time."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    B, T, N, H = query.shape
+    out = np.zeros(query.shape)
+    for b, t, n in np.ndindex(B, T, N):
+        seen = np.flatnonzero(np.asarray(visible)[b % len(visible), t])
+        if seen.size:
+            k = n // (N // key.shape[2])
+            scores = key[b, seen, k] @ query[b, t, n] * (scale or 1 / math.sqrt(H))
+            weights = np.exp(scores)
+            total = weights.sum() + (0 if sinks is None else np.exp(float(sinks[n])))
+            out[b, t, n] = weights @ value[b, seen, k] / total
+    return out
+
+
+def _positioned():
+    """Two rows of a half-filled cache of 8 slots."""
+    queries = jnp.array([[3, 4, 5], [0, 1, 2]])
+    keys = jnp.array([[8, 1, 2, 3, 4, 5, EMPTY_POSITION, 0], [0, 1, 2] + [EMPTY_POSITION] * 5])
+    return queries, keys
+
+
+MASKS = {
+    "causal": Mask(),
+    "window": Mask(window=3),
+    "bidirectional": Mask(causal=False),
+    "packed": Mask(
+        None, None, *[jnp.array([[1, 1, 2, 2, 2, 0], [0, 0, 0, 0, 0, 0]])] * 2, window=2
+    ),
+    "cache": Mask(*_positioned(), window=3),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
+def test_reference_matches_loop(name, with_sinks, dtype, tolerance):
+    T, S = (3, 8) if name == "cache" else (6, 6)
+    arrays = _inputs(T=T, S=S, dtype=dtype)
+    sinks = jnp.array([0.5, -1.0, 3.0, 0.0]) if with_sinks else None
+    out = dot_product_attention(*arrays, MASKS[name], sinks_N=sinks, implementation="reference")
+    assert out.dtype == dtype
+    expected = _loop(*arrays, MASKS[name].as_array(T, S), sinks)
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, tolerance, tolerance)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_reference_gradients_match_differences(name):
+    T, S = (3, 8) if name == "cache" else (6, 6)
+    arrays = [np.asarray(x, np.float64) for x in _inputs(T=T, S=S)]
+    arrays.append(np.array([0.5, -1.0, 3.0, 0.0]))
+    rng = np.random.default_rng(1)
+    weight = rng.normal(size=arrays[0].shape)
+    visible = MASKS[name].as_array(T, S)
+
+    def loss(query, key, value, sinks):
+        out = dot_product_attention(
+            query, key, value, MASKS[name], sinks_N=sinks, implementation="reference"
+        )
+        return jnp.sum(out * jnp.asarray(weight, jnp.float32))
+
+    def exact(arrays):
+        return np.sum(_loop(*arrays[:3], visible, arrays[3]) * weight)
+
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(
+        *(jnp.asarray(x, jnp.float32) for x in arrays)
+    )
+    for index, gradient in enumerate(gradients):
+        direction = rng.normal(size=gradient.shape)
+        moved = [
+            exact([x + step * direction if i == index else x for i, x in enumerate(arrays)])
+            for step in (1e-5, -1e-5)
+        ]
+        slope = np.sum(np.asarray(gradient, np.float64) * direction)
+        assert slope == pytest.approx((moved[0] - moved[1]) / 2e-5, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla_banded"])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_blind_queries_are_exactly_zero_with_zero_gradients(implementation, with_sinks):
+    arrays = _inputs()
+    sinks = jnp.zeros(4) if with_sinks else None
+    mask = Mask(None, None, *[jnp.zeros((2, 6), jnp.int32)] * 2)
+
+    def attend(*args):
+        return dot_product_attention(
+            *args[:3], mask, sinks_N=args[3], implementation=implementation
+        )
+
+    out, pull = jax.vjp(attend, *arrays, sinks)
+    assert (out == 0).all()
+    assert all((gradient == 0).all() for gradient in jax.tree.leaves(pull(jnp.ones_like(out))))
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "packed"])
+def test_implementations_agree(name):
+    arrays, sinks = _inputs(), jnp.array([0.5, -1.0, 3.0, 0.0])
+    banded, reference = (
+        dot_product_attention(
+            *arrays, MASKS[name], sinks_N=sinks, scale=0.7, implementation=implementation
+        )
+        for implementation in ("xla_banded", "reference")
+    )
+    np.testing.assert_allclose(banded, reference, 1e-5, 1e-5)
+    expected = _loop(*arrays, MASKS[name].as_array(6, 6), sinks, scale=0.7)
+    np.testing.assert_allclose(reference, expected, 1e-5, 1e-5)
+
+
+def test_choice_follows_mask_and_length_and_is_logged_once(caplog):
+    def has_loop(T, mask):
+        arrays = _inputs(B=1, T=T, S=T)
+        return "scan" in str(jax.make_jaxpr(dot_product_attention)(*arrays, mask))
+
+    with caplog.at_level(logging.INFO, "lightning_jax.ops.attention"):
+        assert has_loop(1024, Mask(window=9))
+        assert has_loop(1024, Mask(window=9))
+    assert [record.getMessage() for record in caplog.records] == [
+        "attention: xla_banded for causal aligned queries, length 1024, window 9"
+    ]
+    assert not has_loop(16, Mask(window=9))
+    assert not has_loop(1024, Mask(causal=False))
+    positions = jnp.arange(1024)[None]
+    assert not has_loop(1024, Mask(positions, positions))
+
+
+def test_features_that_banded_lacks_are_named():
+    arrays, positions = _inputs(), jnp.arange(6)[None]
+    with pytest.raises(ValueError, match="explicit positions"):
+        dot_product_attention(*arrays, Mask(positions, positions), implementation="xla_banded")
+    with pytest.raises(ValueError, match="causal=False"):
+        dot_product_attention(*arrays, Mask(causal=False), implementation="xla_banded")
+
+
+def test_unknown_implementation_suggests_a_name():
+    with pytest.raises(ValueError, match="reference, xla_banded; did you mean 'xla_banded'"):
+        dot_product_attention(*_inputs(), Mask(), implementation="xla_band")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"K": 3}, "4 query heads over 3 key/value heads"),
+        ({"S": 5}, "6 != 5"),
+    ],
+)
+def test_bad_shapes_are_one_line(change, message):
+    with pytest.raises(ValueError, match=message):
+        dot_product_attention(*_inputs(**change), Mask())
+
+
+def test_bad_operands_are_one_line():
+    query, key, value = _inputs()
+    with pytest.raises(ValueError, match="four axes"):
+        dot_product_attention(query[0], key, value, Mask())
+    with pytest.raises(ValueError, match="B and H differ"):
+        dot_product_attention(query[:1], key, value, Mask())
+    with pytest.raises(ValueError, match="value .* expected the key's shape"):
+        dot_product_attention(query, key, value[..., :4], Mask())
+    with pytest.raises(ValueError, match=r"sinks \(3,\)"):
+        dot_product_attention(query, key, value, Mask(), sinks_N=jnp.zeros(3))
+    segments = jnp.ones((2, 5), jnp.int32)
+    with pytest.raises(ValueError, match=r"mask.query_segments_BT \(2, 5\)"):
+        dot_product_attention(query, key, value, Mask(None, None, segments, segments))

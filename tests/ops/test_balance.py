@@ -1,0 +1,284 @@
+"""Balance statistics, losses and controllers."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lightning_jax.ops.balance import (
+    balance_losses,
+    pi_init,
+    pi_update,
+    routing_metrics,
+    routing_stats,
+    update_bias,
+)
+from lightning_jax.ops.routing import route
+
+E = 8
+LOSSES = ("switch", "group", "partition", "true_group", "z", "entropy")
+
+
+def random_logits(scale=1.0, seed=0, experts=E):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.standard_normal((tokens, experts)) * scale, jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("slots", "num_groups", "num_partitions"))
+def compiled_stats(logits, mask, bias, *, slots, num_groups, num_partitions):
+    routing = route(logits, kind="top_k", slots=slots, token_mask_M=mask, bias_E=bias)
+    return routing_stats(routing, num_groups=num_groups, num_partitions=num_partitions)
+
+
+# The optional arguments are always passed on, so that few programs are compiled.
+def stats_of(logits, mask=None, bias=None, *, slots=2, num_groups=2, num_partitions=2):
+    mask = jnp.ones(len(logits), bool) if mask is None else mask
+    bias = jnp.zeros(logits.shape[1]) if bias is None else bias
+    options = dict(slots=slots, num_groups=num_groups, num_partitions=num_partitions)
+    return compiled_stats(logits, mask, bias, **options)
+
+
+losses_of = jax.jit(balance_losses)
+metrics_of = jax.jit(routing_metrics)
+
+
+@jax.jit
+def compiled_losses_and_grads(logits, mask, bias, counts):
+    def losses(logits):
+        values = balance_losses(stats_of(logits, mask, bias), counts)
+        return values, values
+
+    grads, values = jax.jacrev(losses, has_aux=True)(logits)
+    return values, grads
+
+
+def losses_and_grads(logits, mask=None, bias=None, counts=None):
+    """Every loss of these tokens, and its gradient for the logits."""
+    mask = jnp.ones(len(logits), bool) if mask is None else mask
+    bias = jnp.zeros(logits.shape[1]) if bias is None else bias
+    return compiled_losses_and_grads(logits, mask, bias, counts)
+
+
+def add(*stats):
+    return jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *stats)
+
+
+def numpy_within_groups(logits, index, groups):
+    """The per-expert loss within groups, by loops in float64."""
+    logits, index = np.asarray(logits, np.float64), np.asarray(index)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    size = logits.shape[1] // groups
+    losses = []
+    for g in range(groups):
+        experts = range(g * size, (g + 1) * size)
+        members = [m for m in range(len(p)) if set(index[m]) & set(experts)]
+        count = np.array([(index == e).sum() for e in experts])
+        inside = p[members][:, list(experts)]
+        prob = (inside / inside.sum(-1, keepdims=True)).mean(0)
+        losses.append(size * np.sum(count / count.sum() * prob))
+    return np.mean(losses)
+
+
+def test_losses_match_a_float64_oracle():
+    logits = random_logits(scale=2.0)
+    stats = stats_of(logits)
+    losses = losses_of(stats)
+    index = route(logits, kind="top_k", slots=2).expert_index_MC
+    x = np.asarray(logits, np.float64)
+    p = np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+    top1 = np.bincount(p.argmax(-1), minlength=E) / len(p)
+    share = np.bincount(np.asarray(index).ravel(), minlength=E) / index.size
+    expected = {
+        "switch": E * np.sum(top1 * p.mean(0)),
+        "group": numpy_within_groups(x, index, 2),
+        "partition": numpy_within_groups(x, index, 4),
+        "true_group": 2 * np.sum(share.reshape(2, -1).sum(-1) * p.mean(0).reshape(2, -1).sum(-1)),
+        "z": np.mean(np.log(np.exp(x).sum(-1)) ** 2),
+        "entropy": np.mean(-np.sum(p * np.log(p), -1)),
+    }
+    assert set(losses) == set(LOSSES)
+    for name, value in expected.items():
+        np.testing.assert_allclose(losses[name], value, rtol=1e-5, err_msg=name)
+        assert losses[name].dtype == jnp.float32 and losses[name].shape == ()
+
+
+def test_uniform_routing_gives_one():
+    # Each token prefers its own expert, all experts alike.
+    logits = 3.0 * jax.nn.one_hot(jnp.arange(60) % E, E)
+    losses = losses_of(stats_of(logits, slots=2))
+    np.testing.assert_allclose(losses["switch"], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(losses["true_group"], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(losses["group"], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(losses["partition"], 1.0, rtol=1e-6)
+    uniform = losses_of(stats_of(jnp.zeros((60, E)), slots=2))
+    np.testing.assert_allclose(uniform["entropy"], np.log(E), rtol=1e-6)
+
+
+def test_imbalance_inside_a_group_is_seen_by_group_and_partition_only():
+    def losses(favourites):
+        logits = 3.0 * jax.nn.one_hot(jnp.asarray(favourites)[jnp.arange(60) % 4], E)
+        return losses_of(stats_of(logits, slots=2))
+
+    balanced, skewed = losses([0, 1, 4, 5]), losses([0, 0, 4, 4])
+    np.testing.assert_allclose(skewed["true_group"], balanced["true_group"], rtol=1e-6)
+    assert skewed["group"] > balanced["group"] + 0.1
+    assert skewed["partition"] > balanced["partition"] + 0.1
+    between = losses([0, 1, 2, 3])
+    assert between["true_group"] > balanced["true_group"] + 0.1
+
+
+def test_probabilities_cover_all_experts_and_are_softmaxed_once():
+    logits = random_logits(scale=6.0)
+    stats = stats_of(logits)
+    # All experts count, chosen or not, and their mass is that of one softmax of the logits.
+    np.testing.assert_allclose(stats.prob_sum_E, jax.nn.softmax(logits).sum(0), rtol=1e-5)
+    np.testing.assert_allclose(stats.prob_sum_E.sum(), 60, rtol=1e-5)
+    grad = losses_and_grads(logits)[1]["switch"]
+    unchosen = jax.nn.one_hot(route(logits, kind="top_k", slots=2).expert_index_MC, E).sum(1) == 0
+    assert float(jnp.abs(jnp.where(unchosen, grad, 0)).max()) > 0
+
+
+def test_micro_batches_add_up_in_value_and_gradient():
+    logits = random_logits(scale=2.0)
+    # Uneven token counts, one part almost empty.
+    mask = (jnp.arange(60) % 7 > 0) & ((jnp.arange(60) < 41) | (jnp.arange(60) > 57))
+    values, grads = losses_and_grads(logits, mask)
+    parts = [slice(0, 20), slice(20, 40), slice(40, 60)]
+    total = add(*(stats_of(logits[part], mask[part]) for part in parts))
+    split = [losses_and_grads(logits[p], mask[p], counts=total) for p in parts]
+    for name in LOSSES:
+        np.testing.assert_allclose(sum(v[name] for v, _ in split), values[name], rtol=1e-5)
+        grad = grads[name]
+        joined = jnp.concatenate([g[name] for _, g in split])
+        np.testing.assert_allclose(joined, grad, rtol=1e-4, atol=1e-7)
+        assert float(jnp.abs(grad).max()) > 1e-5
+        np.testing.assert_array_equal(grad[~mask], 0.0)
+
+
+def test_descending_a_loss_lowers_it():
+    logits = random_logits() + jnp.linspace(0, 2, E)[None, :]
+    values, grads = losses_and_grads(logits)
+    for name in LOSSES:
+        lower = losses_of(stats_of(logits - grads[name]))[name]
+        assert lower < values[name], name
+
+
+def test_masked_tokens_count_for_nothing():
+    logits = random_logits()
+    mask = jnp.arange(60) < 40
+    masked, short = stats_of(logits, mask), stats_of(logits[:40])
+    routing = route(logits, kind="top_k", slots=2)
+    later = routing_stats(routing, mask, num_groups=2, num_partitions=2)
+    for other in (masked, later):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), other, short)
+
+
+def test_no_tokens_gives_zero_and_finite_gradients():
+    mask = jnp.zeros(64, bool)
+    values, grads = losses_and_grads(random_logits(), mask)
+    for name in LOSSES:
+        assert values[name] == 0
+        np.testing.assert_array_equal(grads[name], 0.0)
+    for metric in metrics_of(stats_of(random_logits(), mask)).values():
+        assert bool(jnp.all(jnp.isfinite(metric)))
+
+
+def test_extreme_logits_stay_finite():
+    # A chosen group whose probabilities all underflow: selected through the bias alone.
+    logits = random_logits().at[:, 4:].add(-200.0)
+    values, grads = losses_and_grads(logits, bias=jnp.where(jnp.arange(E) >= 4, 2.0, 0.0))
+    for name in LOSSES:
+        assert np.isfinite(values[name]) and bool(jnp.all(jnp.isfinite(grads[name])))
+
+
+def test_metrics():
+    logits = jnp.log(jnp.asarray([[0.6, 0.3, 0.06, 0.04], [0.9, 0.05, 0.03, 0.02]]))
+    routing = route(logits, kind="top_p", slots=3, top_p=0.8)
+    stats = routing_stats(routing)
+    metrics = routing_metrics(stats)
+    np.testing.assert_allclose(metrics["mean_experts"], 1.5)
+    np.testing.assert_allclose(metrics["load_max_over_mean"], 2 / 0.75)
+    np.testing.assert_allclose(metrics["dead_experts"], 2)
+    np.testing.assert_allclose(metrics["kept_mass"], 0.9, rtol=1e-6)
+    np.testing.assert_allclose(metrics["histogram"], [0, 0.5, 0.5, 0])
+    np.testing.assert_allclose(stats.top1_count_E, [2, 0, 0, 0])
+    assert all(value.dtype == jnp.float32 for value in metrics.values())
+
+
+def test_everything_works_with_a_layer_axis():
+    logits = jnp.stack([random_logits(seed=s) for s in range(3)])
+    stats = jax.vmap(stats_of)(logits)
+    losses, metrics = jax.vmap(balance_losses)(stats), jax.vmap(routing_metrics)(stats)
+    bias = jax.vmap(lambda b, c: update_bias(b, c, rate=0.1))(
+        jnp.zeros((3, E)), stats.assigned_count_E
+    )
+    for layer in range(3):
+        single = stats_of(logits[layer])
+        for name, value in losses_of(single).items():
+            np.testing.assert_allclose(losses[name][layer], value, rtol=1e-6)
+        for name, value in routing_metrics(single).items():
+            np.testing.assert_allclose(metrics[name][layer], value, rtol=1e-6)
+        expected = update_bias(jnp.zeros(E), single.assigned_count_E, rate=0.1)
+        np.testing.assert_allclose(bias[layer], expected, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "grouping", [dict(num_groups=3), dict(num_groups=2, num_partitions=3), dict(num_groups=0)]
+)
+def test_groupings_must_divide(grouping):
+    with pytest.raises(ValueError, match="num_groups"):
+        stats_of(random_logits(), **grouping)
+
+
+def test_bias_is_centred_and_evens_the_load():
+    logits = random_logits(tokens=512) + jnp.linspace(0, 2, E)[None, :]
+    bias = jnp.zeros(E)
+
+    @jax.jit
+    def step(bias):
+        load = stats_of(logits, None, bias).assigned_count_E
+        return update_bias(bias, load, rate=0.003), load
+
+    before = step(bias)[1]
+    for _ in range(100):
+        bias, after = step(bias)
+        assert abs(float(bias.mean())) < 1e-6
+    assert after.max() / after.mean() < 1.2 < before.max() / before.mean()
+    np.testing.assert_allclose(update_bias(bias, jnp.full(E, 3.0), rate=0.1), bias, atol=1e-7)
+
+
+@jax.jit
+def update_p(state, mean_experts, target, experts):
+    return pi_update(state, mean_experts, target=target, num_experts=experts, initial_p=0.4)
+
+
+@pytest.mark.parametrize("experts", [8, 16, 32, 64])
+@pytest.mark.parametrize("scale", [0.2, 1.0, 3.0])
+def test_controller_reaches_its_target_in_fifty_steps(experts, scale):
+    p = np.exp(np.asarray(random_logits(1024, scale, experts=experts)))
+    p = -np.sort(-p / p.sum(-1, keepdims=True), -1)
+    before = np.cumsum(p, -1) - p
+    for target in (2, 8):
+        if target > experts // 4:
+            continue
+        state, history = pi_init(0.4), []
+        for _ in range(60):
+            used = np.minimum((before < float(state.top_p)).sum(-1), 2 * target).mean()
+            history.append(used)
+            state = update_p(state, np.float32(used), target, experts)
+        np.testing.assert_allclose(history[50:], target, rtol=0.05)
+
+
+def test_controller_does_not_wind_up():
+    state = pi_init(0.4)
+    for _ in range(200):
+        state = update_p(state, 1.0, 4.0, 8)
+    assert state.top_p <= 1.0 and state.integral < 1.2
+    assert update_p(state, 8.0, 4.0, 8).top_p < state.top_p
+    for _ in range(200):
+        state = update_p(state, 8.0, 4.0, 8)
+    assert state.top_p >= 0.01 and state.integral > -1.2

@@ -1,0 +1,33 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lightning_jax.ops.norm import rms_norm
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4, 6)])
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+def test_matches_float64(shape, dtype, tolerance):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=shape) * 3, dtype)
+    scale = jnp.asarray(rng.normal(size=shape[-1:]), dtype)
+    exact = np.asarray(x, np.float64)
+    exact /= np.sqrt(np.mean(exact**2, -1, keepdims=True) + 1e-6)
+    out = rms_norm(x, scale, eps=1e-6)
+    assert out.dtype == dtype
+    np.testing.assert_allclose(
+        np.asarray(out, np.float64), exact * np.asarray(scale, np.float64), tolerance, tolerance
+    )
+
+
+def test_bfloat16_does_not_overflow_and_zero_row_has_finite_gradient():
+    huge = jnp.full((1, 8), 1e30, jnp.bfloat16)
+    np.testing.assert_allclose(rms_norm(huge / 1e15, jnp.ones(8), eps=0.0).astype(float), 1.0)
+    gradient = jax.grad(lambda x: rms_norm(x, jnp.ones(8), eps=1e-6).sum())(jnp.zeros((1, 8)))
+    assert np.isfinite(gradient).all()
+
+
+def test_wrong_scale_is_named():
+    with pytest.raises(ValueError, match=r"scale has shape \(3,\): expected \(4,\)"):
+        rms_norm(jnp.ones((2, 4)), jnp.ones(3), eps=1e-6)

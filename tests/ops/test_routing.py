@@ -1,0 +1,206 @@
+"""Router selection, gates and the slot order."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lightning_jax.ops.routing import ordered_sum, route, sort_slots
+
+
+def random_logits(tokens=64, experts=8, scale=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.standard_normal((tokens, experts)) * scale, jnp.float32)
+
+
+def softmax64(logits):
+    logits = np.asarray(logits, np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+def chosen_sets(routing):
+    E = routing.num_experts
+    return [frozenset(int(e) for e in row if e < E) for row in np.asarray(routing.expert_index_MC)]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 8])
+def test_top_k_chooses_the_most_probable(slots):
+    logits = random_logits()
+    routing = route(logits, kind="top_k", slots=slots)
+    expected = np.argsort(-np.asarray(logits), axis=-1, kind="stable")[:, :slots]
+    np.testing.assert_array_equal(routing.expert_index_MC, expected)
+    gates = np.take_along_axis(softmax64(logits), expected, -1)
+    np.testing.assert_allclose(routing.gate_MC, gates, rtol=1e-5)
+    assert routing.expert_index_MC.dtype == jnp.int32
+    for array in (routing.gate_MC, routing.logits_ME, routing.probs_ME):
+        assert array.dtype == jnp.float32
+    np.testing.assert_allclose(routing.probs_ME.sum(-1), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+def test_top_p_takes_the_smallest_sufficient_set(top_p, scale):
+    logits = random_logits(scale=scale)
+    routing = route(logits, kind="top_p", slots=8, top_p=top_p)
+    used = np.asarray(routing.filled_MC).sum(-1)
+    sorted_p = -np.sort(-softmax64(logits), axis=-1)
+    reached = np.cumsum(sorted_p, -1)
+    for m, k in enumerate(used):
+        assert k >= 1
+        assert reached[m, k - 1] >= top_p - 1e-6
+        assert k == 1 or reached[m, k - 2] < top_p + 1e-6
+    assert bool(jnp.all(routing.filled_MC[:, :-1] >= routing.filled_MC[:, 1:]))
+    assert bool(jnp.all(jnp.where(routing.filled_MC, True, routing.gate_MC == 0)))
+
+
+def test_top_p_never_exceeds_its_slots():
+    routing = route(random_logits(scale=0.01), kind="top_p", slots=3, top_p=0.9)
+    np.testing.assert_array_equal(routing.filled_MC.sum(-1), 3)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 60.0])
+def test_top_p_of_one_is_everything_despite_rounding(scale):
+    routing = route(random_logits(experts=64, scale=scale), kind="top_p", slots=64, top_p=1.0)
+    assert bool(jnp.all(routing.filled_MC))
+    dense = route(routing.logits_ME, kind="dense", slots=64)
+    order = jnp.argsort(routing.expert_index_MC, axis=-1)
+    np.testing.assert_array_equal(
+        jnp.take_along_axis(routing.gate_MC, order, axis=-1), dense.gate_MC
+    )
+
+
+def test_top_p_may_be_traced():
+    logits = random_logits()
+    traced = jax.jit(lambda p: route(logits, kind="top_p", slots=4, top_p=p))
+    for top_p in (0.2, 0.7, 1.0):
+        expected = route(logits, kind="top_p", slots=4, top_p=top_p)
+        got = traced(jnp.float32(top_p))
+        np.testing.assert_array_equal(got.expert_index_MC, expected.expert_index_MC)
+    assert bool(jnp.all(traced(jnp.float32(0.0)).filled_MC.sum(-1) == 1))
+
+
+def test_dense_is_every_expert_in_index_order():
+    logits = random_logits()
+    routing = route(logits, kind="dense", slots=8)
+    np.testing.assert_array_equal(routing.expert_index_MC, np.tile(np.arange(8), (64, 1)))
+    np.testing.assert_array_equal(routing.gate_MC, routing.probs_ME)
+
+
+@pytest.mark.parametrize("kind", ["top_k", "top_p"])
+def test_permuting_experts_permutes_the_choice(kind):
+    logits = random_logits()
+    permutation = np.random.default_rng(1).permutation(8)
+    a = route(logits, kind=kind, slots=3, top_p=0.6)
+    b = route(logits[:, permutation], kind=kind, slots=3, top_p=0.6)
+    back = np.append(permutation, 8)[np.asarray(b.expert_index_MC)]
+    np.testing.assert_array_equal(a.expert_index_MC, back)
+    np.testing.assert_allclose(a.gate_MC, b.gate_MC, rtol=1e-6)
+
+
+def test_ties_go_to_the_lower_index():
+    routing = route(jnp.zeros((5, 8)), kind="top_k", slots=3)
+    np.testing.assert_array_equal(routing.expert_index_MC, np.tile([0, 1, 2], (5, 1)))
+
+
+@pytest.mark.parametrize("kind", ["top_k", "top_p", "dense"])
+def test_renormalized_gates_sum_to_one(kind):
+    logits = random_logits()
+    slots = 8 if kind == "dense" else 3
+    raw = route(logits, kind=kind, slots=slots, top_p=0.5)
+    norm = route(logits, kind=kind, slots=slots, top_p=0.5, renormalize=True)
+    np.testing.assert_allclose(norm.gate_MC.sum(-1), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(
+        norm.gate_MC, raw.gate_MC / raw.gate_MC.sum(-1, keepdims=True), rtol=1e-6
+    )
+    np.testing.assert_array_equal(norm.expert_index_MC, raw.expert_index_MC)
+
+
+def test_bias_orders_the_selection_and_nothing_else():
+    logits = random_logits()
+    bias = jnp.zeros(8).at[5].set(10.0)
+    routing = route(logits, kind="top_k", slots=2, bias_E=bias)
+    np.testing.assert_array_equal(routing.expert_index_MC[:, 0], 5)
+    np.testing.assert_array_equal(routing.gate_MC[:, 0], routing.probs_ME[:, 5])
+
+    def total(bias, logits):
+        return route(logits, kind="top_p", slots=4, top_p=0.5, bias_E=bias).gate_MC.sum()
+
+    dbias, dlogits = jax.grad(total, argnums=(0, 1))(bias, logits)
+    np.testing.assert_array_equal(dbias, 0.0)
+    assert float(jnp.abs(dlogits).max()) > 0
+
+    # The mass counted towards p is the unbiased one, in the biased order.
+    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
+    bias = jnp.asarray([0.0, 0.0, 0.0, 1.0])
+    routing = route(logits, kind="top_p", slots=4, top_p=0.5, bias_E=bias)
+    np.testing.assert_array_equal(routing.expert_index_MC, [[3, 0, 4, 4]])
+
+
+@pytest.mark.parametrize("kind", ["top_k", "top_p", "dense"])
+def test_padding_is_empty_and_has_no_gradient(kind):
+    mask = jnp.arange(64) % 3 > 0
+    # NaN in padding must reach neither values nor gradients.
+    logits = jnp.where(mask[:, None], random_logits(), jnp.nan)
+    slots = 8 if kind == "dense" else 3
+
+    def loss(logits):
+        routing = route(
+            logits, kind=kind, slots=slots, top_p=0.7, renormalize=True, token_mask_M=mask
+        )
+        probs_loss = jnp.sum(routing.probs_ME**2) + jnp.sum(routing.logits_ME**2)
+        return jnp.sum(routing.gate_MC**2) + probs_loss, routing
+
+    grad, routing = jax.grad(loss, has_aux=True)(logits)
+    np.testing.assert_array_equal(routing.expert_index_MC[~mask], 8)
+    np.testing.assert_array_equal(routing.gate_MC[~mask], 0.0)
+    np.testing.assert_array_equal(grad[~mask], 0.0)
+    assert bool(jnp.all(jnp.isfinite(grad)))
+    assert float(jnp.abs(grad[mask]).max()) > 0
+
+
+def test_bfloat16_logits_are_routed_in_float32():
+    logits = random_logits(experts=64, scale=0.01).astype(jnp.bfloat16)
+    a = route(logits, kind="top_p", slots=64, top_p=0.4)
+    b = route(logits.astype(jnp.float32), kind="top_p", slots=64, top_p=0.4)
+    assert chosen_sets(a) == chosen_sets(b)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slots": 9}, "slots must be from 1 to the number of experts, 8, got 9"),
+        ({"slots": 0}, "got 0"),
+        ({"kind": "topp"}, "did you mean 'top_p'"),
+        ({"kind": "dense"}, "dense routing needs slots = experts = 8"),
+        ({"kind": "top_p", "top_p": 0.0}, "top_p must be above 0"),
+        ({"bias_E": jnp.zeros(7)}, "bias_E must have shape"),
+        ({"token_mask_M": jnp.zeros(64)}, "token_mask_M must be bool"),
+    ],
+)
+def test_bad_arguments_name_the_field(change, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        route(random_logits(), **{"kind": "top_k", "slots": 2, **change})
+
+
+def test_sort_slots_is_stable_and_inverts():
+    index = jnp.asarray([[2, 0], [3, 3], [0, 2], [1, 3]], jnp.int32)
+    order = sort_slots(index, 3)
+    np.testing.assert_array_equal(order.slot_S, [1, 4, 6, 0, 5, 2, 3, 7])
+    np.testing.assert_array_equal(order.slot_S[order.position_MC.reshape(-1)], np.arange(8))
+    np.testing.assert_array_equal(order.size_E, [2, 1, 2])
+    np.testing.assert_array_equal(order.end_E, [2, 3, 5])
+    np.testing.assert_array_equal(order.filled_S, np.arange(8) < 5)
+    np.testing.assert_array_equal(order.token_S, np.asarray(order.slot_S) // 2)
+
+
+@pytest.mark.parametrize("choices", [1, 2, 13])
+def test_ordered_sum(choices):
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((30, 4)).astype(np.float32)
+    position = rng.integers(0, 30, (7, choices))
+    weight = rng.random((7, choices)).astype(np.float32)
+    expected = np.einsum("mc,mcd->md", weight, rows[position])
+    np.testing.assert_allclose(ordered_sum(jnp.asarray(rows), position, weight), expected, 1e-5)
