@@ -1,0 +1,38 @@
+"""Trains a byte-level BPE tokenizer.
+
+    python -m experiments.train_tokenizer --input='text/**/*.txt' --vocab_size=4096 --out=t.json
+
+Prints `{"path", "vocab_size", "bytes_per_token"}` as JSON, measured on the text it was trained on.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from lightning_jax import program
+from lightning_jax.config import SourceConfig
+from lightning_jax.data.sources import open_source
+from lightning_jax.data.tokenizer import train_bpe
+
+_INPUT = flags.DEFINE_string("input", None, "Glob, stdlib:code or stdlib:docs.", required=True)
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "Tokens, bos and eos included.")
+_OUT = flags.DEFINE_string("out", None, "Where to write tokenizer.json.", required=True)
+_TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Key of the text in record files.")
+
+
+def main() -> None:
+    # A source with an eval path of its own is all train: nothing is held out here.
+    config = SourceConfig(name="input", path=_INPUT.value, eval_path=_INPUT.value)
+    source = open_source(config, split="train", text_field=_TEXT_FIELD.value, eval_fraction=0.5)
+    tokenizer = train_bpe(source.texts(), _VOCAB_SIZE.value, _OUT.value)
+    tokens = sum(len(tokenizer.encode(text)) for text in source.texts())
+    result = {
+        "path": _OUT.value,
+        "vocab_size": tokenizer.vocab_size,
+        "bytes_per_token": round(source.num_bytes / max(tokens, 1), 4),
+    }
+    program.emit_json(result)
+
+
+if __name__ == "__main__":
+    program.run(main)

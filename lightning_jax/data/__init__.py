@@ -1,0 +1,1 @@
+"""Text to batches: tokenizer, sources, packing, mixture. Knows config, never the model."""

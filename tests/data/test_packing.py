@@ -1,0 +1,116 @@
+import json
+
+import grain
+import numpy as np
+import pytest
+
+from lightning_jax.data import packing
+from lightning_jax.data.tokenizer import ByteTokenizer
+
+KINDS = ["concat", "first_fit"]
+
+
+def documents(lengths):
+    """Documents of the given numbers of pairs; every token is unique, so pairs can be traced."""
+    ends = np.cumsum([n + 1 for n in lengths])
+    return [np.arange(e - n - 1, e, dtype=np.int32) + 1 for n, e in zip(lengths, ends, strict=True)]
+
+
+def dataset(docs, seq_len, kind):
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return packing.PackDataset(
+        grain.MapDataset.source(docs).to_iter_dataset(options), seq_len=seq_len, packing=kind
+    )
+
+
+def pairs(docs):
+    return [(int(a), int(b)) for d in docs for a, b in zip(d[:-1], d[1:], strict=True)]
+
+
+LENGTHS = {
+    "ordinary": [5, 3, 9, 1, 30, 2, 2, 7, 16, 8, 11],
+    "one short": [1],
+    "one long": [100],
+    "exact": [8, 8, 16, 8],
+    "many": list(np.random.default_rng(0).integers(1, 25, 120)),
+}
+
+
+@pytest.mark.parametrize("seq_len", [1, 8, 13])
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_pair_once_and_segments_do_not_mix(kind, name, seq_len):
+    docs = documents(LENGTHS[name])
+    owner = {int(t): i for i, d in enumerate(docs) for t in d}
+    seen, count, padding = [], 0, 0
+    for row in dataset(docs, seq_len, kind):
+        count += 1
+        assert set(row) == {"tokens", "targets", "segment_ids", "positions", "loss_mask"}
+        assert all(a.shape == (seq_len,) for a in row.values())
+        assert row["loss_mask"].dtype == np.float32
+        assert all(row[k].dtype == np.int32 for k in row if k != "loss_mask")
+        real = row["segment_ids"] > 0
+        np.testing.assert_array_equal(row["loss_mask"], real)
+        assert np.all(np.diff(real.astype(int)) <= 0)  # padding is at the end
+        assert not any(row[k][~real].any() for k in row)
+        padding += int((~real).sum())
+        for segment in range(1, row["segment_ids"].max() + 1):
+            at = np.flatnonzero(row["segment_ids"] == segment)
+            assert np.all(np.diff(at) == 1)
+            np.testing.assert_array_equal(row["positions"][at], np.arange(len(at)))
+            np.testing.assert_array_equal(row["targets"][at], row["tokens"][at] + 1)
+            assert len({owner[int(t)] for t in row["tokens"][at]}) == 1
+            assert len({owner[int(t)] for t in row["targets"][at]}) == 1
+        seen += list(zip(row["tokens"][real].tolist(), row["targets"][real].tolist(), strict=True))
+    assert len(seen) == len(set(seen))
+    assert sorted(seen) == pairs(docs)
+    if kind == "concat":
+        assert seen == pairs(docs)
+        assert padding < seq_len and count == -(-len(seen) // seq_len)
+
+
+def test_first_fit_cuts_only_long_documents():
+    docs = documents(LENGTHS["many"])
+    starts = {int(d[0]): len(d) - 1 for d in docs}
+    for row in dataset(docs, 16, "first_fit"):
+        for at in np.flatnonzero((row["positions"] == 0) & (row["segment_ids"] > 0)):
+            size = int((row["segment_ids"] == row["segment_ids"][at]).sum())
+            length = starts.get(int(row["tokens"][at]))
+            assert length is None or size == min(length, 16)
+
+
+@pytest.mark.parametrize("name", ["ordinary", "one long", "many"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_is_exact_at_every_row(kind, name, monkeypatch):
+    monkeypatch.setattr(packing, "_OPEN_ROWS", 4)
+    grain.experimental.assert_equal_output_after_checkpoint(
+        dataset(documents(LENGTHS[name][:20]), 8, kind)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_survives_json_and_later_rows(kind):
+    rows = dataset(documents(LENGTHS["many"]), 16, kind)
+    iterator = iter(rows)
+    for _ in range(37):
+        next(iterator)
+    state = iterator.get_state()
+    written = json.dumps(state)
+    rest = list(iterator)
+    assert json.dumps(state) == written
+    other = iter(rows)
+    next(other)
+    other.set_state(json.loads(written))
+    np.testing.assert_equal(list(other), rest)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_documents_no_rows(kind):
+    assert list(dataset([], 4, kind)) == []
+
+
+def test_document_tokens():
+    tokens = packing.document_tokens("hé", ByteTokenizer())
+    assert tokens.dtype == np.int32
+    assert tokens.tolist() == [256, 0x68, 0xC3, 0xA9, 257]
+    assert packing.document_tokens("", ByteTokenizer()).tolist() == [256, 257]
