@@ -1,0 +1,1 @@
+"""flax.linen shells: parameters with logical axis names, then a call into `ops`."""

@@ -1,0 +1,98 @@
+"""One layer (a letter of the pattern) and one unit (a repeat of it, the body of the scan)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lightning_jax import sharding
+from lightning_jax.config import GLOBAL, LOCAL, LayerSpec, ModelConfig
+from lightning_jax.layers.attention import Attention, KindContext
+from lightning_jax.layers.common import GatedMLP, RMSNorm
+from lightning_jax.layers.moe import MoE
+from lightning_jax.ops.balance import RoutingStats
+from lightning_jax.ops.kv_cache import KV
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What all layers share in one forward pass."""
+
+    kinds: dict[str, KindContext]
+    token_mask_BT: jax.Array
+    top_p: jax.Array
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and MLP (dense or routed), each added to the residual stream."""
+
+    config: ModelConfig
+    spec: LayerSpec
+    train: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        context: Context,
+        bias_E: jax.Array | None,
+        shared: KV | None,
+        cache: KV | None,
+    ) -> tuple[jax.Array, KV, KV | None, RoutingStats | None]:
+        """Returns (x_BTD, keys and values attended to, updated cache, routing statistics)."""
+        config, depth = self.config, self.config.num_layers
+        attention = Attention(
+            config.attention, self.spec, config.norm_eps, depth, name="attention"
+        )
+        kind = context.kinds[LOCAL if self.spec.is_local else GLOBAL]
+        with jax.named_scope("attention"):
+            normed_BTD = RMSNorm(config.norm_eps, name="attention_norm")(x_BTD)
+            out_BTD, shared, cache = attention(normed_BTD, kind, shared, cache)
+            x_BTD = sharding.shard(x_BTD + out_BTD, "batch", "sequence", None)
+        stats = None
+        with jax.named_scope("mlp"):
+            normed_BTD = RMSNorm(config.norm_eps, name="mlp_norm")(x_BTD)
+            if self.spec.routed:
+                moe = MoE(config.moe, depth, self.train, name="moe")
+                out_BTD, stats = moe(normed_BTD, context.token_mask_BT, bias_E, context.top_p)
+            else:
+                out_BTD = GatedMLP(config.mlp_dim, depth, name="mlp")(normed_BTD)
+            x_BTD = sharding.shard(x_BTD + out_BTD, "batch", "sequence", None)
+        return x_BTD, shared, cache, stats
+
+
+class Unit(nn.Module):
+    """A run of layers closed under sharing: no key or value is borrowed from outside.
+
+    `bias_RE` has a row for each of the R routed layers; `caches` maps the keys of owner layers to
+    their cache, empty without one. Statistics come back stacked on a leading R axis.
+    """
+
+    config: ModelConfig
+    layers: tuple[LayerSpec, ...]
+    train: bool
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, bias_RE: jax.Array, caches: dict[str, KV], context: Context
+    ) -> tuple[jax.Array, tuple[dict[str, KV], RoutingStats | None]]:
+        shared: dict[str, KV] = {}
+        written: dict[str, KV] = {}
+        collected = []
+        for spec in self.layers:
+            bias_E = bias_RE[len(collected)] if spec.routed else None
+            x_BTD, attended, cache, stats = Layer(self.config, spec, self.train, name=spec.key)(
+                x_BTD, context, bias_E, shared.get(spec.owner), caches.get(spec.key)
+            )
+            if spec.owns_kv:
+                shared[spec.key] = attended
+            if cache is not None:
+                written[spec.key] = cache
+            if stats is not None:
+                collected.append(stats)
+        stacked = jax.tree.map(lambda *a: jnp.stack(a), *collected) if collected else None
+        return x_BTD, (written, stacked)

@@ -1,0 +1,85 @@
+"""Mixture of experts: float32 router, routed experts, shared experts."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lightning_jax import sharding
+from lightning_jax.config import MoeConfig
+from lightning_jax.layers.common import GatedMLP, output_scale, param, scaled_normal
+from lightning_jax.ops import balance, routing
+from lightning_jax.ops.experts import routed_experts
+
+
+class MoE(nn.Module):
+    """Fine-grained experts (arXiv 2401.06066) under top-k, top-p (arXiv 2403.07652) or dense routing.
+
+    Returns the experts' output and the layer's `RoutingStats`, sums over the tokens of the whole
+    batch: losses and metrics are functions of them.
+    """
+
+    config: MoeConfig
+    num_layers: int
+    train: bool
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, token_mask_BT: jax.Array, bias_E: jax.Array, top_p: jax.Array
+    ) -> tuple[jax.Array, balance.RoutingStats]:
+        config = self.config
+        routed = self._route(x_BTD, token_mask_BT.reshape(-1), bias_E, top_p)
+        stats = balance.routing_stats(
+            routed,
+            token_mask_BT.reshape(-1),
+            num_groups=config.num_groups,
+            num_partitions=config.num_partitions,
+        )
+        out_BTD = self._experts(x_BTD, routed) * jnp.asarray(config.routed_scale, x_BTD.dtype)
+        if config.num_shared_experts:
+            hidden = config.num_shared_experts * config.expert_dim
+            out_BTD += GatedMLP(hidden, self.num_layers, name="shared")(x_BTD)
+        return out_BTD, stats
+
+    def _route(
+        self, x_BTD: jax.Array, token_mask_M: jax.Array, bias_E: jax.Array, top_p: jax.Array
+    ) -> routing.Routing:
+        config, dim = self.config, x_BTD.shape[-1]
+        kind = config.train_routing if self.train else config.eval_routing
+        router_DE = param(
+            self, "router_DE", scaled_normal(dim), (dim, config.num_experts), ("embed", "router")
+        )
+        logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), router_DE)
+        return routing.route(
+            logits_BTE.reshape(-1, config.num_experts),
+            kind=kind,
+            slots=config.slots(kind),
+            top_p=top_p,
+            bias_E=bias_E,
+            renormalize=config.renormalize_gates,
+            token_mask_M=token_mask_M,
+        )
+
+    def _experts(self, x_BTD: jax.Array, routed: routing.Routing) -> jax.Array:
+        config, (batch, time, dim) = self.config, x_BTD.shape
+        count, hidden, dtype = config.num_experts, config.expert_dim, x_BTD.dtype
+        inward, outward = scaled_normal(dim), scaled_normal(hidden, output_scale(self.num_layers))
+        axes = ("expert", "embed", "mlp")
+        gate_EDF = param(self, "gate_EDF", inward, (count, dim, hidden), axes, dtype)
+        up_EDF = param(self, "up_EDF", inward, (count, dim, hidden), axes, dtype)
+        down_EFD = param(
+            self, "down_EFD", outward, (count, hidden, dim), ("expert", "mlp", "embed"), dtype
+        )
+
+        def local(x_BTD, routed, gate_EDF, up_EDF, down_EFD):
+            flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), (x_BTD, routed))
+            y_MD = routed_experts(
+                *flat, gate_EDF, up_EDF, down_EFD, implementation=config.implementation or None
+            )
+            return y_MD.reshape(x_BTD.shape)
+
+        # Sorting tokens by expert stays on the device that has them: experts come to the tokens.
+        by_row = jax.tree.map(lambda a: a.reshape(batch, time, a.shape[-1]), routed)
+        run = sharding.batch_local(local, batched=(True, True, False, False, False))
+        return run(x_BTD, by_row, gate_EDF, up_EDF, down_EFD)

@@ -1,0 +1,223 @@
+"""The whole model: causality, document isolation, scan, sharing, options, predecessors."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lightning_jax import model as lm
+from lightning_jax.layers.block import Unit
+from tests.tiny import random_batch, tiny_model
+
+PATTERNS = ["G", "L", "LLLG", "Gg", "LlG", "LLLGLLLg"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(config, params, batch, **kwargs):
+    output = lm.LightningLM(config, train=True).apply(
+        {"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"], **kwargs
+    )
+    return output._replace(head_DV=output.logits())  # Logits are what the tests look at.
+
+
+def make(seed=0, **changes):
+    config = tiny_model(**changes)
+    params = jax.jit(lambda key: lm.init_params(config, key))(jax.random.key(seed))
+    return config, params
+
+
+@pytest.mark.parametrize("unit", ["LGg", pytest.param("LLLGLLLg", marks=pytest.mark.slow)])
+def test_no_gradient_from_the_future_or_another_document(unit):
+    """d hidden[t] / d embedding[s] is exactly zero unless s is visible through some layer."""
+    config, params = make(unit=unit, tie_embeddings=False)
+    time, tokens_BT = 24, jnp.arange(24)[None, :]
+    segment_ids_BT = jnp.asarray([[1] * 9 + [2] * 12 + [0] * 3])
+    positions_BT = jnp.asarray([[*range(9), *range(12), 0, 0, 0]])
+
+    def hidden(table_VD):
+        replaced = {**params, "embed": {"table_VD": table_VD}}
+        output = lm.LightningLM(config).apply(
+            {"params": replaced}, tokens_BT, positions_BT, segment_ids_BT
+        )
+        return output.hidden_BTD[0].sum(axis=-1)
+
+    # Every token id is used once, so a row of the table is a position.
+    jacobian = jax.jit(jax.jacrev(hidden))(params["embed"]["table_VD"])
+    influence_TS = np.abs(jacobian[:, :time]).sum(axis=-1)
+    query, key = np.arange(time)[:, None], np.arange(time)[None, :]
+    segment = np.asarray(segment_ids_BT[0])
+    allowed = (query >= key) & (segment[:, None] == segment[None, :])
+    allowed = np.where(segment[:, None] == 0, query == key, allowed)
+    assert (influence_TS[~allowed] == 0).all()
+    within = allowed & (segment[:, None] > 0)
+    assert (influence_TS[within] > 0).all()
+
+
+def test_window_bounds_the_reach_of_local_layers():
+    config, params = make(unit="L", num_units=1, tie_embeddings=False)
+    window = config.attention.window
+    tokens_BT = jnp.arange(3 * window)[None, :]
+
+    def last(table_VD):
+        replaced = {**params, "embed": {"table_VD": table_VD}}
+        return lm.LightningLM(config).apply({"params": replaced}, tokens_BT).hidden_BTD[0, -1].sum()
+
+    gradient = jax.jit(jax.grad(last))(params["embed"]["table_VD"])
+    influence_T = np.abs(gradient[: 3 * window]).sum(axis=-1)
+    assert (influence_T[:-window] == 0).all() and (influence_T[-window:] > 0).all()
+
+
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
+def test_scan_equals_unrolled_and_a_plain_loop(remat):
+    config, params = make(unit="LGg", num_units=3, remat=remat)
+    batch = random_batch(2, 20, 64)
+
+    def loss(config, params):
+        output = apply(config, params, batch)
+        return (output.hidden_BTD**2).sum() + output.stats.prob_sum_E.std(), output.hidden_BTD
+
+    scanned = jax.jit(jax.value_and_grad(lambda p: loss(config, p), has_aux=True))(params)
+    unrolled_config = dataclasses.replace(config, scan=False)
+    unrolled = jax.jit(jax.value_and_grad(lambda p: loss(unrolled_config, p), has_aux=True))(params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), scanned, unrolled
+    )
+
+    single = dataclasses.replace(config, num_units=1)
+    x_BTD = params["embed"]["table_VD"][batch["tokens"]]
+    router = lm.init_router(config)
+    model = lm.LightningLM(config)
+    index_BT = jnp.broadcast_to(jnp.arange(20)[None, :], (2, 20))
+    kinds, _ = model._kinds(
+        index_BT, batch["positions"], batch["segment_ids"], config.attention.rope_base_global, None
+    )
+    context = lm.Context(kinds, batch["segment_ids"] != 0, router.top_p)
+    # Layers scale their output at initialisation only, so a unit of one equals one of three.
+    unit = Unit(single, config.unit_layers, True)
+    run = jax.jit(lambda p, x, b: unit.apply({"params": p}, x, b, {}, context)[0])
+    for index in range(3):
+        mine = jax.tree.map(lambda a, i=index: a[i], params["units"])
+        x_BTD = run(mine, x_BTD, router.bias_URE[index])
+    x_BTD = x_BTD * jax.lax.rsqrt((x_BTD**2).mean(-1, keepdims=True) + config.norm_eps)
+    np.testing.assert_allclose(x_BTD, scanned[0][1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("unit", PATTERNS)
+def test_borrowers_own_nothing(unit):
+    config = tiny_model(unit=unit, num_units=1)
+    params = lm.abstract_params(config)
+    for spec in config.unit_layers:
+        names = set(params["units"][spec.key]["attention"])
+        own = {"key_DKH", "value_DKH", "key_norm"}
+        assert names & own == (own if spec.owns_kv else set())
+
+
+@pytest.mark.parametrize("unit", ["Gg", pytest.param("LLLGLLLg", marks=pytest.mark.slow)])
+def test_borrowers_teach_their_owner(unit):
+    config, params = make(unit=unit, num_units=1)
+    batch, borrower = random_batch(2, 20, 64), config.unit_layers[-1]
+
+    def through_borrower_alone(params):
+        # Silence the owner's own attention output: what reaches its keys comes by the borrower.
+        owner = params["units"][borrower.owner]["attention"]
+        owner = {**owner, "out_NHD": jax.lax.stop_gradient(owner["out_NHD"] * 0)}
+        layer = {**params["units"][borrower.owner], "attention": owner}
+        units = {**params["units"], borrower.owner: layer}
+        return (apply(config, {**params, "units": units}, batch).hidden_BTD ** 2).sum()
+
+    grad = jax.jit(jax.grad(through_borrower_alone))(params)["units"][borrower.owner]["attention"]
+    assert np.abs(grad["key_DKH"]).max() > 0 and np.abs(grad["value_DKH"]).max() > 0
+
+
+def test_p_of_one_equals_dense_routing():
+    config, params = make()
+    experts = config.moe.num_experts
+    batch = random_batch(2, 20, 64)
+    router = dataclasses.replace(lm.init_router(config), top_p=jnp.float32(1.0))
+    outputs = []
+    for change in (dict(train_routing="top_p", max_experts=experts), dict(train_routing="dense")):
+        moe = dataclasses.replace(config.moe, target_experts=0.0, **change)
+        changed = dataclasses.replace(config, moe=moe)
+        outputs.append(apply(changed, params, batch, router=router))
+    np.testing.assert_allclose(outputs[0].hidden_BTD, outputs[1].hidden_BTD, atol=1e-5)
+    per_token = outputs[0].stats.assigned_count_E.sum(-1) / outputs[0].stats.tokens
+    np.testing.assert_allclose(per_token, experts)
+
+
+def test_statistics_count_real_tokens_only():
+    config, params = make(unit="LG", num_units=2)
+    batch = random_batch(3, 24, 64)
+    stats = apply(config, params, batch).stats
+    real = (batch["segment_ids"] > 0).sum()
+    assert stats.tokens.shape == (2, 2)
+    np.testing.assert_array_equal(stats.tokens, real)
+    np.testing.assert_array_equal(stats.experts_histogram.sum(-1), real)
+    np.testing.assert_allclose(stats.prob_sum_E.sum(-1), real, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(attention__sinks=True),
+        dict(attention__output_gate=True),
+        dict(attention__global_rope=False),
+        dict(attention__qk_norm=False),
+        dict(moe__num_shared_experts=0),
+        dict(moe__routed_scale=2.5),
+        dict(moe__renormalize_gates=True),
+        dict(attention__window=3),
+        dict(attention__rope_base_local=100.0),
+        dict(norm_eps=0.1),
+    ],
+)
+def test_every_option_changes_the_output(changes):
+    """An option that nothing reads would leave the output as it is."""
+    plain, params = make(unit="LG", num_units=1)
+    batch = random_batch(2, 24, 64)
+    config, changed = make(unit="LG", num_units=1, **changes)
+    # Parameters that both have are the same; new ones are set to something that acts.
+    known = dict(jax.tree_util.tree_leaves_with_path(params))
+    changed = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: known.get(path, jnp.ones_like(leaf)), changed
+    )
+    one, other = apply(plain, params, batch), apply(config, changed, batch)
+    assert float(jnp.abs(one.hidden_BTD - other.hidden_BTD).max()) > 1e-3
+
+
+def test_rope_base_of_global_layers_is_an_argument():
+    config, params = make(unit="LG", num_units=1)
+    batch = random_batch(2, 24, 64)
+    base = config.attention.rope_base_global
+    one, same, other = (
+        apply(config, params, batch, rope_base_global=value).hidden_BTD
+        for value in (None, base, 50 * base)
+    )
+    np.testing.assert_array_equal(one, same)
+    assert float(jnp.abs(one - other).max()) > 1e-3
+
+
+def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
+    config, params = make(unit="LG", num_units=1)
+    batch = random_batch(2, 24, 64)
+    half = dataclasses.replace(config, compute_dtype="bfloat16")
+    output = apply(half, params, batch)
+    assert output.hidden_BTD.dtype == jnp.bfloat16 and output.head_DV.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(lm.abstract_params(half))} == {jnp.dtype("float32")}
+    error = jnp.abs(output.hidden_BTD - apply(config, params, batch).hidden_BTD)
+    assert float(error.mean()) < 0.05
+
+
+def test_logical_axes_name_every_axis_once():
+    config, params = make(unit="LGg", prefix="G")
+    axes = lm.logical_axes(config)
+    jax.tree.map(
+        lambda names, leaf: np.testing.assert_equal(len(names), leaf.ndim),
+        axes,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
+    assert axes["units"]["0_L"]["moe"]["gate_EDF"] == ("layers", "expert", "embed", "mlp")
+    assert axes["prefix"]["0_G"]["mlp"]["down_FD"] == ("mlp", "embed")
