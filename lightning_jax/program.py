@@ -97,16 +97,16 @@ def load_config(values: Any) -> RunConfig:
         raise UserError(f"--config: {_one_line(error)}") from error
 
 
-def emit_text(text: str) -> None:
-    """Writes `text` and a line end to standard output, at once.
+def emit_text(text: str, *, end: str = "\n") -> None:
+    """Writes `text` and `end` to standard output, at once.
 
     Raises:
       UserError: standard output is closed or full.
     """
-    data = memoryview((text + "\n").encode())
+    data = memoryview((text + end).encode())
     try:
         if _answers is None:
-            print(text, flush=True)
+            print(text, end=end, flush=True)
             return
         while data:
             data = data[os.write(_answers, data) :]

@@ -1,0 +1,52 @@
+"""Continue a prompt with the model of a run.
+
+    python -m experiments.generate --workdir=runs/a --prompt='def ' [--temperature=0.8]
+
+Streams the prompt and its continuation to stdout; tokens a second and the mean number of experts a
+token used go to stderr. The same seed gives the same text; --temperature=0 is greedy.
+"""
+
+import functools
+import sys
+
+from absl import flags
+
+from lightning_jax import program
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; may be empty.", required=True)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: greedy.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most probable tokens; 0: all.")
+_TOP_P = flags.DEFINE_float("top_p", 0.95, "Draw from the most probable tokens of this mass.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Tokens a sample at the most.")
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Continuations, one after another.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the newest.")
+_ROUTING_TOP_P = flags.DEFINE_float(
+    "routing_top_p", None, "Probability mass that the experts of a token reach; default: the run's."
+)
+
+
+def main() -> None:
+    from lightning_jax.infer import text
+    from lightning_jax.infer.sampling import Sampling
+
+    options = text.GenerateOptions(
+        prompt=_PROMPT.value,
+        sampling=Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value),
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        num_samples=_NUM_SAMPLES.value,
+        seed=_SEED.value,
+        step=_STEP.value,
+        routing_top_p=_ROUTING_TOP_P.value,
+    )
+    text.generate_run(
+        _WORKDIR.value,
+        options,
+        write=functools.partial(program.emit_text, end=""),
+        report=functools.partial(print, file=sys.stderr),
+    )
+
+
+if __name__ == "__main__":
+    program.run(main)

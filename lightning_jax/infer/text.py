@@ -1,0 +1,174 @@
+"""Text in, text out: what the generation program and the samples of a training run share."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lightning_jax import checkpoint, sharding
+from lightning_jax import model as lm
+from lightning_jax.config import ModelConfig, RunConfig, require
+from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
+from lightning_jax.infer.engine import Engine
+from lightning_jax.infer.sampling import Sampling
+
+TRAINING_SAMPLE = Sampling(temperature=0.8, top_p=0.95)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions:
+    """What `generate_run` writes. `routing_top_p` replaces the run's top-p, None keeps it.
+
+    Raises:
+      UserError: a number out of its range.
+    """
+
+    prompt: str
+    sampling: Sampling
+    max_new_tokens: int
+    num_samples: int
+    seed: int
+    step: int | None
+    routing_top_p: float | None
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_samples"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2^32)")
+        top_p = self.routing_top_p
+        require(top_p is None or 0 < top_p <= 1, "routing_top_p", top_p, "in (0, 1]")
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Returns the ids of a document that begins with `prompt`, as documents begin in training."""
+    return [tokenizer.bos_id, *tokenizer.encode(prompt)]
+
+
+def stream_text(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompt: str,
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    key: jax.Array,
+    rows: int = 1,
+) -> Iterator[str]:
+    """Yields the continuation of `prompt`: for each token the characters that it completes.
+
+    The strings are whole characters (some are empty); one more ends the text. Where a mesh needs a
+    batch, `rows` copies of the prompt run and the first is read.
+    """
+    decoder = tokenizer.stream_decoder()
+    for token_B in engine.stream(
+        [encode_prompt(tokenizer, prompt)] * rows,
+        sampling,
+        max_new_tokens=max_new_tokens,
+        key=key,
+        eos_id=tokenizer.eos_id,
+    ):
+        if token_B[0] < 0:
+            break
+        yield decoder.push(int(token_B[0]))
+    yield decoder.flush()
+
+
+def generate_run(
+    workdir: str | Path,
+    options: GenerateOptions,
+    *,
+    write: Callable[[str], None],
+    report: Callable[[str], None],
+) -> None:
+    """Continues a prompt with the model of a run.
+
+    Args:
+      workdir: folder of the run.
+      write: takes the text piece by piece, prompt first; each sample ends with a line end.
+      report: takes one line of measurements a sample.
+
+    Raises:
+      UserError: no such run or checkpoint, or options that do not fit its model.
+    """
+    run = checkpoint.load_run(workdir, step=options.step)
+    tokenizer = resolve_tokenizer(run.config.data, workdir)
+    engine = Engine(
+        run.config.model,
+        run.params,
+        _with_top_p(run.config.model, run.router, options.routing_top_p),
+        max_length=len(encode_prompt(tokenizer, options.prompt)) + options.max_new_tokens,
+        rope_base_global=run.meta["rope_base_global"],
+        valid_vocab=tokenizer.vocab_size,
+    )
+    for index in range(options.num_samples):
+        write(options.prompt)
+        times = []
+        for piece in stream_text(
+            engine,
+            tokenizer,
+            options.prompt,
+            options.sampling,
+            max_new_tokens=options.max_new_tokens,
+            key=jax.random.fold_in(jax.random.key(options.seed), index),
+        ):
+            write(piece)
+            times.append(time.perf_counter())
+        write("\n")
+        report(_measurements(times[:-1], engine.experts_per_token))
+
+
+def sample(
+    config: RunConfig, params: Any, router: lm.Router, tokenizer: Tokenizer, rope_base_global: float
+) -> str:
+    """Returns `config.sample_prompt` continued by `config.sample_tokens` tokens.
+
+    Works under the ambient mesh of a training run; the same weights give the same text.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    engine = Engine(
+        config.model,
+        params,
+        router,
+        max_length=len(encode_prompt(tokenizer, config.sample_prompt)) + config.sample_tokens,
+        rope_base_global=rope_base_global,
+        valid_vocab=tokenizer.vocab_size,
+    )
+    pieces = stream_text(
+        engine,
+        tokenizer,
+        config.sample_prompt,
+        TRAINING_SAMPLE,
+        max_new_tokens=config.sample_tokens,
+        key=jax.random.key(config.seed),
+        rows=1 if mesh.empty else sharding.batch_shards(mesh),
+    )
+    return config.sample_prompt + "".join(pieces)
+
+
+def _with_top_p(config: ModelConfig, router: lm.Router, top_p: float | None) -> lm.Router:
+    if top_p is None:
+        return router
+    routing = config.moe.eval_routing if config.moe.num_experts else "no routed experts"
+    require(
+        routing == "top_p",
+        "routing_top_p",
+        top_p,
+        f"left out: this run generates with {routing}, not top_p",
+    )
+    return dataclasses.replace(router, top_p=jnp.float32(top_p))
+
+
+def _measurements(times: list[float], experts_per_token: float | None) -> str:
+    """One line; the rate leaves out what comes before the first token (compiling, the prompt)."""
+    parts = [f"{len(times)} tokens"]
+    if len(times) > 1:
+        parts.append(f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s")
+    if experts_per_token is not None:
+        parts.append(f"{experts_per_token:.2f} experts a token")
+    return ", ".join(parts)

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from lightning_jax import config as configs
+from lightning_jax import model as lm
+from lightning_jax import sharding
+from lightning_jax.config import MeshConfig, ModelConfig
+from lightning_jax.errors import UserError
+from lightning_jax.infer import engine as engine_module
+from lightning_jax.infer.engine import Engine
+from lightning_jax.infer.sampling import Sampling
+
+VOCAB, VALID, CHUNK, LENGTH, NEW = 48, 40, 4, 24, 10
+GREEDY, WARM = Sampling(temperature=0.0), Sampling(temperature=1.0, top_p=0.9)
+# One token, a whole chunk, and three chunks, longer than the window.
+PROMPTS = ([5], [7, 1, 30, 2], list(range(11)))
+
+
+def _config(**moe) -> ModelConfig:
+    fields = base.get_config().model.to_dict()
+    fields |= dict(vocab_size=VOCAB, model_dim=32, unit="LlG", mlp_dim=48)
+    fields["attention"] |= dict(num_heads=4, num_kv_heads=2, head_dim=8, window=6)
+    # A kernel that takes no cache: the engine must not ask for it.
+    fields["attention"]["implementation"] = "xla_banded"
+    fields["moe"] |= dict(num_experts=8, expert_dim=16, max_experts=4, top_p=0.5) | moe
+    fields["moe"]["implementation"] = "onehot"
+    return configs.build(ModelConfig, fields)
+
+
+CONFIG = _config()
+
+
+@functools.cache
+def _params(seed: int = 0, config: ModelConfig = CONFIG):
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        return jax.numpy.asarray(noise * 0.4 if leaf.ndim > 1 else 1 + 0.3 * noise)
+
+    return jax.tree.map(draw, lm.abstract_params(config))
+
+
+def _engine(seed: int = 0, *, top_p: float = 0.5, **options) -> Engine:
+    router = dataclasses.replace(lm.init_router(CONFIG), top_p=jax.numpy.float32(top_p))
+    options = dict(max_length=LENGTH, prefill_chunk=CHUNK, valid_vocab=VALID) | options
+    return Engine(CONFIG, _params(seed), router, **options)
+
+
+def _generate(engine, prompts=PROMPTS, sampling=GREEDY, *, seed=0, new=NEW, eos_id=None):
+    key = jax.random.key(seed)
+    return engine.generate(prompts, sampling, max_new_tokens=new, key=key, eos_id=eos_id)
+
+
+@functools.partial(jax.jit, static_argnames=("base",))
+def _next_of(params, tokens_BT, length_B, base):
+    """Without a cache: the most probable next token of each row, and the experts used."""
+    valid_BT = np.arange(LENGTH)[None] < length_B[:, None]
+    output = lm.LightningLM(CONFIG).apply(
+        {"params": params},
+        tokens_BT,
+        segment_ids_BT=valid_BT.astype(np.int32),
+        router=dataclasses.replace(lm.init_router(CONFIG), top_p=jax.numpy.float32(0.5)),
+        rope_base_global=base,
+    )
+    last_BV = output.logits()[np.arange(len(PROMPTS)), length_B - 1]
+    used = output.stats.assigned_count_E.sum() / output.stats.tokens.sum()
+    return last_BV[:, :VALID].argmax(axis=-1), used
+
+
+def _without_cache(base: float):
+    rows = [list(prompt) for prompt in PROMPTS]
+    for _ in range(NEW):
+        length_B = np.array([len(row) for row in rows])
+        tokens_BT = np.zeros((len(rows), LENGTH), np.int32)
+        for row, ids in enumerate(rows):
+            tokens_BT[row, : len(ids)] = ids
+        next_B, used = _next_of(_params(), tokens_BT, length_B, base)
+        for ids, token in zip(rows, np.asarray(next_B).tolist(), strict=True):
+            ids.append(token)
+    made = [row[len(prompt) :] for row, prompt in zip(rows, PROMPTS, strict=True)]
+    return made, float(used)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rope_base", [CONFIG.attention.rope_base_global, 3.0])
+def test_greedy_equals_a_forward_without_cache(rope_base):
+    expected, used = _without_cache(rope_base)
+    engine = _engine(rope_base_global=rope_base)
+    assert engine.experts_per_token is None
+    assert _generate(engine) == expected
+    assert len({tuple(row) for row in expected}) == len(PROMPTS)
+    # Every token but the last of each row went through the model exactly once in both.
+    assert engine.experts_per_token == pytest.approx(used, rel=1e-6)
+
+
+def test_a_row_does_not_depend_on_the_others():
+    rows = _generate(_engine())
+    others = ([9] * 14, PROMPTS[1], [3])
+    assert _generate(_engine(), others)[1] == rows[1]
+    warm = _generate(_engine(), sampling=WARM)
+    assert _generate(_engine(), others, WARM)[1] == warm[1]
+
+
+def test_the_key_decides():
+    first = _generate(_engine(), sampling=WARM)
+    assert _generate(_engine(), sampling=WARM) == first
+    assert _generate(_engine(), sampling=WARM, seed=1) != first
+    assert all(0 <= token < VALID for row in first for token in row)
+
+
+def test_a_row_ends_with_its_eos():
+    rows = _generate(_engine())
+    eos_id = rows[0][3]
+    cut = [row[: row.index(eos_id) + 1] if eos_id in row else row for row in rows]
+    assert _generate(_engine(), eos_id=eos_id) == cut
+    stream = _engine().stream(
+        PROMPTS, GREEDY, max_new_tokens=NEW, key=jax.random.key(0), eos_id=eos_id
+    )
+    table = np.stack(list(stream), axis=1)
+    for row, ids in zip(table, cut, strict=True):
+        np.testing.assert_array_equal(row, ids + [-1] * (table.shape[1] - len(ids)))
+
+
+def test_the_stream_ends_when_all_rows_have_ended():
+    prompts = [PROMPTS[2]] * 3
+    first = _generate(_engine(), prompts)[0]
+    stream = _engine().stream(
+        prompts, GREEDY, max_new_tokens=NEW, key=jax.random.key(0), eos_id=first[1]
+    )
+    made = list(stream)
+    assert len(made) == first.index(first[1]) + 1
+    assert all(token_B.dtype == np.int32 for token_B in made)
+
+
+def test_experts_per_token_are_measured():
+    engine = _engine(top_p=1.0)
+    _generate(engine)
+    assert engine.experts_per_token == 4.0
+    engine = _engine(top_p=1e-6)
+    _generate(engine)
+    assert engine.experts_per_token == 1.0
+
+
+@pytest.mark.slow
+def test_a_dense_model_has_no_experts_to_count():
+    config = _config(num_experts=0)
+    params = _params(0, config)
+    engine = Engine(config, params, lm.init_router(config), max_length=8)
+    assert len(_generate(engine, [[1, 2]], new=3)[0]) == 3
+    assert engine.experts_per_token is None
+
+
+def test_a_second_engine_compiles_nothing():
+    functions = (engine_module._prefill_chunk, engine_module._decode, engine_module._choose)
+    _generate(_engine())
+    compiled = [function._cache_size() for function in functions]
+    _generate(_engine(1), [[1], [2, 3], list(range(14))])
+    assert [function._cache_size() for function in functions] == compiled
+
+
+def test_a_row_may_fill_the_cache():
+    prompts = [list(range(LENGTH - 1)), [1], [2]]
+    assert [len(row) for row in _generate(_engine(), prompts, new=1)] == [1, 1, 1]
+
+
+@pytest.mark.slow
+def test_generation_under_a_mesh():
+    mesh = sharding.make_mesh(
+        MeshConfig(data=2, fsdp=2, expert=1, tensor=1, sequence=1), jax.devices()[:4]
+    )
+    rows = [PROMPTS[1], PROMPTS[2], PROMPTS[0], PROMPTS[1]]
+    expected = _generate(_engine(), rows)
+    placement = sharding.tree_shardings(lm.logical_axes(CONFIG), mesh)
+    with jax.set_mesh(mesh):
+        router = jax.device_put(lm.init_router(CONFIG), sharding.replicated(mesh))
+        params = jax.device_put(_params(), placement)
+        engine = Engine(
+            CONFIG, params, router, max_length=LENGTH, prefill_chunk=CHUNK, valid_vocab=VALID
+        )
+        assert _generate(engine, rows) == expected
+        compiled = engine_module._decode._cache_size()
+        assert _generate(engine, rows) == expected
+        assert engine_module._decode._cache_size() == compiled
+
+
+@pytest.mark.parametrize(
+    "prompts, new, field",
+    [
+        ([], 1, "prompts"),
+        ([[1], []], 1, r"prompts\[1\]"),
+        ([[1, VOCAB]], 1, r"prompts\[0\]"),
+        ([[-1]], 1, r"prompts\[0\]"),
+        ([[1]], 0, "max_new_tokens"),
+        ([[1] * (LENGTH - 3)], 4, "max_new_tokens"),
+    ],
+)
+def test_bad_requests_are_refused_by_the_call(prompts, new, field):
+    with pytest.raises(UserError, match=f"^{field} = "):
+        _engine().stream(prompts, GREEDY, max_new_tokens=new, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    "options, field",
+    [
+        ({"max_length": 1}, "max_length"),
+        ({"valid_vocab": VOCAB + 1}, "valid_vocab"),
+        ({"valid_vocab": 0}, "valid_vocab"),
+        ({"prefill_chunk": 0}, "prefill_chunk"),
+        ({"rope_base_global": 1.0}, "rope_base_global"),
+    ],
+)
+def test_bad_engines_are_refused(options, field):
+    with pytest.raises(UserError, match=f"^{field} = "):
+        _engine(**options)
+
+
+def test_an_unresolved_vocabulary_is_refused():
+    config = dataclasses.replace(CONFIG, vocab_size=0)
+    with pytest.raises(UserError, match="^model.vocab_size = 0"):
+        Engine(config, {}, lm.init_router(CONFIG), max_length=8)

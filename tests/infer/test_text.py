@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from lightning_jax import checkpoint, sharding
+from lightning_jax import model as lm
+from lightning_jax.checkpoint import LoadedRun
+from lightning_jax.data.tokenizer import ByteTokenizer
+from lightning_jax.errors import UserError
+from lightning_jax.infer import text
+from lightning_jax.infer.sampling import Sampling
+from lightning_jax.infer.text import GenerateOptions
+from tests import tiny
+
+BYTES = ByteTokenizer()
+
+
+class _Scripted:
+    """An engine whose first row says `ids`, and whose others are still going."""
+
+    def __init__(self, ids):
+        self.ids, self.prompts = ids, None
+
+    def stream(self, prompts, sampling, *, max_new_tokens, key, eos_id):
+        self.prompts = prompts
+        for token in self.ids:
+            yield np.array([token] + [7] * (len(prompts) - 1), np.int32)
+
+
+def _pieces(ids, rows=1):
+    engine = _Scripted(ids)
+    pieces = text.stream_text(
+        engine, BYTES, "ab", Sampling(), max_new_tokens=9, key=jax.random.key(0), rows=rows
+    )
+    return list(pieces), engine
+
+
+def test_pieces_are_whole_characters():
+    pieces, engine = _pieces([*"a\u00e9\u6f22".encode(), BYTES.eos_id])
+    assert pieces == ["a", "", "\u00e9", "", "", "\u6f22", "", ""]
+    assert engine.prompts == [[BYTES.bos_id, *b"ab"]]
+
+
+def test_a_character_cut_by_the_end_is_replaced():
+    assert "".join(_pieces([*b"x\xe6\xbc"])[0]) == "x\ufffd"
+
+
+def test_only_the_first_of_several_rows_is_read():
+    pieces, engine = _pieces([*b"hi", BYTES.eos_id, -1, -1], rows=3)
+    assert "".join(pieces) == "hi"
+    assert len(engine.prompts) == 3
+
+
+def _options(**changes):
+    fields = dict(
+        prompt="def ",
+        sampling=Sampling(),
+        max_new_tokens=6,
+        num_samples=2,
+        seed=0,
+        step=None,
+        routing_top_p=None,
+    )
+    return GenerateOptions(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_new_tokens": 0},
+        {"num_samples": 0},
+        {"seed": -1},
+        {"routing_top_p": 0.0},
+        {"routing_top_p": 1.5},
+    ],
+)
+def test_bad_options_are_named(changes):
+    with pytest.raises(UserError, match=f"^{next(iter(changes))} = "):
+        _options(**changes)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    config = tiny.tiny_run(tiny.write_corpus(tmp_path), sample_tokens=6, sample_prompt="def ")
+    model = dataclasses.replace(config.model, vocab_size=272)
+    config = dataclasses.replace(config, model=model)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), lm.abstract_params(model)
+    )
+    loaded = LoadedRun(config, params, lm.init_router(model), 3, {"rope_base_global": 100.0})
+    monkeypatch.setattr(checkpoint, "load_run", lambda workdir, *, step: loaded)
+    return loaded
+
+
+@pytest.mark.slow
+def test_a_run_is_continued_and_measured(run, tmp_path):
+    written, reports = [], []
+    options = _options(prompt="d\u00e9", routing_top_p=1.0)
+    text.generate_run(tmp_path, options, write=written.append, report=reports.append)
+    samples = "".join(written).split("\nd\u00e9")
+    assert len(samples) == 2 and samples[0].startswith("d\u00e9") and written[-1] == "\n"
+    again = []
+    text.generate_run(tmp_path, options, write=again.append, report=reports.append)
+    assert again == written
+    # top_p = 1 fills all of max_experts.
+    line = r"\d tokens, \d+\.\d tokens/s, 4\.00 experts a token"
+    assert len(reports) == 4 and all(re.fullmatch(line, report) for report in reports)
+
+
+def test_routing_top_p_needs_top_p_routing(run, tmp_path):
+    moe = dataclasses.replace(run.config.model.moe, eval_routing="top_k")
+    for changed in (moe, dataclasses.replace(moe, num_experts=0)):
+        model = dataclasses.replace(run.config.model, moe=changed)
+        with pytest.raises(UserError, match="^routing_top_p = 0.5"):
+            text._with_top_p(model, run.router, 0.5)
+    assert text._with_top_p(run.config.model, run.router, None) is run.router
+    assert text._with_top_p(run.config.model, run.router, 0.25).top_p == 0.25
+
+
+@pytest.mark.slow
+def test_a_sample_in_training_is_the_same_on_any_mesh(run):
+    args = (run.config, run.params, run.router, BYTES, 100.0)
+    alone = text.sample(*args)
+    assert alone.startswith("def ") and len(alone) > 4
+    mesh_config = dataclasses.replace(run.config.mesh, data=2, fsdp=2)
+    with jax.set_mesh(sharding.make_mesh(mesh_config, jax.devices()[:4])):
+        assert text.sample(*args) == alone
