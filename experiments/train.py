@@ -1,0 +1,33 @@
+"""Train a run, or resume it where its folder says it stopped.
+
+    python -m experiments.train --config=configs/small.py --workdir=runs/a [--config.seed=1]
+
+The folder holds checkpoints, metrics.jsonl, tensorboard/, config.json, run.json and, at the end,
+evaluation.json. The last evaluation is printed as JSON on stdout; progress goes to stderr.
+"""
+
+from absl import flags
+
+from lightning_jax import program
+
+_CONFIG = program.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_PROFILE = flags.DEFINE_bool("profile", False, "Record a trace of three steps in WORKDIR/profile.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One process of several (a TPU pod slice).")
+
+
+def main() -> None:
+    config = program.load_config(_CONFIG.value)
+    if _DISTRIBUTED.value:
+        import jax
+
+        jax.distributed.initialize()
+    from lightning_jax.infer.text import sample
+    from lightning_jax.train import loop
+
+    results = loop.run(config, _WORKDIR.value, sampler=sample, profile=_PROFILE.value)
+    program.emit_json(results)
+
+
+if __name__ == "__main__":
+    program.run(main)

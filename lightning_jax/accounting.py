@@ -1,0 +1,275 @@
+"""What a model costs, from its config alone: parameters, FLOPs, KV-cache bytes, utilisation.
+
+Letters as everywhere: D model width, N query heads, K key/value heads, H head size, E experts,
+F expert or MLP hidden, V vocabulary, W window, T sequence length. One multiply-add is two FLOPs;
+only matrix products count, and a backward pass is two forward passes. Rematerialisation does not
+count: these are the FLOPs that the model needs, not those that a device spent.
+
+A layer routed by top-p uses as many experts a token as its inputs ask for, so functions that depend
+on it take the measured mean `experts_per_token`; None stands for the nominal number
+(`nominal_experts`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_jax.config import LayerSpec, ModelConfig, MoeConfig, require
+
+CONTEXTS = (1024, 8192, 65_536)
+_TRAINING_PASSES = 3
+
+Rows = list[list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters of the whole model; `used_experts` is what one token meets."""
+
+    embedding: int
+    head: int
+    norms: int
+    attention: int
+    dense_mlp: int
+    router: int
+    shared_experts: int
+    experts: int
+    used_experts: float
+
+    @property
+    def total(self) -> int:
+        """All that is stored. A tied head is the embedding and counts once."""
+        return self._outside_experts + self.experts
+
+    @property
+    def active(self) -> float:
+        """Those that one token uses, the whole embedding included."""
+        return self._outside_experts + self.used_experts
+
+    @property
+    def _outside_experts(self) -> int:
+        mixers = self.attention + self.dense_mlp + self.router + self.shared_experts
+        return self.embedding + self.head + self.norms + mixers
+
+
+def nominal_experts(moe: MoeConfig, *, training: bool = True) -> float:
+    """Returns the routed experts a token that the config asks for, in training or evaluation.
+
+    Under top-p that is the controller's target, or the bound `max_experts` where there is none.
+    """
+    routing = moe.train_routing if training else moe.eval_routing
+    if not moe.num_experts:
+        return 0.0
+    if routing == "top_p":
+        return float(moe.target_experts or moe.max_experts)
+    return float(moe.slots(routing))
+
+
+def parameters(config: ModelConfig, experts_per_token: float | None = None) -> Parameters:
+    """Counts the parameters. The router's selection bias is state and is not among them.
+
+    Raises:
+      UserError: the vocabulary is still the tokenizer's to say.
+    """
+    _require_vocab(config)
+    moe, D = config.moe, config.model_dim
+    routed = sum(spec.routed for spec in config.layers)
+    expert = 3 * D * moe.expert_dim
+    used = nominal_experts(moe) if experts_per_token is None else experts_per_token
+    return Parameters(
+        embedding=config.vocab_size * D,
+        head=0 if config.tie_embeddings else config.vocab_size * D,
+        norms=(2 * config.num_layers + 1) * D,
+        attention=sum(_attention_parameters(config, spec) for spec in config.layers),
+        dense_mlp=3 * D * config.mlp_dim * (config.num_layers - routed),
+        router=routed * D * moe.num_experts,
+        shared_experts=routed * moe.num_shared_experts * expert,
+        experts=routed * moe.num_experts * expert,
+        used_experts=routed * used * expert,
+    )
+
+
+def flops_per_token(
+    config: ModelConfig,
+    *,
+    seq_len: int,
+    experts_per_token: float | None = None,
+    training: bool = True,
+) -> float:
+    """Returns FLOPs a token, mean over a sequence of `seq_len`; training includes the backward."""
+    if experts_per_token is None:
+        experts_per_token = nominal_experts(config.moe, training=training)
+    forward = 2 * _matmul_parameters(config, experts_per_token)
+    forward += attention_flops(config, seq_len) / seq_len
+    return forward * (_TRAINING_PASSES if training else 1)
+
+
+def decode_flops(
+    config: ModelConfig, context: int, *, experts_per_token: float | None = None
+) -> float:
+    """Returns FLOPs of one decoded token that sees `context` tokens, itself included."""
+    if experts_per_token is None:
+        experts_per_token = nominal_experts(config.moe, training=False)
+    visible = sum(_visible(config, spec, context) for spec in config.layers)
+    return 2 * _matmul_parameters(config, experts_per_token) + _score_flops(config) * visible
+
+
+def attention_flops(config: ModelConfig, context: int) -> int:
+    """Returns FLOPs of scores and weighted values over a whole causal sequence (its prefill)."""
+    pairs = 0
+    for spec in config.layers:
+        window = _visible(config, spec, context)
+        # The first `window` queries see 1, 2, ..., window keys, the others `window` each.
+        pairs += window * (window + 1) // 2 + (context - window) * window
+    return _score_flops(config) * pairs
+
+
+def kv_cache_bytes(config: ModelConfig, context: int, *, bytes_per_value: int = 2) -> int:
+    """Returns the size of one sequence's cache after `context` tokens.
+
+    A local owner keeps a ring of `min(window, context)`, a global owner everything, a borrower
+    nothing.
+    """
+    attention = config.attention
+    slots = sum(_visible(config, spec, context) for spec in config.layers if spec.owns_kv)
+    return slots * 2 * attention.num_kv_heads * attention.head_dim * bytes_per_value
+
+
+def kv_bytes_per_token(config: ModelConfig, context: int, *, bytes_per_value: int = 2) -> float:
+    """Returns cache bytes a token of context, mean over a context of `context` tokens."""
+    return kv_cache_bytes(config, context, bytes_per_value=bytes_per_value) / context
+
+
+def mfu(
+    config: ModelConfig,
+    *,
+    tokens_per_second: float,
+    seq_len: int,
+    peak_flops: float,
+    experts_per_token: float | None = None,
+) -> float:
+    """Returns model FLOPs utilisation of training (PaLM, arXiv 2204.02311, appendix B).
+
+    Args:
+      tokens_per_second: of all devices together.
+      peak_flops: FLOPs a second of all devices together, in the compute dtype.
+    """
+    flops = flops_per_token(config, seq_len=seq_len, experts_per_token=experts_per_token)
+    return flops * tokens_per_second / peak_flops
+
+
+def predecessor(config: ModelConfig) -> ModelConfig:
+    """Returns the dense full-attention model to compare with: same depth, width and heads.
+
+    Every layer attends globally with its own keys and values. The MLP is as wide as what one token
+    used on average over the layers: `nominal_experts` plus the shared experts in a routed layer,
+    `mlp_dim` in a dense one, rounded. So both multiply one token by MLPs of the same size, and only
+    attention, the router and the held experts differ.
+    """
+    moe = config.moe
+    routed = sum(spec.routed for spec in config.layers)
+    used = (nominal_experts(moe) + moe.num_shared_experts) * moe.expert_dim
+    width = (routed * used + (config.num_layers - routed) * config.mlp_dim) / config.num_layers
+    return dataclasses.replace(
+        config,
+        prefix="",
+        unit="G",
+        num_units=config.num_layers,
+        mlp_dim=round(width),
+        # Global layers may go without positions only next to local ones that have them.
+        attention=dataclasses.replace(config.attention, global_rope=True, implementation=""),
+        moe=dataclasses.replace(moe, num_experts=0),
+    )
+
+
+def summary_rows(config: ModelConfig, seq_len: int) -> Rows:
+    """Rows, header first, that describe one model: size, and cost at `seq_len`."""
+    size = parameters(config)
+    held, used = config.moe.num_experts, nominal_experts(config.moe)
+    pattern = f"{config.prefix} + " * bool(config.prefix) + f"{config.num_units} x {config.unit}"
+    return [
+        ["", f"at {seq_len:,} tokens"],
+        ["layers", f"{config.num_layers} ({pattern})"],
+        ["layers that keep keys and values", str(sum(s.owns_kv for s in config.layers))],
+        ["parameters", _count(size.total)],
+        ["parameters a token uses", _count(size.active)],
+        ["experts a token, of those held", f"{used:g} of {held}" if held else "dense"],
+        ["training FLOPs a token", _count(flops_per_token(config, seq_len=seq_len))],
+        ["KV-cache bytes a token (16 bit)", _count(kv_bytes_per_token(config, seq_len))],
+    ]
+
+
+def comparison_rows(config: ModelConfig, experts_per_token: float | None = None) -> Rows:
+    """Rows, header first: this model, the `predecessor` shape, and what the one saves."""
+    dense = predecessor(config)
+    rows = [["", "this model", "predecessor", "saved"]]
+    for name, cost in (
+        ("KV-cache bytes a token", kv_bytes_per_token),
+        ("attention FLOPs of prefill", attention_flops),
+    ):
+        for context in CONTEXTS:
+            ours, theirs = cost(config, context), cost(dense, context)
+            label = f"{name}, context {context // 1024}K"
+            rows.append([label, _count(ours), _count(theirs), f"{1 - ours / theirs:.1%}"])
+    if held := config.moe.num_experts:
+        used = nominal_experts(config.moe) if experts_per_token is None else experts_per_token
+        label = "experts used, of those held"
+        rows.append([label, f"{used:.2f} of {held}", "dense", f"{1 - used / held:.1%}"])
+    return rows
+
+
+def print_table(rows: Sequence[Sequence[str]], title: str, file: TextIO | None = None) -> None:
+    """Prints rows, header first, as a table to `file` (standard error by default)."""
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if index else "left")
+    for row in rows[1:]:
+        table.add_row(*map(str, row))
+    Console(file=file or sys.stderr).print(table)
+
+
+def _require_vocab(config: ModelConfig) -> None:
+    right = "the tokenizer's size here, not 0 (which leaves it to the tokenizer)"
+    require(config.vocab_size > 0, "model.vocab_size", config.vocab_size, right)
+
+
+def _attention_parameters(config: ModelConfig, spec: LayerSpec) -> int:
+    attention, D = config.attention, config.model_dim
+    N, K, H = attention.num_heads, attention.num_kv_heads, attention.head_dim
+    count = 2 * D * N * H + attention.qk_norm * H
+    if spec.owns_kv:
+        count += 2 * D * K * H + attention.qk_norm * H
+    return count + attention.output_gate * D * N + attention.sinks * N
+
+
+def _matmul_parameters(config: ModelConfig, experts_per_token: float) -> float:
+    """Parameters that multiply a token: a lookup does not, a tied head does, vectors do not."""
+    size, attention = parameters(config, experts_per_token), config.attention
+    owners = sum(spec.owns_kv for spec in config.layers)
+    vectors = attention.qk_norm * attention.head_dim * (config.num_layers + owners)
+    vectors += attention.sinks * attention.num_heads * config.num_layers
+    return size.active - size.head - size.norms - vectors
+
+
+def _visible(config: ModelConfig, spec: LayerSpec, context: int) -> int:
+    return min(config.attention.window, context) if spec.is_local else context
+
+
+def _score_flops(config: ModelConfig) -> int:
+    """FLOPs of one pair of query and key over all heads: the score, and the weighted value."""
+    return 4 * config.attention.num_heads * config.attention.head_dim
+
+
+def _count(value: float) -> str:
+    """1234567 -> "1.23 M"."""
+    units = ["", " K", " M", " G", " T", " P", " E"]
+    while abs(value) >= 999.5 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.3g}{units[0]}"

@@ -1,0 +1,224 @@
+"""Held-out loss by domain and by position in the document."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lightning_jax import model as lm
+from lightning_jax import sharding
+from lightning_jax.checkpoint import load_run
+from lightning_jax.config import MeshConfig, RunConfig, SourceConfig, require
+from lightning_jax.data.mixture import EvalBatches, eval_batches, open_eval_sources
+from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
+from lightning_jax.errors import UserError
+from lightning_jax.train import step as steps
+
+ONE_DEVICE = MeshConfig(data=1, fsdp=1, expert=1, tensor=1, sequence=1)
+POSITION_BUCKETS = (16, 64, 256, 1024, 4096, 16384)
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Places this process's rows of a global batch onto the mesh."""
+    placement = sharding.batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(placement, array)
+        for name, array in batch.items()
+    }
+
+
+def put_whole(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Places a global batch that every process has whole onto the mesh."""
+    placement = sharding.batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(array.shape, placement, array.__getitem__)
+        for name, array in batch.items()
+    }
+
+
+def make_eval_step(config: RunConfig, mesh: Mesh, rope_base_global: float) -> Callable[..., Any]:
+    """Returns the jitted `(params, router, batch) -> {"nll_BT", "stats"}`, outputs replicated."""
+
+    def run(params: Any, router: lm.Router, batch: dict[str, jax.Array]) -> Any:
+        return steps.eval_step(config, params, router, batch, rope_base_global)
+
+    return jax.jit(run, out_shardings=sharding.replicated(mesh))
+
+
+def position_buckets(seq_len: int) -> list[tuple[int, int]]:
+    """Half-open ranges of positions, growing by 4, that cover `seq_len`."""
+    edges = [0, *[edge for edge in POSITION_BUCKETS if edge < seq_len], seq_len]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def evaluate_batches(
+    eval_step: Callable[..., Any], params: Any, router: lm.Router, batches: EvalBatches, mesh: Mesh
+) -> dict[str, Any]:
+    """Evaluates one domain.
+
+    Returns `loss` (nats a token), `perplexity`, `bits_per_byte` (of the text's UTF-8 bytes; the
+    end-of-document tokens' cost is included), `tokens`, `bytes`, `loss_by_position` and, with
+    routed experts, `experts_per_token` (mean over layers) and `experts_by_layer`.
+    """
+    buckets = position_buckets(batches.seq_len)
+    nll, tokens = np.zeros(len(buckets)), np.zeros(len(buckets), np.int64)
+    used: list[np.ndarray] = []
+    seen: list[np.ndarray] = []
+    for batch in batches:
+        result = eval_step(params, router, put_whole(batch, mesh))
+        nll_BT, mask_BT = np.asarray(result["nll_BT"], np.float64), batch["loss_mask"] > 0
+        for index, (low, high) in enumerate(buckets):
+            inside = mask_BT & (batch["positions"] >= low) & (batch["positions"] < high)
+            nll[index] += nll_BT[inside].sum()
+            tokens[index] += inside.sum()
+        if result["stats"] is not None:
+            used.append(np.asarray(result["stats"].assigned_count_E, np.float64).sum(-1).ravel())
+            seen.append(np.asarray(result["stats"].tokens, np.float64).ravel())
+    loss = nll.sum() / max(tokens.sum(), 1)
+    row: dict[str, Any] = {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "bits_per_byte": nll.sum() / math.log(2) / max(batches.num_bytes, 1),
+        "tokens": int(tokens.sum()),
+        "bytes": batches.num_bytes,
+        "loss_by_position": {
+            f"{low}-{high - 1}": nll[i] / tokens[i]
+            for i, (low, high) in enumerate(buckets)
+            if tokens[i]
+        },
+    }
+    if used:
+        by_layer = np.sum(used, axis=0) / np.maximum(np.sum(seen, axis=0), 1)
+        row["experts_per_token"] = float(by_layer.mean())
+        row["experts_by_layer"] = by_layer.tolist()
+    return row
+
+
+class Evaluator:
+    """Evaluates the held-out part of every source; compiled code and tokens are kept."""
+
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh):
+        self._config, self._tokenizer, self._mesh = config, tokenizer, mesh
+        self._batches: dict[tuple[int, int, int], dict[str, EvalBatches]] = {}
+        self._steps: dict[float, Callable[..., Any]] = {}
+
+    def __call__(
+        self,
+        params: Any,
+        router: lm.Router,
+        *,
+        seq_len: int,
+        batch_size: int,
+        rope_base_global: float,
+        max_tokens: int = 0,
+    ) -> dict[str, dict[str, Any]]:
+        """Returns `evaluate_batches` of each source, of `max_tokens` (0: all) of its tokens."""
+        shape = (seq_len, batch_size, max_tokens)
+        if shape not in self._batches:
+            self._batches[shape] = {
+                name: eval_batches(
+                    source,
+                    tokenizer=self._tokenizer,
+                    seq_len=seq_len,
+                    batch_size=batch_size,
+                    max_tokens=max_tokens,
+                )
+                for name, source in open_eval_sources(self._config.data).items()
+            }
+        if rope_base_global not in self._steps:
+            self._steps[rope_base_global] = make_eval_step(
+                self._config, self._mesh, rope_base_global
+            )
+        eval_step = self._steps[rope_base_global]
+        return {
+            name: evaluate_batches(eval_step, params, router, batches, self._mesh)
+            for name, batches in self._batches[shape].items()
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalOptions:
+    """What an evaluation changes of the run: `None` keeps the run's own."""
+
+    data: str | None = None
+    step: int | None = None
+    seq_len: int | None = None
+    batch_size: int | None = None
+    max_tokens: int = 0
+    routing: str | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+def evaluate_run(workdir: str, options: EvalOptions) -> dict[str, Any]:
+    """Evaluates a checkpoint of a run on its held-out text, or on the files of `options.data`.
+
+    Returns:
+      `step`, `routing` and `domains`, by name what `evaluate_batches` returns.
+
+    Raises:
+      UserError: no such run, checkpoint or data, or an option that the run's model cannot take.
+    """
+    loaded = load_run(workdir, step=options.step)
+    config, router = with_eval_routing(loaded.config, loaded.router, options)
+    if options.data:
+        source = SourceConfig(name="data", path=options.data, eval_path=options.data)
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, sources=(source,))
+        )
+    tokenizer = resolve_tokenizer(loaded.config.data, workdir)
+    mesh = sharding.make_mesh(ONE_DEVICE, jax.devices()[:1])
+    stage = next(s for s in config.stages if s.name == loaded.meta["stage"])
+    domains = Evaluator(config, tokenizer, mesh)(
+        loaded.params,
+        router,
+        seq_len=options.seq_len or stage.seq_len,
+        batch_size=options.batch_size or stage.batch_size // stage.accumulate,
+        rope_base_global=loaded.meta["rope_base_global"],
+        max_tokens=options.max_tokens,
+    )
+    moe = config.model.moe
+    routing: dict[str, Any] = {"kind": moe.eval_routing if moe.num_experts else "dense MLP"}
+    if moe.num_experts:
+        routing |= {"top_k": moe.top_k, "top_p": float(router.top_p)}
+    return {"step": loaded.step, "routing": routing, "domains": domains}
+
+
+def with_eval_routing(
+    config: RunConfig, router: lm.Router, options: EvalOptions
+) -> tuple[RunConfig, lm.Router]:
+    """Returns config and router with the options' routing in place of the run's.
+
+    Raises:
+      UserError: a model without experts, or a threshold for a routing that has none.
+    """
+    changes = {"eval_routing": options.routing, "top_k": options.top_k}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if (changes or options.top_p is not None) and not config.model.moe.num_experts:
+        raise UserError("eval routing: this run's model has no experts")
+    model = dataclasses.replace(config.model, moe=dataclasses.replace(config.model.moe, **changes))
+    kind = model.moe.eval_routing
+    for name, value, needs in (
+        ("top_p", options.top_p, "top_p"),
+        ("top_k", options.top_k, "top_k"),
+    ):
+        if value is not None and kind != needs:
+            raise UserError(f'eval.{name} = {value}: needs eval.routing="{needs}", it is "{kind}"')
+    if options.top_p is not None:
+        require(0 < options.top_p <= 1, "eval.top_p", options.top_p, "in (0, 1]")
+        router = dataclasses.replace(router, top_p=jnp.float32(options.top_p))
+    return dataclasses.replace(config, model=model), router
+
+
+def one_line(results: dict[str, dict[str, Any]]) -> str:
+    """Returns the bits per byte of each domain, for people."""
+    return "held out: " + "  ".join(
+        f"{name} {row['bits_per_byte']:.3f} bits/byte" for name, row in results.items()
+    )

@@ -1,0 +1,146 @@
+"""Where metrics go: `metrics.jsonl`, TensorBoard, and the progress bar's line.
+
+`metrics.jsonl` has one JSON object a logged step: scalars, and one list over layers for each router
+metric, so that the number of keys does not grow with depth or experts. A resumed run drops the
+lines that it is about to write again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_jax.errors import UserError
+
+
+def flatten(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Turns one step's metrics (arrays) into JSON values; router metrics `[U, R]` become lists.
+
+    A scalar that is not finite becomes `None`: JSON has no NaN.
+    """
+    row: dict[str, Any] = {}
+    for name, value in metrics.items():
+        if name == "router":
+            for key, per_layer in value.items():
+                array = np.asarray(per_layer)
+                row[key] = array.reshape(-1, *array.shape[2:]).tolist()
+        else:
+            scalar = np.asarray(value).item()
+            row[name] = scalar if math.isfinite(scalar) else None
+    return row
+
+
+class MetricsWriter:
+    """Appends rows to `metrics.jsonl` and the same values to TensorBoard event files."""
+
+    def __init__(self, workdir: Path, *, resume_step: int):
+        self._path = workdir / "metrics.jsonl"
+        _drop_rows_after(self._path, resume_step)
+        self._file = open(self._path, "a", encoding="utf-8")
+        self._events = _EventFile(workdir / "tensorboard", purge_step=resume_step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Writes one row; it must have a `step`. The line is on disk when this returns."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        step = row["step"]
+        for name, value in _flat_scalars(row):
+            self._events.scalar(name, value, step)
+
+    def histogram(self, name: str, values: Any, step: int) -> None:
+        """Writes a TensorBoard histogram of an array."""
+        self._events.histogram(name, np.asarray(values).reshape(-1), step)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Writes a TensorBoard text, shown as a code block."""
+        self._events.text(name, f"```\n{text}\n```", step)
+
+    def close(self) -> None:
+        """Flushes and closes both files."""
+        self._file.close()
+        self._events.close()
+
+
+def _flat_scalars(row: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """Scalars by slash-joined name; lists over layers as their mean and extremes."""
+    scalars: list[tuple[str, float]] = []
+    for name, value in row.items():
+        if isinstance(value, dict):
+            scalars += _flat_scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, list) and np.ndim(value) == 1 and value:
+            for reduce in (np.mean, np.min, np.max):
+                scalars.append((f"router/{prefix}{name}/{reduce.__name__}", float(reduce(value))))
+        elif isinstance(value, (int, float)) and name != "step":
+            scalars.append((prefix + name, float(value)))
+    return scalars
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Reads a `metrics.jsonl`; a last line cut by a kill is left out.
+
+    Raises:
+      UserError: a line in the middle that is not JSON.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}: line {number} is not JSON ({error.msg})") from error
+    return rows
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    rows = read_rows(path)
+    kept = [row for row in rows if row["step"] <= step]
+    if rows or path.exists():
+        replacement = path.with_suffix(".tmp")
+        replacement.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(replacement, path)
+
+
+class _EventFile:
+    """A TensorBoard event file, written with the tensorboard package alone."""
+
+    def __init__(self, directory: Path, *, purge_step: int):
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event = event_pb2.Event
+        self._writer = EventFileWriter(str(directory))
+        if purge_step > 1:
+            session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            event = self._event(wall_time=time.time(), step=purge_step, session_log=session)
+            self._writer.add_event(event)
+
+    def _add(self, summary: Any, step: int) -> None:
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+
+        self._add(scalar_pb(name, value), step)
+
+    def histogram(self, name: str, values: np.ndarray, step: int) -> None:
+        from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+
+        self._add(histogram_pb(name, values), step)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        from tensorboard.plugins.text.summary_v2 import text_pb
+
+        self._add(text_pb(name, text), step)
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,259 @@
+"""The train step: loss, gradient, update, as pure functions of a state and a batch.
+
+Everything here is a function of the *global* batch: the loss divides by the global number of target
+tokens and balance statistics are sums over all tokens, so neither the mesh nor the number of
+micro-batches changes a value or a gradient (beyond float32 rounding).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lightning_jax import model as lm
+from lightning_jax import sharding
+from lightning_jax.config import MoeConfig, RunConfig, StageConfig
+from lightning_jax.ops import balance, loss
+from lightning_jax.train import schedule
+from lightning_jax.train.optimizer import update_ema
+
+Batch = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes. `ema` is empty without averaging.
+
+    `step` counts batches seen; `bad_steps` those whose loss or gradient was not finite.
+    """
+
+    step: jax.Array
+    bad_steps: jax.Array
+    params: Any
+    ema: Any
+    optimizer: Any
+    router: lm.Router
+    controller: balance.PIState
+
+
+def init_state(config: RunConfig, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step; jit it with the shardings wanted."""
+    params = lm.init_params(config.model, jax.random.key(config.seed))
+    return TrainState(
+        step=jnp.int32(0),
+        bad_steps=jnp.int32(0),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {},
+        optimizer=optimizer.init(params),
+        router=lm.init_router(config.model),
+        controller=balance.pi_init(config.model.moe.top_p),
+    )
+
+
+def weighted_balance_loss(
+    moe: MoeConfig, stats: balance.RoutingStats, counts: balance.RoutingStats | None
+) -> jax.Array:
+    """Auxiliary losses weighted by the config, mean over routed layers.
+
+    `stats` and `counts` lead with [U, R] axes; with `counts` of the whole batch, the values of its
+    micro-batches add up to that of the batch.
+    """
+    flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (stats, counts))
+    losses = jax.vmap(balance.balance_losses)(*flat)
+    return sum(
+        weight * losses[name].mean() for name, weight in moe.balance_weights.items() if weight
+    )
+
+
+def forward_loss(
+    config: RunConfig,
+    params: Any,
+    router: lm.Router,
+    batch: Batch,
+    *,
+    total_weight: jax.Array,
+    counts: balance.RoutingStats | None,
+    rope_base_global: float,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Returns this (micro-)batch's part of the loss, and sums for the metrics.
+
+    Args:
+      total_weight: target tokens of the whole batch, the divisor of the cross-entropy.
+      counts: routing statistics of the whole batch where this is a part of it.
+    """
+    model = lm.LightningLM(config.model, train=True)
+    output = model.apply(
+        {"params": params},
+        batch["tokens"],
+        batch["positions"],
+        batch["segment_ids"],
+        router=router,
+        rope_base_global=rope_base_global,
+    )
+    nll_sum, _, z_sum = loss.cross_entropy(
+        output.hidden_BTD.reshape(-1, config.model.model_dim),
+        output.head_DV,
+        batch["targets"].reshape(-1),
+        batch["loss_mask"].reshape(-1),
+        z_weight=config.optimizer.z_loss_weight,
+        chunk=config.model.head_chunk,
+    )
+    divisor = jnp.maximum(total_weight, 1)
+    objective = (nll_sum + z_sum) / divisor
+    if output.stats is not None:
+        objective += weighted_balance_loss(config.model.moe, output.stats, counts)
+    return objective, {"nll": nll_sum / divisor, "z_loss": z_sum / divisor, "stats": output.stats}
+
+
+def _split(batch: Batch, parts: int) -> Batch:
+    """Leaves [B, T] -> [parts, B / parts, T]; every device keeps its own rows."""
+    return jax.tree.map(
+        lambda a: a.reshape(a.shape[0] // parts, parts, *a.shape[1:]).swapaxes(0, 1), batch
+    )
+
+
+def loss_and_grad(
+    config: RunConfig, stage: StageConfig, params: Any, router: lm.Router, batch: Batch
+) -> tuple[jax.Array, dict[str, Any], Any]:
+    """Returns (loss, sums for the metrics, gradient) of the batch in `stage.accumulate` parts.
+
+    Balance losses weigh each token's router probabilities by how often the *whole* batch chose each
+    expert. So with accumulation a first pass over the micro-batches counts (forward only, a third
+    of the cost more), and the second differentiates with those counts given.
+    """
+    base = stage.rope_base_global or config.model.attention.rope_base_global
+    total_weight = batch["loss_mask"].sum()
+
+    def part(params: Any, micro: Batch, counts: balance.RoutingStats | None) -> Any:
+        return forward_loss(
+            config,
+            params,
+            router,
+            micro,
+            total_weight=total_weight,
+            counts=counts,
+            rope_base_global=base,
+        )
+
+    differentiate = jax.value_and_grad(part, has_aux=True)
+    if stage.accumulate == 1:
+        (value, sums), grads = differentiate(params, batch, None)
+        return value, sums, grads
+    micros = jax.tree.map(
+        lambda a: sharding.shard(a, None, "batch", "sequence"), _split(batch, stage.accumulate)
+    )
+
+    def accumulate(function: Callable[[Batch], Any]) -> Any:
+        first = jax.tree.map(lambda a: a[0], micros)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, first))
+        body = lambda total, micro: (jax.tree.map(jnp.add, total, function(micro)), None)  # noqa: E731
+        return jax.lax.scan(body, zeros, micros)[0]
+
+    counts = None
+    if config.model.moe.num_experts and any(config.model.moe.balance_weights.values()):
+        counts = accumulate(lambda micro: part(params, micro, None)[1]["stats"])
+    (value, sums), grads = accumulate(lambda micro: differentiate(params, micro, counts))
+    return value, sums, grads
+
+
+def _update_router(
+    moe: MoeConfig, router: lm.Router, controller: balance.PIState, stats: balance.RoutingStats
+) -> tuple[lm.Router, balance.PIState]:
+    """One move of the selection bias and of the controller, from counts of the global batch."""
+    bias_URE, top_p = router.bias_URE, router.top_p
+    if moe.bias_update_rate:
+        update = lambda bias, load: balance.update_bias(bias, load, rate=moe.bias_update_rate)  # noqa: E731
+        bias_URE = jax.vmap(jax.vmap(update))(bias_URE, stats.assigned_count_E)
+    if moe.target_experts:
+        used = stats.assigned_count_E.sum() / jnp.maximum(stats.tokens.sum(), 1)
+        controller = balance.pi_update(
+            controller,
+            used,
+            target=moe.target_experts,
+            num_experts=moe.num_experts,
+            initial_p=moe.top_p,
+            kp=moe.controller_kp,
+            ki=moe.controller_ki,
+        )
+        top_p = controller.top_p
+    return lm.Router(bias_URE, top_p), controller
+
+
+def train_step(
+    config: RunConfig,
+    stage: StageConfig,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, dict[str, Any]]:
+    """Returns the state after one optimizer step, and its metrics (arrays on the device).
+
+    A step whose loss or gradient is not finite changes nothing but the counters. With
+    `optimizer.on_nan = "stop"` no later step changes anything either, so that the loop, which sees
+    metrics one step late, still has the last good state to save.
+    """
+    value, sums, grads = loss_and_grad(config, stage, state.params, state.router, batch)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+    good = finite & (state.bad_steps == 0) if config.optimizer.on_nan == "stop" else finite
+
+    rate = schedule.learning_rate(config.stages, state.step)
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+    params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+    ema = update_ema(state.ema, params, config.optimizer.ema_decay) if state.ema else state.ema
+    router, controller, stats = state.router, state.controller, sums["stats"]
+    if stats is not None:
+        router, controller = _update_router(config.model.moe, router, controller, stats)
+    new = TrainState(
+        step=state.step + 1,
+        bad_steps=state.bad_steps + ~finite,
+        params=params,
+        ema=ema,
+        optimizer=optimizer_state,
+        router=router,
+        controller=controller,
+    )
+    kept = dataclasses.replace(state, step=new.step, bad_steps=new.bad_steps)
+    new = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, kept)
+    metrics = {
+        "loss": sums["nll"],
+        "objective": value,
+        "output_z_loss": sums["z_loss"],
+        "grad_norm": grad_norm,
+        "learning_rate": rate,
+        "bad_steps": new.bad_steps,
+        "target_tokens": batch["loss_mask"].sum(),
+    }
+    if stats is not None:
+        metrics["top_p"] = state.router.top_p
+        metrics["router"] = jax.vmap(jax.vmap(balance.routing_metrics))(stats)
+        metrics["bias_max"] = jnp.abs(router.bias_URE).max()
+    return new, metrics
+
+
+def eval_step(
+    config: RunConfig, params: Any, router: lm.Router, batch: Batch, rope_base_global: float
+) -> dict[str, jax.Array]:
+    """Returns each position's cross-entropy in nats, and routing statistics under `eval_routing`."""
+    output = lm.LightningLM(config.model).apply(
+        {"params": params},
+        batch["tokens"],
+        batch["positions"],
+        batch["segment_ids"],
+        router=router,
+        rope_base_global=rope_base_global,
+    )
+    nll_M, _ = loss.token_losses(
+        output.hidden_BTD.reshape(-1, config.model.model_dim),
+        output.head_DV,
+        batch["targets"].reshape(-1),
+        chunk=config.model.head_chunk,
+    )
+    nll_BT = nll_M.reshape(batch["tokens"].shape) * batch["loss_mask"]
+    return {"nll_BT": nll_BT, "stats": output.stats}

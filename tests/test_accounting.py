@@ -1,0 +1,133 @@
+"""Costs from config alone: sums by hand and by brute force, and what the hybrid pattern saves."""
+
+import dataclasses
+import io
+
+import pytest
+
+from configs import base
+from lightning_jax import accounting
+from lightning_jax.config import RunConfig, build
+from lightning_jax.errors import UserError
+
+
+def model(*, attention=None, moe=None, **changes):
+    config = build(RunConfig, base.get_config()).model
+    return dataclasses.replace(
+        config,
+        vocab_size=changes.pop("vocab_size", 100),
+        attention=dataclasses.replace(config.attention, **(attention or {})),
+        moe=dataclasses.replace(config.moe, **(moe or {})),
+        **changes,
+    )
+
+
+def test_parameters_by_hand():
+    """D=128, N=4, K=2, H=32, E=16, F=96, one shared expert, 3 experts a token, MLP 384, V=100."""
+    size = accounting.parameters(model(prefix="G", unit="LlGg", num_units=2))
+    owners, borrowers = 1 + 2 * 2, 2 * 2
+    expert = 3 * 128 * 96
+    assert size.embedding == 100 * 128 and size.head == 0
+    assert size.norms == 9 * 2 * 128 + 128
+    assert size.attention == 9 * (2 * 128 * 4 * 32 + 32) + owners * (2 * 128 * 2 * 32 + 32)
+    assert size.dense_mlp == 3 * 128 * 384
+    assert size.router == 8 * 128 * 16
+    assert size.shared_experts == 8 * expert
+    assert size.experts == 8 * 16 * expert
+    assert size.used_experts == 8 * 3 * expert
+    assert size.total - size.active == 8 * 13 * expert
+    assert borrowers + owners == 9
+
+
+def test_options_add_their_parameters():
+    plain = accounting.parameters(model())
+    gates = accounting.parameters(model(attention={"output_gate": True, "sinks": True}))
+    assert gates.total - plain.total == 8 * (128 * 4 + 4)
+    untied = accounting.parameters(model(tie_embeddings=False))
+    assert untied.total - plain.total == untied.head == 100 * 128
+    bare = accounting.parameters(model(attention={"qk_norm": False}))
+    assert plain.total - bare.total == 32 * (8 + 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "training", "expected"),
+    [
+        ({}, True, 3.0),
+        ({"target_experts": 0.0}, True, 8.0),
+        ({"eval_routing": "top_k"}, False, 4.0),
+        ({"train_routing": "dense", "target_experts": 0.0}, True, 16.0),
+        ({"num_experts": 0}, True, 0.0),
+    ],
+)
+def test_nominal_experts(changes, training, expected):
+    assert accounting.nominal_experts(model(moe=changes).moe, training=training) == expected
+
+
+def test_measured_experts_replace_the_nominal_number():
+    config = model()
+    step = accounting.flops_per_token(config, seq_len=64, experts_per_token=4.0)
+    step -= accounting.flops_per_token(config, seq_len=64, experts_per_token=3.0)
+    assert step == 3 * 2 * 8 * 3 * 128 * 96
+
+
+@pytest.mark.parametrize("context", [1, 5, 64, 65, 200])
+def test_attention_flops_equal_the_sum_over_visible_pairs(context):
+    config = model(unit="LlGg")
+    pairs = sum(2 * min(query, 64) + 2 * query for query in range(1, context + 1))
+    assert accounting.attention_flops(config, context) == 4 * 4 * 32 * pairs
+    steps = sum(accounting.decode_flops(config, visible) for visible in range(1, context + 1))
+    prefill = accounting.flops_per_token(config, seq_len=context, training=False) * context
+    assert steps == pytest.approx(prefill, rel=1e-12)
+
+
+def test_flops_of_a_dense_model_by_hand():
+    config = model(unit="G", num_units=2, moe={"num_experts": 0}, attention={"sinks": True})
+    matmul = 2 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384) + 100 * 128
+    expected = 3 * (2 * matmul + 2 * 4 * 128 * (10 + 1) / 2)
+    assert accounting.flops_per_token(config, seq_len=10) == pytest.approx(expected, rel=1e-12)
+    rate = accounting.mfu(config, tokens_per_second=1e6, seq_len=10, peak_flops=2e6 * expected)
+    assert rate == pytest.approx(0.5)
+
+
+def test_the_articles_pattern_saves_82_81_percent_of_the_cache():
+    """3 sliding layers to 1 full one that shares in pairs, window 1/16 of the context."""
+    config = model(attention={"window": 4096})
+    dense = accounting.predecessor(config)
+    ours = accounting.kv_bytes_per_token(config, 65_536)
+    saving = 1 - ours / accounting.kv_bytes_per_token(dense, 65_536)
+    assert saving == 1 - (6 / 16 + 1) / 8
+    assert f"{saving:.2%}" == "82.81%"
+    assert accounting.kv_cache_bytes(config, 10) == 7 * 10 * 2 * 2 * 32 * 2
+
+
+def test_predecessor_is_dense_global_and_as_wide_as_the_active_experts():
+    config = model(prefix="L", unit="LG", num_units=2, attention={"global_rope": False})
+    dense = accounting.predecessor(config)
+    assert [spec.letter for spec in dense.layers] == ["G"] * 5
+    assert not any(spec.routed for spec in dense.layers)
+    assert dense.attention.global_rope
+    assert dense.mlp_dim == round((4 * (3 + 1) * 96 + 384) / 5)
+    mlp = accounting.parameters(dense).dense_mlp
+    ours = accounting.parameters(config)
+    active = ours.used_experts + ours.shared_experts + ours.dense_mlp
+    assert mlp == pytest.approx(active, rel=0.01)
+    assert accounting.predecessor(dense) == dense
+
+
+def test_tables():
+    rows = accounting.summary_rows(model(), 512)
+    assert all(len(row) == 2 for row in rows)
+    assert ["experts a token, of those held", "3 of 16"] in rows
+    rows = accounting.comparison_rows(model(vocab_size=0), 2.5)
+    assert [len(row) for row in rows] == [4] * 8
+    assert rows[-1] == ["experts used, of those held", "2.50 of 16", "dense", "84.4%"]
+    # 6 rings of 64 and one full layer, of K=2 heads of 32, at 1024 tokens; 2 bytes a value.
+    assert rows[1][1:] == ["352", "2.05 K", "82.8%"]
+    out = io.StringIO()
+    accounting.print_table(rows, "A title", file=out)
+    assert "A title" in out.getvalue() and "82.8%" in out.getvalue()
+
+
+def test_an_unknown_vocabulary_is_refused_where_it_counts():
+    with pytest.raises(UserError, match="model.vocab_size = 0: must be the tokenizer's size"):
+        accounting.parameters(model(vocab_size=0))

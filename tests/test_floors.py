@@ -1,0 +1,203 @@
+"""The house keeps its floors: imports run down only, files and functions stay short.
+
+A new package under lightning_jax/ gets its line in `MAY_IMPORT`; docs/architecture.md says why.
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "lightning_jax"
+SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
+PROGRAMS = sorted((ROOT / "experiments").glob("*.py"))
+
+BASE = {"config", "errors", "sharding"}
+BELOW_MODEL = BASE | {"accounting", "ops", "layers"}
+BELOW_TRAINING = BELOW_MODEL | {"data", "model", "checkpoint"}
+# What each part of the package may import of the package, besides itself.
+MAY_IMPORT = {
+    "": set(),
+    "errors": set(),
+    "config": {"errors"},
+    "sharding": {"config", "errors"},
+    "accounting": {"config", "errors"},
+    "ops": {"ops.kernels"},
+    "ops.kernels": set(),
+    "data": BASE,
+    "layers": BASE | {"ops"},
+    "model": BASE | {"ops", "layers"},
+    "checkpoint": BASE | {"ops", "model"},
+    "train": BELOW_TRAINING,
+    "infer": BELOW_TRAINING,
+    "arena": BELOW_TRAINING,
+    "interop": BELOW_TRAINING,
+    "ablation": BELOW_TRAINING | {"train"},
+    "program": {"config", "errors"},
+}
+# The values that kernels take; the ops that choose a kernel stand above it.
+KERNELS_MAY_IMPORT = {"lightning_jax.ops.mask", "lightning_jax.ops.routing"}
+# Libraries that only these parts may import; jax is the other way round.
+ONLY_IN = {
+    "flax": {"layers", "model", "checkpoint"},
+    "grain": {"data", "checkpoint"},
+    "ml_collections": {"program"},
+    "optax": {"train"},
+    "orbax": {"checkpoint"},
+}
+WITHOUT_JAX = {"errors", "config", "accounting", "data", "program"}
+OPS_LIBRARIES = {"jax", "numpy"}
+
+MAX_FILE, MAX_FUNCTION, MAX_PROGRAM = 400, 60, 60
+# One table of fields and their checks; split, a field would stand in two places.
+LONG_FILES = {"lightning_jax/config.py": 580}
+
+
+def module_of(path):
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path) for path in SOURCES}
+
+
+def part_of(module):
+    """`lightning_jax.ops.kernels.x` -> `ops.kernels`, else the first name below the package."""
+    names = module.split(".")[1:]
+    return "ops.kernels" if names[:2] == ["ops", "kernels"] else ".".join(names[:1])
+
+
+def imports(path):
+    """Full names of all modules that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import; write the full name"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else node.module
+
+
+def edge_allowed(source, target):
+    part = part_of(source)
+    allowed = MAY_IMPORT[part] | {part}
+    if part == "ops.kernels" and target in KERNELS_MAY_IMPORT:
+        return True
+    return bool(part) and part_of(target) in allowed
+
+
+def label(path):
+    return str(path.relative_to(ROOT))
+
+
+def test_every_part_has_a_floor():
+    unknown = {part_of(module) for module in MODULES} - set(MAY_IMPORT)
+    assert not unknown, f"give {sorted(unknown)} a line in MAY_IMPORT"
+
+
+def test_the_floors_have_no_cycle():
+    done = set()
+    while len(done) < len(MAY_IMPORT):
+        parts = {part for part, below in MAY_IMPORT.items() if below <= done}
+        assert parts - done, f"cycle among {sorted(set(MAY_IMPORT) - done)}"
+        done |= parts
+    assert "infer" not in MAY_IMPORT["train"] and "train" not in MAY_IMPORT["infer"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=label)
+def test_imports_run_down(path):
+    module, bad = module_of(path), []
+    part = part_of(module)
+    for target in imports(path):
+        library = target.split(".")[0]
+        if library == PACKAGE:
+            if not edge_allowed(module, target):
+                bad.append(target)
+        elif (
+            library in ("configs", "experiments", "tests", "notebooks")
+            or (library in ONLY_IN and part not in ONLY_IN[library])
+            or (library == "jax" and part in WITHOUT_JAX)
+            or (part in ("ops", "ops.kernels") and not library_of_ops(library))
+        ):
+            bad.append(target)
+    assert not bad, f"{label(path)} ({part or 'the package'}) may not import {bad}"
+
+
+def library_of_ops(library):
+    return library in OPS_LIBRARIES or library in sys.stdlib_module_names
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "allowed"),
+    [
+        ("lightning_jax.ops.attention", "lightning_jax.ops.kernels.xla_banded", True),
+        ("lightning_jax.ops.kernels.xla_banded", "lightning_jax.ops.mask", True),
+        ("lightning_jax.ops.kernels.xla_banded", "lightning_jax.ops.attention", False),
+        ("lightning_jax.ops.loss", "lightning_jax.config", False),
+        ("lightning_jax.model", "lightning_jax.checkpoint", False),
+        ("lightning_jax.train.loop", "lightning_jax.infer.engine", False),
+        ("lightning_jax.data.packing", "lightning_jax.model", False),
+        ("lightning_jax.train.loop", "lightning_jax.train.step", True),
+        ("lightning_jax", "lightning_jax.config", False),
+    ],
+)
+def test_the_rule_itself(source, target, allowed):
+    assert edge_allowed(source, target) == allowed
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=label)
+def test_programs_are_short_and_stand_alone(path):
+    lines = len(path.read_text().splitlines())
+    assert lines < MAX_PROGRAM, f"{label(path)} has {lines} lines: its logic belongs in the package"
+    assert not [name for name in imports(path) if name.split(".")[0] in ("experiments", "tests")]
+
+
+def test_files_are_short():
+    lengths = {label(path): len(path.read_text().splitlines()) for path in SOURCES}
+    long = {name: n for name, n in lengths.items() if n > LONG_FILES.get(name, MAX_FILE)}
+    assert not long, f"more than {MAX_FILE} lines: {long}"
+
+
+def test_functions_are_short():
+    long = {}
+    for path in SOURCES + PROGRAMS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                # A docstring may be as long as the contract it states.
+                text = ast.get_docstring(node, clean=False) or ""
+                lines = node.end_lineno - node.lineno + 1 - len(text.splitlines())
+                if lines > MAX_FUNCTION:
+                    long[f"{label(path)}:{node.name}"] = lines
+    assert not long, f"more than {MAX_FUNCTION} lines: {long}"
+
+
+def test_everything_public_has_a_docstring():
+    bare = []
+    for path in SOURCES + PROGRAMS:
+        tree = ast.parse(path.read_text())
+        # The `main` of a program is described by the docstring of its module.
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        nodes = [node for node in tree.body if isinstance(node, kinds) and path not in PROGRAMS]
+        public = [node for node in nodes if not node.name.startswith("_")]
+        bare += [f"{label(path)}:{node.name}" for node in public if not ast.get_docstring(node)]
+        if not ast.get_docstring(tree) and path.name != "__init__.py":
+            bare.append(label(path))
+    assert not bare, f"no docstring: {bare}"
+
+
+def test_nothing_is_left_for_later():
+    words = re.compile("|".join(["TO" + "DO", "FIX" + "ME", r"\bXX" + r"X\b", r"\bHA" + r"CK\b"]))
+    folders = ("lightning_jax", "configs", "experiments", "tests", "docs", "notebooks")
+    files = [path for name in folders for path in (ROOT / name).rglob("*")]
+    found = [
+        f"{label(path)}:{number}"
+        for path in files
+        if path.suffix in (".py", ".md", ".ipynb")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if words.search(line)
+    ]
+    assert not found, f"do it or drop it: {found}"

@@ -1,0 +1,112 @@
+"""Strict rules, mesh errors, and eight emulated devices that agree with one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from lightning_jax import model as lm
+from lightning_jax import sharding
+from lightning_jax.config import MeshConfig, RunConfig, build
+from lightning_jax.errors import UserError
+from lightning_jax.train import loop, step
+from lightning_jax.train.evaluation import put_batch
+from lightning_jax.train.optimizer import make_optimizer
+from tests.tiny import random_batch, tiny_config
+
+ONE = dict(data=1, fsdp=1, expert=1, tensor=1, sequence=1)
+
+
+def test_rules_map_names_and_refuse_typos_and_collisions():
+    assert sharding.STORED.spec("embed", "heads", "head") == P("fsdp", None, None)
+    assert sharding.IN_USE.spec("batch", None, "embed") == P(("data", "fsdp"), None, None)
+    with pytest.raises(ValueError, match='did you mean "embed"'):
+        sharding.STORED.spec("embd")
+    with pytest.raises(ValueError, match="twice"):
+        sharding.STORED.spec("batch", "embed")
+
+
+@pytest.mark.parametrize("axis", ["expert", "tensor", "sequence"])
+def test_reserved_axes_are_refused_in_one_line(axis):
+    with pytest.raises(UserError, match=f"mesh.{axis} = 2: .*reserved"):
+        sharding.make_mesh(MeshConfig(**{**ONE, axis: 2}))
+
+
+def test_mesh_sizes():
+    assert sharding.make_mesh(MeshConfig(**{**ONE, "data": -1})).shape["data"] == 8
+    mesh = sharding.make_mesh(MeshConfig(**{**ONE, "data": 2, "fsdp": -1}))
+    assert (mesh.shape["data"], mesh.shape["fsdp"]) == (2, 4)
+    with pytest.raises(UserError, match="8 devices"):
+        sharding.make_mesh(MeshConfig(**{**ONE, "data": 3}))
+    with pytest.raises(UserError, match="model.model_dim = 36"):
+        config = build(RunConfig, tiny_config(model__model_dim=36))
+        sharding.check_divisible(config.model, 8, "batch", sharding.make_mesh(MeshConfig(**{**ONE, "fsdp": 8})))
+    with pytest.raises(UserError, match="batch = 4: must be a multiple of the 8"):
+        config = build(RunConfig, tiny_config())
+        sharding.check_divisible(config.model, 4, "batch", sharding.make_mesh(MeshConfig(**{**ONE, "fsdp": 8})))
+
+
+def train(mesh_sizes, devices, accumulate):
+    """Three steps on a mesh; returns (loss and gradient of the first, final state, losses)."""
+    config = build(
+        RunConfig,
+        tiny_config(
+            model__vocab_size=64,
+            model__unit="LGg",
+            model__num_units=2,
+            model__moe__switch_weight=0.1,
+            model__moe__partition_weight=0.1,
+            model__attention__sinks=True,
+        ),
+    )
+    stage = dataclasses.replace(config.stages[0], batch_size=16, seq_len=24, accumulate=accumulate)
+    stage = dataclasses.replace(stage, warmup_tokens=0, learning_rate=0.01)
+    config = dataclasses.replace(config, stages=(stage,))
+    mesh = sharding.make_mesh(MeshConfig(**{**ONE, **mesh_sizes}), jax.devices()[:devices])
+    optimizer = make_optimizer(config.optimizer, lm.logical_axes(config.model))
+    _, shardings = loop.state_shardings(config, optimizer, mesh)
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda: step.init_state(config, optimizer), out_shardings=shardings)()
+        batches = [put_batch(random_batch(16, 24, 64, seed), mesh) for seed in range(3)]
+        value, _, grads = jax.jit(lambda p, r, b: step.loss_and_grad(config, stage, p, r, b))(
+            state.params, state.router, batches[0]
+        )
+        run = jax.jit(
+            lambda s, b: step.train_step(config, stage, optimizer, s, b),
+            out_shardings=(shardings, sharding.replicated(mesh)),
+        )
+        losses = []
+        for batch in batches:
+            state, metrics = run(state, batch)
+            losses.append(float(metrics["loss"]))
+    return jax.device_get((value, grads)), state, losses
+
+
+@pytest.mark.parametrize(
+    "sizes", [dict(data=8), dict(fsdp=8), pytest.param(dict(data=2, fsdp=4), marks=pytest.mark.slow)]
+)
+def test_eight_devices_equal_one_and_repeat_bit_for_bit(sizes):
+    one, _, one_losses = train({}, 1, 1)
+    eight, state, losses = train(sizes, 8, 2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), eight, one)
+    np.testing.assert_allclose(losses, one_losses, atol=1e-5)
+
+    gate = state.params["units"]["0_L"]["moe"]["gate_EDF"]
+    moment = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.optimizer)
+        if "gate_EDF" in jax.tree_util.keystr(path)
+    ]
+    assert len(moment) == 2
+    for leaf in (gate, *moment):
+        assert leaf.sharding.spec == P(None, None, "fsdp", None)
+        split = sizes.get("fsdp", 1)
+        assert leaf.addressable_shards[0].data.shape[2] == leaf.shape[2] // split
+    assert state.router.bias_URE.sharding.is_fully_replicated
+
+    _, again, same_losses = train(sizes, 8, 2)
+    assert losses == same_losses
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get((state.params, again.params)))

@@ -1,0 +1,174 @@
+"""The train step is a function of the global batch: splits, remat and scan change nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lightning_jax import model as lm
+from lightning_jax.config import RunConfig, build
+from lightning_jax.ops import balance
+from lightning_jax.train import step
+from lightning_jax.train.optimizer import make_optimizer
+from tests.tiny import random_batch, tiny_config
+
+VOCAB = 64
+HEAVY = dict(
+    model__vocab_size=VOCAB,
+    model__moe__switch_weight=0.1,
+    model__moe__group_weight=0.1,
+    model__moe__partition_weight=0.1,
+    model__moe__true_group_weight=0.1,
+    model__moe__z_weight=0.1,
+    model__moe__entropy_weight=0.1,
+)
+
+
+def setup(**changes):
+    config = build(RunConfig, tiny_config(**{**HEAVY, **changes}))
+    params = lm.init_params(config.model, jax.random.key(1))
+    # Peaked routers, so that experts are used unevenly.
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, p: p * 8 if "router" in jax.tree_util.keystr(path) else p, params
+    )
+    batch = jax.tree.map(jnp.asarray, random_batch(8, 24, VOCAB))
+    return config, params, lm.init_router(config.model), batch
+
+
+def value_and_grad(config, params, router, batch, accumulate):
+    stage = dataclasses.replace(config.stages[0], batch_size=8, accumulate=accumulate)
+    return jax.jit(lambda p, r, b: step.loss_and_grad(config, stage, p, r, b))(
+        params, router, batch
+    )
+
+
+def assert_same(one, other, tolerance=2e-5):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance), one, other
+    )
+
+
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_accumulation_changes_no_value_and_no_gradient(accumulate):
+    config, params, router, batch = setup()
+    whole = value_and_grad(config, params, router, batch, 1)
+    assert_same(value_and_grad(config, params, router, batch, accumulate), whole)
+
+
+def test_balance_losses_act_and_need_the_counts_of_the_whole_batch():
+    config, params, router, batch = setup()
+    whole = value_and_grad(config, params, router, batch, 1)
+    # The test above has teeth: with each micro-batch's own counts the gradient is another one.
+    parts = [jax.tree.map(lambda a, i=i: a[i::2], batch) for i in range(2)]
+    own = [
+        jax.grad(
+            lambda p, b: step.forward_loss(
+                config,
+                p,
+                router,
+                b,
+                total_weight=batch["loss_mask"].sum(),
+                counts=None,
+                rope_base_global=1e4,
+            )[0]
+        )(params, part)
+        for part in parts
+    ]
+    summed = jax.tree.map(jnp.add, *own)
+    difference = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), summed, whole[2])
+    assert max(jax.tree.leaves(difference)) > 1e-3
+
+
+@pytest.mark.parametrize("change", [dict(model__remat="full"), dict(model__remat="dots_saveable")])
+def test_remat_changes_nothing(change):
+    _, params, router, batch = setup()
+    expected = value_and_grad(setup()[0], params, router, batch, 1)
+    assert_same(value_and_grad(setup(**change)[0], params, router, batch, 1), expected)
+
+
+def test_zero_weights_are_no_balance_loss_and_nonzero_ones_move_the_router():
+    zero = {key: 0.0 for key in HEAVY if key.endswith("_weight")}
+    config, params, router, batch = setup(**zero, optimizer__z_loss_weight=0.0)
+    value, sums, plain = value_and_grad(config, params, router, batch, 1)
+    np.testing.assert_allclose(value, sums["nll"], rtol=1e-6)
+    _, _, balanced = value_and_grad(setup()[0], params, router, batch, 1)
+    routers = [
+        path
+        for path, leaf in jax.tree_util.tree_leaves_with_path(plain)
+        if "router" in jax.tree_util.keystr(path)
+    ]
+    assert len(routers) == 2
+    for path in routers:
+        get = lambda tree: dict(jax.tree_util.tree_leaves_with_path(tree))[path]  # noqa: B023, E731
+        assert float(jnp.abs(get(plain) - get(balanced)).max()) > 1e-4
+
+
+def make_step(config):
+    optimizer = make_optimizer(config.optimizer, lm.logical_axes(config.model))
+    state = step.init_state(config, optimizer)
+    stage = dataclasses.replace(
+        config.stages[0], batch_size=8, seq_len=24, warmup_tokens=0, learning_rate=0.01
+    )
+    config = dataclasses.replace(config, stages=(stage,))
+    run = jax.jit(lambda s, b: step.train_step(config, stage, optimizer, s, b))
+    return state, run
+
+
+def test_a_step_lowers_the_loss_and_moves_bias_and_controller_once():
+    config, _, _, batch = setup(
+        model__moe__switch_weight=0.0,
+        model__moe__group_weight=0.0,
+        model__moe__partition_weight=0.0,
+        model__moe__true_group_weight=0.0,
+        model__moe__z_weight=0.0,
+        model__moe__entropy_weight=0.0,
+        optimizer__ema_decay=0.5,
+    )
+    state, run = make_step(config)
+    losses = []
+    for _ in range(20):
+        state, metrics = run(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.5 * losses[0]
+    assert int(state.step) == 20 and int(state.bad_steps) == 0
+    bias_URE = np.asarray(state.router.bias_URE)
+    np.testing.assert_allclose(bias_URE.mean(axis=-1), 0, atol=1e-6)
+    assert 0 < np.abs(bias_URE).max() <= 20 * 2 * config.model.moe.bias_update_rate
+    assert float(state.router.top_p) == float(state.controller.top_p) != config.model.moe.top_p
+    moved = jax.tree.map(lambda e, p: float(jnp.abs(e - p).max()), state.ema, state.params)
+    assert 0 < max(jax.tree.leaves(moved)) < 0.1
+
+
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+def test_a_step_that_is_not_finite_changes_nothing(on_nan):
+    config, _, _, batch = setup(optimizer__on_nan=on_nan)
+    state, run = make_step(config)
+    state, _ = run(state, batch)
+    bad = {**batch, "loss_mask": batch["loss_mask"] * jnp.nan}
+    after, metrics = run(state, bad)
+    assert int(metrics["bad_steps"]) == 1 and int(after.step) == 2
+    for before, now in zip(
+        jax.tree.leaves((state.params, state.optimizer, state.router)),
+        jax.tree.leaves((after.params, after.optimizer, after.router)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(before, now)
+    later, _ = run(after, batch)
+    changed = max(
+        float(jnp.abs(a - b).max())
+        for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(later.params), strict=True)
+    )
+    assert (changed == 0) == (on_nan == "stop")
+
+
+def test_balance_value_of_uniform_routing_is_its_weight():
+    config, params, router, batch = setup(model__moe__train_routing="dense", model__moe__target_experts=0.0)
+    flat = jax.tree_util.tree_map_with_path(
+        lambda path, p: p * 0 if "router" in jax.tree_util.keystr(path) else p, params
+    )
+    model = lm.LightningLM(config.model, train=True)
+    out = model.apply({"params": flat}, batch["tokens"], router=router)
+    losses = jax.vmap(jax.vmap(balance.balance_losses))(out.stats)
+    np.testing.assert_allclose(losses["true_group"], 1, rtol=1e-5)
