@@ -1,0 +1,41 @@
+"""Trains every arm of a sweep with every seed, one run after another; the same command resumes.
+
+    python -m experiments.sweep --sweep=configs/sweeps/pattern.py --workdir=runs/pattern
+        [--only=LLLG,G] [--seeds=0,1] [--set=model.model_dim=64 ...]
+
+The folder gets sweep.json, a run's folder in <arm>/seed_<n>, results.jsonl and results.csv.
+`{"finished": rows, "failed": {run: error}}` is printed as JSON on stdout. A run that fails does not
+stop the others; the exit status is 2 at the end. Read the result with `experiments.report`.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from lightning_jax import program
+from lightning_jax.ablation import sweep
+from lightning_jax.errors import UserError
+
+_SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, from configs/sweeps.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=True)
+_ONLY = flags.DEFINE_list("only", [], "Arms to run; all by default.")
+_SEEDS = flags.DEFINE_list("seeds", [], "Seeds to run; all by default.")
+_SET = flags.DEFINE_multi_string("set", [], "A config field for every arm: --set=model.x=1")
+
+
+def main() -> None:
+    try:
+        seeds = [int(seed) for seed in _SEEDS.value]
+    except ValueError as error:
+        raise UserError(f"seeds = {','.join(_SEEDS.value)!r}: must be numbers like 0,1") from error
+    changes = dict(sweep.parse_change(text) for text in _SET.value)
+    arms = sweep.load_sweep(_SWEEP.value, changes)
+    rows, failures = sweep.run_sweep(arms, _WORKDIR.value, only=_ONLY.value, seeds=seeds)
+    program.emit_json({"finished": rows, "failed": failures})
+    if failures:
+        name, first = next(iter(failures.items()))
+        raise UserError(f"{len(failures)} runs failed, first {name}: {first}")
+
+
+if __name__ == "__main__":
+    program.run(main)

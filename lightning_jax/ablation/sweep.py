@@ -1,0 +1,313 @@
+"""A sweep: arms that change one base config, each trained with several seeds, one after another.
+
+A sweep file has a function `get_sweep()` that returns a plain dict: `question`, `base` (what a
+config file returns), `baseline` (the name of one arm), `arms` (by name, the config fields it
+changes, `{"model.unit": "G"}`) and `seeds`. Arms of one seed see the same text in the same order,
+so that their differences are paired.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import logging
+import os
+import re
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lightning_jax.ablation.results import (
+    Run,
+    collect,
+    is_finished,
+    read_json,
+    run_row,
+    write_file,
+    write_results,
+)
+from lightning_jax.checkpoint import write_json
+from lightning_jax.config import RunConfig, build, require, suggest, to_dict
+from lightning_jax.errors import UserError
+from lightning_jax.train import loop
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A checked sweep: every arm's config has been built once.
+
+    `base` is a nested plain dict; `arms` maps a name to `{dotted config field: value}`.
+    """
+
+    question: str
+    base: dict[str, Any]
+    baseline: str
+    arms: dict[str, dict[str, Any]]
+    seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        require(bool(self.question.strip()), "question", self.question, "what the sweep asks")
+        require(bool(self.arms), "arms", self.arms, "at least one arm by name")
+        for name in self.arms:
+            require(
+                re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name) is not None,
+                "arms",
+                name,
+                "named with letters, digits and _.+- (the name is a folder's)",
+            )
+        folders = [name.lower() for name in self.arms]
+        require(
+            len(set(folders)) == len(folders), "arms", list(self.arms), "different without case"
+        )
+        require(
+            self.baseline in self.arms,
+            "baseline",
+            self.baseline,
+            suggest(self.baseline, [*self.arms]),
+        )
+        valid = self.seeds and all(type(seed) is int and seed >= 0 for seed in self.seeds)
+        require(bool(valid), "seeds", self.seeds, "one or more numbers, 0 or above")
+        require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "different numbers")
+        for name in self.arms:
+            self.config(Run(name, self.seeds[0]))
+
+    def config(self, run: Run) -> RunConfig:
+        """Builds one run's config.
+
+        Raises:
+          UserError: an unknown field, or a value that the config refuses; names the arm.
+        """
+        try:
+            return build(RunConfig, override({**self.base, "seed": run.seed}, self.arms[run.arm]))
+        except UserError as error:
+            raise UserError(f"arm {run.arm!r}: {error}") from error
+
+    def runs(self, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Run]:
+        """Lists the runs of some arms and seeds (empty: all).
+
+        Seeds are the outer loop: a sweep cut short still compares all arms on the seeds it has.
+
+        Raises:
+          UserError: an arm or a seed that the sweep does not have.
+        """
+        for arm in only:
+            require(arm in self.arms, "only", arm, suggest(arm, [*self.arms]))
+        for seed in seeds:
+            require(seed in self.seeds, "seeds", seed, f"one of {', '.join(map(str, self.seeds))}")
+        return [
+            Run(arm, seed)
+            for seed in self.seeds
+            for arm in self.arms
+            if (not seeds or seed in seeds) and (not only or arm in only)
+        ]
+
+
+def build_sweep(values: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Sweep:
+    """Builds a Sweep from what `get_sweep()` returned, or from a `sweep.json`.
+
+    Args:
+      values: the fields of Sweep; `base` may be a ConfigDict.
+      changes: config fields changed in the base, and so in every arm.
+
+    Raises:
+      UserError: a field that is unknown, missing or refused.
+    """
+    require(hasattr(values, "items"), "get_sweep()", values, "a dict")
+    fields = {key: _plain(value) for key, value in values.items()}
+    known = [field.name for field in dataclasses.fields(Sweep)]
+    for key in fields:
+        if key not in known:
+            raise UserError(f"unknown sweep field {key}: {suggest(key, known)}")
+    for key in known:
+        if key not in fields:
+            raise UserError(f"sweep field {key} is missing")
+    for key in ("question", "baseline"):
+        require(isinstance(fields[key], str), key, fields[key], "text")
+    for key in ("base", "arms"):
+        require(isinstance(fields[key], dict), key, fields[key], "a mapping of names")
+    for arm, changed in fields["arms"].items():
+        right = 'what it changes, such as {"model.unit": "G"}'
+        require(isinstance(changed, dict), f"arms.{arm}", changed, right)
+    require(isinstance(fields["seeds"], list), "seeds", fields["seeds"], "a list of numbers")
+    fields["seeds"] = tuple(fields["seeds"])
+    fields["base"] = override(fields["base"], changes or {})
+    return Sweep(**fields)
+
+
+def load_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None = None) -> Sweep:
+    """Runs a sweep file and builds what its `get_sweep()` returns.
+
+    Raises:
+      UserError: no such file, a fault in it (with its line), or a sweep that `build_sweep` refuses.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(file) for file in path.parent.glob("*.py") if file.stem != "__init__")
+        raise UserError(
+            f"sweep = {str(path)!r}: no such file"
+            + (f": {suggest(str(path), near)}" if near else "")
+        )
+    module: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
+    try:
+        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), module)
+        if "get_sweep" not in module:
+            raise UserError("it has no function get_sweep()")
+        values = module["get_sweep"]()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:
+        lines = [
+            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)
+        ]
+        line = error.lineno if isinstance(error, SyntaxError) else (lines or ["?"])[-1]
+        raise UserError(f"{path}:{line}: {type(error).__name__}: {error}") from error
+    return build_sweep(values, changes)
+
+
+def parse_change(text: str) -> tuple[str, Any]:
+    """Reads `model.model_dim=64`; what is not a Python literal is text.
+
+    Raises:
+      UserError: no `=` in it.
+    """
+    field, equals, value = text.partition("=")
+    require(bool(equals and field), "set", text, "such as model.model_dim=64")
+    try:
+        return field, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return field, value
+
+
+def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of nested `values` with dotted fields changed; the fields must exist.
+
+    Raises:
+      UserError: an unknown field, with a "did you mean"; the seed, which the sweep sets.
+    """
+    result = copy.deepcopy(dict(values))
+    for field, value in changes.items():
+        if field == "seed":
+            raise UserError("config field seed cannot be changed here: it is what `seeds` are for")
+        at, path = result, ""
+        *parents, last = field.split(".")
+        for name in [*parents, last]:
+            if not isinstance(at, dict) or name not in at:
+                options = (
+                    suggest(name, [*at]) if isinstance(at, dict) else f"{path[:-1]} has no fields"
+                )
+                raise UserError(f"unknown config field {path}{name}: {options}")
+            path += f"{name}."
+            if name is not last:
+                at = at[name]
+        at[last] = copy.deepcopy(value)
+    return result
+
+
+def run_sweep(
+    sweep: Sweep,
+    workdir: str | os.PathLike[str],
+    *,
+    only: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Trains what is not finished yet, in `workdir/<arm>/seed_<n>`, and collects the results.
+
+    Finished runs are skipped and half-done ones resume. After each run `results.jsonl` and
+    `results.csv` have one row for each finished run of the folder (see `collect`).
+
+    Args:
+      sweep: what to run.
+      workdir: folder of the sweep; gets `sweep.json`.
+      only: arms to run; empty: all.
+      seeds: seeds to run; empty: all.
+
+    Returns:
+      The rows, and by run the one-line error of those that failed this time.
+
+    Raises:
+      UserError: the folder holds runs of another sweep; names the field.
+      loop.Stopped: SIGTERM or SIGINT; the state has been saved.
+    """
+    root = Path(workdir).absolute()
+    runs = sweep.runs(only, seeds)
+    _check_same(sweep, root)
+    root.mkdir(parents=True, exist_ok=True)
+    write_json(root / "sweep.json", {**dataclasses.asdict(sweep), "seeds": list(sweep.seeds)})
+    failures: dict[str, str] = {}
+    for number, run in enumerate(runs, 1):
+        folder, title = run.folder(root), f"run {number} of {len(runs)}: {run}"
+        if is_finished(folder):
+            logger.info("%s: finished before", title)
+            continue
+        logger.info("%s", title)
+        failure = folder / "failure.txt"
+        failure.unlink(missing_ok=True)
+        begun = time.perf_counter()
+        try:
+            loop.run(sweep.config(run), folder)
+        except UserError as error:
+            failures[str(run)] = str(error)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_file(failure, f"{error}\n")
+            logger.error("%s failed: %s", title, error)
+        else:
+            row = run_row(run, folder)
+            seconds = time.perf_counter() - begun
+            logger.info("%s: %.4f bits per byte, %.0f s", title, row["bits_per_byte"], seconds)
+        # Each run compiles programs of its own; kept, they would add up over a long sweep.
+        jax.clear_caches()
+        write_results(root, collect(sweep.runs(), root))
+    rows = collect(sweep.runs(), root)
+    write_results(root, rows)
+    return rows, failures
+
+
+def _check_same(sweep: Sweep, root: Path) -> None:
+    """Raises UserError where the folder holds a run that this sweep would not make."""
+    wanted = {str(run.folder(root)): run for run in sweep.runs()}
+    for path in sorted(root.glob("*/seed_*/config.json")):
+        run = wanted.get(str(path.parent))
+        if run is None:
+            where = path.parent.relative_to(root)
+            known = path.parent.parent.name in sweep.arms
+            field, value = ("seeds", sweep.seeds) if known else ("arms", [*sweep.arms])
+            raise UserError(
+                f"{field} = {value!r}: this workdir has a run {str(where)!r}, which is not in it"
+            )
+        before, now = read_json(path), to_dict(sweep.config(run))
+        if now["model"]["vocab_size"] == 0:
+            # 0 is "the tokenizer's"; a run records what that was.
+            now["model"]["vocab_size"] = before["model"]["vocab_size"]
+        changed = _first_change(before, now)
+        if changed:
+            field, old, new = changed
+            raise UserError(
+                f"{field} = {new!r}: {run} in this workdir has {old!r}; use another --workdir "
+                "or the sweep as it was"
+            )
+
+
+def _first_change(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return None if old == new else (path, old, new)
+    for key in dict.fromkeys([*old, *new]):
+        at = f"{path}.{key}" if path else key
+        found = _first_change(old.get(key), new.get(key), at)
+        if found:
+            return found
+    # The order of keys is the order of stages.
+    return None if list(old) == list(new) else (path, list(old), list(new))
+
+
+def _plain(value: Any) -> Any:
+    """Mappings of any kind as dicts, in their order; tuples as lists, as JSON has them."""
+    if hasattr(value, "items"):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

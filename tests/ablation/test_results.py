@@ -1,0 +1,94 @@
+"""A run's row is what its folder says, pooled over domains."""
+
+import csv
+import json
+import math
+
+import pytest
+
+from lightning_jax.ablation import results
+from lightning_jax.ablation.results import Run
+from lightning_jax.errors import UserError
+from tests.ablation.fake_runs import small_sweep, write_run
+
+RUN = Run("shared", 1)
+
+
+def finished(tmp_path, **scores):
+    write_run(small_sweep().config(RUN), tmp_path, **scores)
+    return results.run_row(RUN, tmp_path)
+
+
+def test_domains_are_pooled_by_bytes_for_bits_and_by_tokens_for_loss(tmp_path):
+    row = finished(tmp_path, code=1.0, docs=2.0)
+    assert row["bits_per_byte"] == pytest.approx((3000 * 1 + 500 * 2) / 3500)
+    assert row["loss"] == pytest.approx((3000 * 1 + 500 * 2) * math.log(2) / 1000)
+    # The two say the same of the same text.
+    assert row["loss"] * row["tokens"] == pytest.approx(
+        row["bits_per_byte"] * row["bytes"] * math.log(2)
+    )
+    assert row["domains"]["docs"]["bits_per_byte"] == 2.0
+    assert (row["arm"], row["seed"], row["experts_per_token"]) == ("shared", 1, None)
+
+
+def test_speed_leaves_compilation_out_and_seconds_do_not(tmp_path):
+    row = finished(tmp_path, steps=20)
+    assert row["tokens_per_second"] == 100.0
+    assert row["seconds"] == pytest.approx(100 / 10 + 19 * 100 / 100)
+
+
+def test_a_run_without_logged_steps_has_no_speed(tmp_path):
+    finished(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    row = results.run_row(RUN, tmp_path)
+    assert row["tokens_per_second"] is None and row["seconds"] == 0
+
+
+def test_collect_takes_the_finished_runs_in_order(tmp_path):
+    sweep = small_sweep()
+    runs = sweep.runs()
+    for run in (runs[4], runs[1]):
+        write_run(sweep.config(run), run.folder(tmp_path))
+    found = [(row["arm"], row["seed"]) for row in results.collect(runs, tmp_path)]
+    assert found == [("shared", 0), ("shared", 1)]
+
+
+def test_results_are_written_whole_with_the_columns_of_every_row(tmp_path):
+    rows = [
+        {"arm": "a", "domains": {"x": {"loss": 1}}},
+        {"arm": "b", "domains": {"y": {"loss": 2}}},
+    ]
+    results.write_results(tmp_path, rows)
+    results.write_results(tmp_path, rows)
+    with open(tmp_path / "results.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert table[1] == {"arm": "b", "domains/x/loss": "", "domains/y/loss": "2"}
+    assert [
+        json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()
+    ] == rows
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.jsonl"]
+    results.write_results(tmp_path, [])
+    assert (tmp_path / "results.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("evaluation.json", "{", "evaluation.json: not JSON"),
+        ("evaluation.json", '{"code": {"loss": 1}}', "not an evaluation"),
+        ("evaluation.json", "[]", "not an evaluation"),
+        ("config.json", "{}", "config field seed is missing"),
+    ],
+)
+def test_a_damaged_run_is_named(tmp_path, name, text, message):
+    finished(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        results.run_row(RUN, tmp_path)
+
+
+def test_a_run_without_config_is_named(tmp_path):
+    finished(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="config.json: no such file"):
+        results.run_row(RUN, tmp_path)
