@@ -23,7 +23,7 @@ from lightning_jax import sharding
 from lightning_jax.config import GLOBAL, LOCAL, LayerSpec, ModelConfig
 from lightning_jax.layers.attention import KindContext
 from lightning_jax.layers.block import Context, Unit
-from lightning_jax.layers.common import RMSNorm, embedding_init, param, project
+from lightning_jax.layers.common import Declared, RMSNorm, fan_in, param, standard_normal
 from lightning_jax.ops import kv_cache
 from lightning_jax.ops.balance import RoutingStats
 from lightning_jax.ops.kv_cache import KV, Slots
@@ -182,7 +182,7 @@ class _Table(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return param(self, self.parameter, embedding_init(self.dim), self.shape, self.axes)
+        return param(self, self.parameter, fan_in(self.dim), self.shape, self.axes)
 
 
 def _scan_over_units(config: ModelConfig) -> Any:
@@ -204,8 +204,8 @@ def _scan_over_units(config: ModelConfig) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _boxed(config: ModelConfig) -> Any:
-    """Abstract parameters with their logical names still attached."""
-    tokens_BT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    """Abstract parameters with their logical names and distributions still attached."""
+    tokens_BT = jax.ShapeDtypeStruct((sharding.ambient_batch_shards(), 2), jnp.int32)
     model = LightningLM(config)
     return jax.eval_shape(model.init, jax.random.key(0), tokens_BT)["params"]
 
@@ -222,8 +222,24 @@ def logical_axes(config: ModelConfig) -> Any:
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Any:
-    """Returns freshly initialised float32 parameters (jit it with the shardings wanted)."""
-    return nn.meta.unbox(LightningLM(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"])
+    """Returns freshly initialised float32 parameters (jit it with the shardings wanted).
+
+    Parameters of one shape are drawn together: a generator a parameter would take XLA longer to
+    compile than the train step.
+    """
+    leaves, tree = jax.tree.flatten(_boxed(config), is_leaf=lambda a: isinstance(a, Declared))
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, leaf in enumerate(leaves):
+        if leaf.init.std:
+            groups.setdefault(leaf.value.shape, []).append(index)
+    values = [jnp.full(leaf.value.shape, leaf.init.mean, jnp.float32) for leaf in leaves]
+    for number, (shape, members) in enumerate(groups.items()):
+        drawn = standard_normal(jax.random.fold_in(key, number), (len(members), *shape))
+        # Without the barrier XLA fuses (recompiles and recomputes) the generator into every slice.
+        drawn = jax.lax.optimization_barrier(drawn)
+        for row, index in enumerate(members):
+            values[index] += leaves[index].init.std * drawn[row]
+    return jax.tree.unflatten(tree, values)
 
 
 def init_router(config: ModelConfig) -> Router:

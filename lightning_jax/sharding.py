@@ -129,6 +129,12 @@ def _ambient_size() -> int:
     return 1 if mesh.empty else mesh.size
 
 
+def ambient_batch_shards() -> int:
+    """Number of pieces of a batch under the ambient mesh: the smallest batch that divides."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
     """Constrains an activation to its logical axes; without an ambient mesh returns it as it is."""
     if _ambient_size() == 1:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lightning_jax import sharding
 from lightning_jax.config import AttentionConfig, LayerSpec
-from lightning_jax.layers.common import RMSNorm, output_scale, param, project, scaled_normal
+from lightning_jax.layers.common import ZEROS, RMSNorm, fan_in, output_scale, param, project
 from lightning_jax.ops import kv_cache
 from lightning_jax.ops.attention import dot_product_attention
 from lightning_jax.ops.kv_cache import KV
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         config, dim, dtype = self.config, x_BTD.shape[-1], x_BTD.dtype
         heads = (config.num_heads, config.head_dim)
         query_DNH = param(
-            self, "query_DNH", scaled_normal(dim), (dim, *heads), ("embed", "heads", "head"), dtype
+            self, "query_DNH", fan_in(dim), (dim, *heads), ("embed", "heads", "head"), dtype
         )
         query_BTNH = self._normed_and_rotated(
             "query_norm", project("BTD,DNH->BTNH", x_BTD, query_DNH), context
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         out_NHD = param(
             self,
             "out_NHD",
-            scaled_normal(heads[0] * heads[1], output_scale(self.num_layers)),
+            fan_in(heads[0] * heads[1], output_scale(self.num_layers)),
             (*heads, dim),
             ("heads", "head", "embed"),
             dtype,
@@ -81,7 +81,7 @@ class Attention(nn.Module):
     ) -> tuple[KV, KV | None]:
         config, dim = self.config, x_BTD.shape[-1]
         shape, axes = (dim, config.num_kv_heads, config.head_dim), ("embed", "kv_heads", "head")
-        init = scaled_normal(dim)
+        init = fan_in(dim)
         key_DKH = param(self, "key_DKH", init, shape, axes, x_BTD.dtype)
         value_DKH = param(self, "value_DKH", init, shape, axes, x_BTD.dtype)
         key_BTKH = self._normed_and_rotated(
@@ -104,7 +104,7 @@ class Attention(nn.Module):
         sinks_N = None
         if self.config.sinks:
             shape = (self.config.num_heads,)
-            sinks_N = param(self, "sinks_N", nn.initializers.zeros, shape, ("heads",))
+            sinks_N = param(self, "sinks_N", ZEROS, shape, ("heads",))
 
         def attend(query_BTNH, kv, mask, sinks_N):
             return dot_product_attention(
@@ -122,6 +122,6 @@ class Attention(nn.Module):
     def _head_gate(self, x_BTD: jax.Array) -> jax.Array:
         """Head-wise output gate, 1/2 at the start (as in Step 3.5 Flash)."""
         shape = (x_BTD.shape[-1], self.config.num_heads)
-        gate_DN = param(self, "gate_DN", nn.initializers.zeros, shape, ("embed", "heads"))
+        gate_DN = param(self, "gate_DN", ZEROS, shape, ("embed", "heads"))
         logits_BTN = jnp.einsum("BTD,DN->BTN", x_BTD.astype(jnp.float32), gate_DN)
         return nn.sigmoid(logits_BTN).astype(x_BTD.dtype)

@@ -2,34 +2,63 @@
 
 Initialisation, in one place:
 
-| parameter | distribution |
+| parameter | normal, cut at two deviations |
 |---|---|
-| embedding, head | normal, std D^-0.5 |
-| query, key, value, gate, up, router | truncated normal, std fan_in^-0.5 |
-| attention output, down | truncated normal, std fan_in^-0.5 (2 x layers)^-0.5 |
+| embedding, head | std D^-0.5: logits of a tied head start near unit scale |
+| query, key, value, gate, up, router | std fan_in^-0.5 |
+| attention output, down | std fan_in^-0.5 (2 x layers)^-0.5 |
 | norm scales | ones |
 | attention sinks, head gates | zeros |
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from lightning_jax import sharding
 from lightning_jax.ops import norm
 
-Initializer = Callable[..., jax.Array]
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """Distribution of a fresh parameter: `mean + std * truncated_normal` (cut at 2 deviations)."""
+
+    std: float
+    mean: float = 0.0
+
+    def sample(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Draws a float32 array."""
+        if self.std == 0:
+            return jnp.full(shape, self.mean, jnp.float32)
+        return self.mean + self.std * standard_normal(key, shape)
 
 
-def scaled_normal(fan_in: int, scale: float = 1.0) -> Initializer:
-    """Truncated normal of standard deviation `scale * fan_in ** -0.5`."""
-    return jax.nn.initializers.truncated_normal(stddev=scale * fan_in**-0.5)
+def standard_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A float32 normal cut at two deviations and rescaled to standard deviation 1."""
+    # Drawn flat: XLA takes seven times longer to compile the generator for a four-axis shape.
+    flat = jax.random.truncated_normal(key, -2.0, 2.0, (math.prod(shape),), jnp.float32)
+    return flat.reshape(shape) / 0.87962566103423978
+
+
+ZEROS, ONES = Init(0.0), Init(0.0, mean=1.0)
+
+
+class Declared(nn.LogicallyPartitioned):
+    """A boxed parameter: its value, the logical name of each axis, and its distribution."""
+
+    init: Init = flax.struct.field(default=ZEROS, pytree_node=False)
+
+
+def fan_in(size: int, scale: float = 1.0) -> Init:
+    """Standard deviation `scale * size ** -0.5`."""
+    return Init(scale * size**-0.5)
 
 
 def output_scale(num_layers: int) -> float:
@@ -40,7 +69,7 @@ def output_scale(num_layers: int) -> float:
 def param(
     module: nn.Module,
     name: str,
-    init: Initializer,
+    init: Init,
     shape: tuple[int, ...],
     axes: tuple[str, ...],
     dtype: Any = jnp.float32,
@@ -49,7 +78,7 @@ def param(
 
     Ready means gathered from its FSDP shards and cast to `dtype`.
     """
-    stored = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    stored = module.param(name, lambda key: Declared(init.sample(key, shape), axes, init=init))
     # Cast before the gather: half the bytes travel when computing in bfloat16.
     return sharding.in_use(stored.astype(dtype), *axes)
 
@@ -70,7 +99,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = param(self, "scale", nn.initializers.ones, (x.shape[-1],), (self.axis,))
+        scale = param(self, "scale", ONES, (x.shape[-1],), (self.axis,))
         return norm.rms_norm(x, scale, eps=self.eps)
 
 
@@ -83,15 +112,10 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         dim, hidden, dtype = x_BTD.shape[-1], self.hidden_dim, x_BTD.dtype
-        inward, outward = scaled_normal(dim), scaled_normal(hidden, output_scale(self.num_layers))
+        inward, outward = fan_in(dim), fan_in(hidden, output_scale(self.num_layers))
         gate_DF = param(self, "gate_DF", inward, (dim, hidden), ("embed", "mlp"), dtype)
         up_DF = param(self, "up_DF", inward, (dim, hidden), ("embed", "mlp"), dtype)
         down_FD = param(self, "down_FD", outward, (hidden, dim), ("mlp", "embed"), dtype)
         hidden_BTF = nn.silu(project("BTD,DF->BTF", x_BTD, gate_DF))
         hidden_BTF *= project("BTD,DF->BTF", x_BTD, up_DF)
         return project("BTF,FD->BTD", hidden_BTF, down_FD)
-
-
-def embedding_init(dim: int) -> Initializer:
-    """Normal of standard deviation D^-0.5: logits of a tied head start near unit scale."""
-    return jax.nn.initializers.normal(stddev=1 / math.sqrt(dim))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lightning_jax import sharding
 from lightning_jax.config import MoeConfig
-from lightning_jax.layers.common import GatedMLP, output_scale, param, scaled_normal
+from lightning_jax.layers.common import GatedMLP, fan_in, output_scale, param
 from lightning_jax.ops import balance, routing
 from lightning_jax.ops.experts import routed_experts
 
@@ -48,7 +48,7 @@ class MoE(nn.Module):
         config, dim = self.config, x_BTD.shape[-1]
         kind = config.train_routing if self.train else config.eval_routing
         router_DE = param(
-            self, "router_DE", scaled_normal(dim), (dim, config.num_experts), ("embed", "router")
+            self, "router_DE", fan_in(dim), (dim, config.num_experts), ("embed", "router")
         )
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), router_DE)
         return routing.route(
@@ -64,7 +64,7 @@ class MoE(nn.Module):
     def _experts(self, x_BTD: jax.Array, routed: routing.Routing) -> jax.Array:
         config, (batch, time, dim) = self.config, x_BTD.shape
         count, hidden, dtype = config.num_experts, config.expert_dim, x_BTD.dtype
-        inward, outward = scaled_normal(dim), scaled_normal(hidden, output_scale(self.num_layers))
+        inward, outward = fan_in(dim), fan_in(hidden, output_scale(self.num_layers))
         axes = ("expert", "embed", "mlp")
         gate_EDF = param(self, "gate_EDF", inward, (count, dim, hidden), axes, dtype)
         up_EDF = param(self, "up_EDF", inward, (count, dim, hidden), axes, dtype)

@@ -17,7 +17,8 @@ _logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = ("reference", "xla_banded")
 
-# From this length on xla_banded is the faster of the two on a CPU, window or not.
+# From this length on xla_banded is the faster of the two on a CPU, with and without gradients: 1.3
+# to 4 times at 256 (no window to window 32); at 128 without a window gradients are slower by 1.6.
 _BANDED_FROM_LENGTH = 256
 
 # Far below any score, yet its difference to another such number is finite.
@@ -113,7 +114,7 @@ def _dot(spec, left, right):
     return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _choose(aligned: bool, causal: bool, length: int, window: int | None) -> str:
     # Cached so that each kind of call is logged once, however often it is traced.
     banded = aligned and causal and length >= _BANDED_FROM_LENGTH
@@ -146,9 +147,7 @@ def _check_shapes(query_BTNH, key_BSKH, value_BSKH, mask, sinks_N) -> None:
     B, T, N, H = query_BTNH.shape
     S, K = key_BSKH.shape[1:3]
     if key_BSKH.shape != (B, S, K, H):
-        raise ValueError(
-            f"key {key_BSKH.shape} does not fit query {query_BTNH.shape}: B and H differ"
-        )
+        raise ValueError(f"key {key_BSKH.shape}: expected B={B} and H={H} as in the query")
     if value_BSKH.shape != key_BSKH.shape:
         raise ValueError(f"value {value_BSKH.shape}: expected the key's shape {key_BSKH.shape}")
     if N % K:
@@ -156,7 +155,7 @@ def _check_shapes(query_BTNH, key_BSKH, value_BSKH, mask, sinks_N) -> None:
     if sinks_N is not None and sinks_N.shape != (N,):
         raise ValueError(f"sinks {sinks_N.shape}: expected one per query head, ({N},)")
     if mask.aligned and T != S:
-        raise ValueError(f"mask without positions: needs as many keys as queries, {T} != {S}")
+        raise ValueError(f"mask without positions: {T} queries need as many keys, not {S}")
     for name, length in (
         ("query_positions_BT", T),
         ("key_positions_BS", S),

@@ -79,9 +79,7 @@ class Mask:
         """
         if self.aligned:
             if T != S:
-                raise ValueError(
-                    f"mask without positions: needs as many keys as queries, {T} != {S}"
-                )
+                raise ValueError(f"mask without positions: {T} queries need as many keys, not {S}")
             query_BT = key_BS = jnp.arange(T, dtype=jnp.int32)[None]
         else:
             query_BT, key_BS = self.query_positions_BT, self.key_positions_BS

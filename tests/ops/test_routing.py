@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,10 +127,11 @@ def test_bias_orders_the_selection_and_nothing_else():
     np.testing.assert_array_equal(routing.expert_index_MC[:, 0], 5)
     np.testing.assert_array_equal(routing.gate_MC[:, 0], routing.probs_ME[:, 5])
 
-    def total(bias, logits):
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def grads(bias, logits):
         return route(logits, kind="top_p", slots=4, top_p=0.5, bias_E=bias).gate_MC.sum()
 
-    dbias, dlogits = jax.grad(total, argnums=(0, 1))(bias, logits)
+    dbias, dlogits = jax.jit(grads)(bias, logits)
     np.testing.assert_array_equal(dbias, 0.0)
     assert float(jnp.abs(dlogits).max()) > 0
 
@@ -153,7 +156,7 @@ def test_padding_is_empty_and_has_no_gradient(kind):
         probs_loss = jnp.sum(routing.probs_ME**2) + jnp.sum(routing.logits_ME**2)
         return jnp.sum(routing.gate_MC**2) + probs_loss, routing
 
-    grad, routing = jax.grad(loss, has_aux=True)(logits)
+    grad, routing = jax.jit(jax.grad(loss, has_aux=True))(logits)
     np.testing.assert_array_equal(routing.expert_index_MC[~mask], 8)
     np.testing.assert_array_equal(routing.gate_MC[~mask], 0.0)
     np.testing.assert_array_equal(grad[~mask], 0.0)

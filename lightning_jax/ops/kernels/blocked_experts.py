@@ -16,6 +16,7 @@ the whole expert stack out of the loop, on every call. Compile such programs wit
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -27,15 +28,19 @@ def block_sizes(slots: int, experts: int) -> tuple[int, ...]:
     """Rows per block, larger first: an expert's rows go by whole large blocks, then small ones.
 
     Large blocks make good matmuls (256 rows keep a block's rows and one expert's weights in
-    cache) but waste half a block per expert; small ones finish a group with little waste. Half
-    the mean rows per expert is still large enough for most groups to hold one. Few tokens
-    (decoding) take one small size, so that a matmul is not mostly padding.
+    cache) but waste half a block per expert; small ones finish a group with little waste. Few
+    tokens (decoding) take one size, the mean rows per expert, so that a matmul is not mostly
+    padding.
     """
     mean = slots / experts
     if mean < 64:
-        return (8 if mean <= 8 else 32,)
-    large = min(256, 1 << (int(mean / 2).bit_length() - 1))
-    return (large, 32) if large > 32 else (32,)
+        return (min(32, _power_of_two_from(mean)),)
+    return (256, 64) if mean >= 256 else (128, 32)
+
+
+def _power_of_two_from(value: float) -> int:
+    """The least power of two that is at least `value`."""
+    return 1 << max(0, math.ceil(value) - 1).bit_length()
 
 
 def blocked_experts(
@@ -72,11 +77,11 @@ def _forward(sizes, x_MD, expert_index_MC, gate_MC, gate_EDF, up_EDF, down_EFD):
     weights = (gate_EDF, up_EDF, down_EFD)
 
     def expert(e, end, rows_RD):
-        in_D2F, down_FD = _expert_weights(weights, e, x_MD.dtype)
+        gate_DF, up_DF, down_FD = (w[e].astype(x_MD.dtype) for w in weights)
 
         def block(start, size, rows_RD):
             token_R = _take_block(token_S, start, size, end)
-            act_RF, *_ = _swiglu(x_MD[token_R], in_D2F)
+            act_RF, *_ = _swiglu(x_MD[token_R], gate_DF, up_DF)
             y_RD = _dot(act_RF.astype(x_MD.dtype), down_FD)
             return _put(rows_RD, y_RD, start)
 
@@ -85,67 +90,65 @@ def _forward(sizes, x_MD, expert_index_MC, gate_MC, gate_EDF, up_EDF, down_EFD):
     rows_RD = _for_each_expert(order, expert, _row_buffer(order, sizes, x_MD))
     filled_MC = expert_index_MC < gate_EDF.shape[0]
     y_MD = ordered_sum(rows_RD, order.position_MC, jnp.where(filled_MC, gate_MC, 0.0))
-    residuals = (x_MD, expert_index_MC, gate_MC, gate_EDF, up_EDF, down_EFD)
+    residuals = (x_MD, order, filled_MC, gate_MC, weights)
     return y_MD.astype(x_MD.dtype), residuals
 
 
 def _backward(sizes, residuals, dy_MD):
-    x_MD, expert_index_MC, gate_MC, gate_EDF, up_EDF, down_EFD = residuals
-    E, D, F = gate_EDF.shape
+    x_MD, order, filled_MC, gate_MC, weights = residuals
     dtype = x_MD.dtype
     wide = jnp.promote_types(dtype, jnp.float32)
-    order = sort_slots(expert_index_MC, E)
     token_S = order.token_S
     gate_S = gate_MC.reshape(-1)[order.slot_S]
-    weights = (gate_EDF, up_EDF, down_EFD)
 
     def expert(e, end, carry):
-        in_D2F, down_FD = _expert_weights(weights, e, dtype)
+        weights_e = tuple(w[e].astype(dtype) for w in weights)
 
         def block(start, size, carry):
-            din_D2F, ddown_FD, dx_RD, dgate_R = carry
+            *sums, dx_RD, dgate_R = carry
             token_R = _take_block(token_S, start, size, end)
             # Rows past the group's end repeat its last one: a zero gate keeps them out.
             valid_R = start + jnp.arange(size) < end
-            weight_R = jnp.where(valid_R, _take_block(gate_S, start, size, end), 0.0)[:, None]
-            x_RD, dy_RD = x_MD[token_R], dy_MD[token_R]
-            act_RF, silu_RF, sigmoid_RF, up_RF = _swiglu(x_RD, in_D2F)
-            dact_RF = _dot(dy_RD, down_FD.T)
-            # <dy, act down> = <dy down', act>: the gate's gradient needs no second down matmul.
-            dweight_R = jnp.sum(dact_RF * act_RF, axis=-1)
-            dact_RF *= weight_R
-            dsilu_RF = sigmoid_RF + silu_RF * (1 - sigmoid_RF)
-            dhidden = jnp.concatenate([dact_RF * up_RF * dsilu_RF, dact_RF * silu_RF], axis=-1)
-            dhidden = dhidden.astype(dtype)
-            din_D2F += _dot(x_RD.T, dhidden)
-            ddown_FD += _dot((act_RF * weight_R).astype(dtype).T, dy_RD)
-            dx_RD = _put(dx_RD, _dot(dhidden, in_D2F.T), start)
-            return din_D2F, ddown_FD, dx_RD, _put(dgate_R, dweight_R, start)
+            gate_R = jnp.where(valid_R, _take_block(gate_S, start, size, end), 0.0)
+            dweights, *drows = _block_gradients(x_MD[token_R], gate_R, dy_MD[token_R], *weights_e)
+            sums = jax.tree.map(jnp.add, tuple(sums), dweights)
+            return (*sums, _put(dx_RD, drows[0], start), _put(dgate_R, drows[1], start))
 
-        dgate_w, dup_w, ddown_w, dx_RD, dgate_R = carry
         # One expert's weight gradients stay in cache; the full ones are written once each.
-        start = (jnp.zeros((D, 2 * F), wide), jnp.zeros((F, D), wide), dx_RD, dgate_R)
-        din_D2F, ddown_FD, dx_RD, dgate_R = _for_each_block(
-            sizes, end - order.size_E[e], end, block, start
-        )
-        return (
-            _put_expert(dgate_w, din_D2F[:, :F], e),
-            _put_expert(dup_w, din_D2F[:, F:], e),
-            _put_expert(ddown_w, ddown_FD, e),
-            dx_RD,
-            dgate_R,
-        )
+        sums = tuple(jnp.zeros(w.shape[1:], wide) for w in weights)
+        start = end - order.size_E[e]
+        *sums, dx_RD, dgate_R = _for_each_block(sizes, start, end, block, (*sums, *carry[3:]))
+        dweights = (_put(dw, value[None], e) for dw, value in zip(carry[:3], sums, strict=True))
+        return *dweights, dx_RD, dgate_R
 
     dx_RD = _row_buffer(order, sizes, x_MD)
     zeros = (*(jnp.zeros_like(w) for w in weights), dx_RD, jnp.zeros(dx_RD.shape[0], wide))
     *dweights, dx_RD, dgate_R = _for_each_expert(order, expert, zeros)
-    filled_MC = expert_index_MC < E
     dx_MD = ordered_sum(dx_RD, order.position_MC, filled_MC)
     dgate_MC = jnp.where(filled_MC, dgate_R[order.position_MC], 0.0).astype(gate_MC.dtype)
     return dx_MD.astype(dtype), None, dgate_MC, *dweights
 
 
 _blocked.defvjp(_forward, _backward)
+
+
+def _block_gradients(x_RD, gate_R, dy_RD, gate_DF, up_DF, down_FD):
+    """Gradients of gate_R * swiglu(x_RD): for the three weights, x and gate."""
+    dtype = x_RD.dtype
+    act_RF, silu_RF, sigmoid_RF, up_RF = _swiglu(x_RD, gate_DF, up_DF)
+    dact_RF = _dot(dy_RD, down_FD.T)
+    # <dy, act down> = <dy down', act>: the gate's gradient needs no second down matmul.
+    dgate_R = jnp.sum(dact_RF * act_RF, axis=-1)
+    dact_RF *= gate_R[:, None]
+    dsilu_RF = sigmoid_RF + silu_RF * (1 - sigmoid_RF)
+    dhidden_RF = (dact_RF * up_RF * dsilu_RF).astype(dtype)
+    dup_RF = (dact_RF * silu_RF).astype(dtype)
+    dweights = (
+        _dot(x_RD.T, dhidden_RF),
+        _dot(x_RD.T, dup_RF),
+        _dot((act_RF * gate_R[:, None]).astype(dtype).T, dy_RD),
+    )
+    return dweights, _dot(dhidden_RF, gate_DF.T) + _dot(dup_RF, up_DF.T), dgate_R
 
 
 def _for_each_expert(order, body, carry):
@@ -188,18 +191,8 @@ def _put(buffer, rows, start):
     return jax.lax.dynamic_update_slice_in_dim(buffer, rows.astype(buffer.dtype), start, axis=0)
 
 
-def _put_expert(buffer_EXY, value_XY, e):
-    return _put(buffer_EXY, value_XY[None], e)
-
-
-def _expert_weights(weights, e, dtype):
-    """One expert's gate and up side by side (one matmul instead of two), and its down."""
-    gate_DF, up_DF, down_FD = (w[e].astype(dtype) for w in weights)
-    return jnp.concatenate([gate_DF, up_DF], axis=-1), down_FD
-
-
-def _swiglu(x_RD, in_D2F):
-    gate_RF, up_RF = jnp.split(_dot(x_RD, in_D2F), 2, axis=-1)
+def _swiglu(x_RD, gate_DF, up_DF):
+    gate_RF, up_RF = _dot(x_RD, gate_DF), _dot(x_RD, up_DF)
     sigmoid_RF = jax.nn.sigmoid(gate_RF)
     silu_RF = gate_RF * sigmoid_RF
     return silu_RF * up_RF, silu_RF, sigmoid_RF, up_RF

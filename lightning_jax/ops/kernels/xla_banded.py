@@ -75,8 +75,10 @@ def banded_attention(
 
 
 # Axes of this module besides the usual ones: P query positions of a block, S keys of one visit,
-# L padded key time. Scores are stored keys first (BKSGP): then every product of both passes has its operands in the order that a CPU multiplies fastest,
-# given keys and values in the layout named by its argument, and none has to be transposed first.
+# L padded key time. Scores are stored keys first (BKSGP), and keys and values in both orders (BKLH,
+# BKHL) where both are needed: then every product of both passes finds its operands in the order
+# that a CPU multiplies fastest. With scores stored queries first, those of the backward pass that
+# sum over queries run at half speed.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -114,7 +116,7 @@ def _forward(layout, query_BTNH, key_BTKH, value_BTKH, sinks_N, segments):
 
         B, _, G, P, H = query_BKGPH.shape
         rows = (B, K, G, P)
-        state = jnp.full(rows, _FLOOR), jnp.zeros(rows), jnp.zeros((B, K, H, G, P))
+        state = _full(rows, _FLOOR), _full(rows, 0.0), _full((B, K, H, G, P), 0.0)
         out_BKHGP, lse_BKGP = _normalise(*_visit_all(layout, block, visit, state), sinks_N)
         return _heads(out_BKHGP).astype(query_BTNH.dtype), lse_BKGP
 
@@ -158,12 +160,12 @@ def _backward(layout, saved, dout_BTNH):
                 _add_at(dvalue_BKLH, start, dvalue_BKSH),
             )
 
-        state = (jnp.zeros(jnp.moveaxis(query_BKGPH, -1, 2).shape), *dkey_dvalue)
+        state = (_full(jnp.moveaxis(query_BKGPH, -1, 2).shape, 0.0), *dkey_dvalue)
         dquery_BKHGP, *dkey_dvalue = _visit_all(layout, block, visit, state)
         dquery = _heads(dquery_BKHGP).astype(query_BTNH.dtype)
         return tuple(dkey_dvalue), (dquery, delta_BKGP)
 
-    zeros = jnp.zeros(key_BKLH.shape), jnp.zeros(value_BKLH.shape)
+    zeros = _full(key_BKLH.shape, 0.0), _full(value_BKLH.shape, 0.0)
     (dkey_BKLH, dvalue_BKLH), (dquery, delta) = lax.scan(
         one_block, zeros, (jnp.arange(lse.shape[0]), lse)
     )
@@ -287,6 +289,10 @@ def _pad_segments(segments, layout):
         jnp.pad(query_BT, ((0, 0), (0, back))),
         jnp.pad(key_BT, ((0, 0), (layout.blocks.key, back))),
     )
+
+
+def _full(shape, value):
+    return jnp.full(shape, value, jnp.float32)
 
 
 def _keys_at(x, start, layout, axis):

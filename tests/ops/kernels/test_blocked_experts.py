@@ -72,7 +72,7 @@ def test_block_boundaries(sizes, groups):
 
 def test_the_chosen_sizes_match_the_oracle_and_repeat_bit_for_bit():
     args = arguments((130, 100, 400), slots=640)
-    assert kernel.block_sizes(640, 3) == (64, 32)
+    assert kernel.block_sizes(640, 3) == (128, 32)
     kernel_grads = jax.jit(functools.partial(value_and_grads, kernel.blocked_experts))
     first, again = kernel_grads(*args), kernel_grads(*args)
     for a, b, c in zip(first, again, onehot(*args), strict=True):
@@ -81,10 +81,10 @@ def test_the_chosen_sizes_match_the_oracle_and_repeat_bit_for_bit():
 
 
 def test_block_sizes():
-    assert kernel.block_sizes(4096 * 4, 8) == (256, 32)
-    assert kernel.block_sizes(4096 * 4, 64) == (128, 32)
-    assert kernel.block_sizes(64 * 4, 2) == (64, 32)
-    assert kernel.block_sizes(4, 64) == (8,)
+    assert kernel.block_sizes(4096 * 4, 64) == (256, 64)
+    assert kernel.block_sizes(4096 * 4, 128) == (128, 32)
+    assert kernel.block_sizes(4, 64) == (1,)
+    assert kernel.block_sizes(64 * 4, 32) == (8,)
     for slots in (1, 7, 100, 1000, 10_000, 1_000_000):
         for experts in (1, 3, 8, 256):
             sizes = kernel.block_sizes(slots, experts)
