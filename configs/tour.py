@@ -1,6 +1,6 @@
 """The smallest complete Lightning model: seconds to compile, under a minute to train on two cores.
 
-    python -m experiments.train --config=configs/tour.py --workdir=runs/tour
+python -m experiments.train --config=configs/tour.py --workdir=runs/tour
 """
 
 from ml_collections import ConfigDict

@@ -38,7 +38,9 @@ def main() -> None:
     accounting.print_table(
         accounting.comparison_rows(config.model, used), "This model against the predecessor shape"
     )
-    program.emit_text(f"Next: tensorboard --logdir={_WORKDIR.value}, configs/small.py, notebooks/01_tour.ipynb")
+    program.emit_text(
+        f"Next: tensorboard --logdir={_WORKDIR.value}, configs/small.py, notebooks/01_tour.ipynb"
+    )
 
 
 if __name__ == "__main__":

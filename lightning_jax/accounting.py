@@ -20,7 +20,9 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-from lightning_jax.config import LayerSpec, ModelConfig, MoeConfig, require
+from lightning_jax.config import ModelConfig, MoeConfig
+from lightning_jax.fields import require
+from lightning_jax.pattern import LayerSpec
 
 CONTEXTS = (1024, 8192, 65_536)
 _TRAINING_PASSES = 3

@@ -28,8 +28,9 @@ from flax import traverse_util
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from lightning_jax import sharding
-from lightning_jax.config import RunConfig, build, require
+from lightning_jax.config import RunConfig
 from lightning_jax.errors import UserError
+from lightning_jax.fields import build, require
 
 StrPath = str | os.PathLike[str]
 DATA_ITEM, META_ITEM = "data", "meta"
@@ -100,7 +101,7 @@ class Checkpointer:
 
         `items` are, by name, pytrees of arrays and Python numbers, which the caller may donate or
         overwrite afterwards. The position of the Grain iterator (or None) is saved a file a
-        process. `meta` is what JSON can hold; `load_run` needs its `config` (`config.to_dict`).
+        process. `meta` is what JSON can hold; `load_run` needs its `config` (`fields.to_dict`).
         """
         reserved = {DATA_ITEM, META_ITEM} & set(items)
         if reserved:

@@ -1,41 +1,20 @@
 """Frozen, validated configuration; nothing below this file sees `ml_collections`.
 
-A config file in `configs/` returns an `ml_collections.ConfigDict`; `build` turns it into the frozen
-dataclasses of this file, which check themselves. No field has a default here: every field stands
-once, with unit and reason, in `configs/base.py`, and other configs are diffs of it.
+A config file in `configs/` returns an `ml_collections.ConfigDict`; `fields.build` turns it into the
+frozen dataclasses of this file, which check themselves. No field has a default here: every field
+stands once, with unit and reason, in `configs/base.py`, and other configs are diffs of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import typing
-from collections.abc import Mapping, Sequence
-from typing import Any
 
-from lightning_jax.errors import UserError
+from lightning_jax.fields import require, require_choice, suggest
+from lightning_jax.pattern import LayerSpec, parse_pattern
 
-LOCAL, GLOBAL = "L", "G"
 COMPUTE_DTYPES = ("float32", "bfloat16")
 ROUTINGS = ("top_k", "top_p", "dense")
 DECAYS = ("none", "linear", "cosine", "sqrt")
-
-
-def suggest(value: str, options: Sequence[str]) -> str:
-    """Returns `one of a, b, c`, with `(did you mean "b"?)` where something is close to `value`."""
-    close = difflib.get_close_matches(str(value), list(options), n=1)
-    hint = f' (did you mean "{close[0]}"?)' if close else ""
-    return f"one of {', '.join(options)}{hint}"
-
-
-def require(condition: bool, field: str, value: object, right: str) -> None:
-    """Raises the one-line `UserError` of this project unless `condition` holds."""
-    if not condition:
-        raise UserError(f"{field} = {value!r}: must be {right}")
-
-
-def _choice(field: str, value: str, options: Sequence[str]) -> None:
-    require(value in options, field, value, suggest(value, options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +84,8 @@ class MoeConfig:
     def __post_init__(self) -> None:
         at = "model.moe."
         require(self.num_experts >= 0, at + "num_experts", self.num_experts, "0 (dense) or more")
-        _choice(at + "train_routing", self.train_routing, ROUTINGS)
-        _choice(at + "eval_routing", self.eval_routing, ROUTINGS)
+        require_choice(at + "train_routing", self.train_routing, ROUTINGS)
+        require_choice(at + "eval_routing", self.eval_routing, ROUTINGS)
         if not self.num_experts:
             return
         require(self.expert_dim >= 1, at + "expert_dim", self.expert_dim, "at least 1")
@@ -164,58 +143,6 @@ class MoeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerSpec:
-    """What one letter of the pattern says. `owner` is the key of the layer that owns its K/V."""
-
-    key: str
-    letter: str
-    owner: str
-    routed: bool
-
-    @property
-    def is_local(self) -> bool:
-        return self.letter.upper() == LOCAL
-
-    @property
-    def owns_kv(self) -> bool:
-        return self.owner == self.key
-
-
-def parse_pattern(pattern: str, field: str, *, routed: bool) -> tuple[LayerSpec, ...]:
-    """Reads one letter a layer: `L` local, `G` global; lower case borrows the keys and values.
-
-    A borrower reads those of the last owner of the same letter inside the pattern, so local layers
-    never borrow from global ones and keys and values never leave a scan step. Layers are keyed
-    `"<index>_<letter>"`.
-
-    Raises:
-      UserError: a letter that is not one of L, l, G, g, or a borrower without an owner before it.
-    """
-    owners: dict[str, str] = {}
-    layers = []
-    for index, letter in enumerate(pattern):
-        require(
-            letter.upper() in (LOCAL, GLOBAL),
-            field,
-            pattern,
-            f"made of L, l, G, g (letter {index} is {letter!r})",
-        )
-        key = f"{index}_{letter}"
-        if letter.isupper():
-            owners[letter] = key
-        kind = letter.upper()
-        other = ", and a local layer cannot borrow from a global one" if letter == "l" else ""
-        require(
-            kind in owners,
-            field,
-            pattern,
-            f"such that {letter!r} at {index} has an owner {kind!r} before it in it{other}",
-        )
-        layers.append(LayerSpec(key, letter, owners[kind], routed))
-    return tuple(layers)
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder: embedding, `prefix` layers, `num_units` repeats of `unit`, final norm, head.
 
@@ -246,7 +173,7 @@ class ModelConfig:
         )
         require(bool(self.unit), "model.unit", self.unit, 'at least one letter, such as "LLLG"')
         require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "above 0")
-        _choice("model.compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        require_choice("model.compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         parse_pattern(self.prefix, "model.prefix", routed=False)
         parse_pattern(self.unit, "model.unit", routed=True)
         require(
@@ -294,8 +221,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         at = "optimizer."
-        _choice(at + "name", self.name, ("adamw", "muon"))
-        _choice(at + "on_nan", self.on_nan, ("stop", "skip"))
+        require_choice(at + "name", self.name, ("adamw", "muon"))
+        require_choice(at + "on_nan", self.on_nan, ("stop", "skip"))
         for name in ("beta1", "beta2", "ema_decay"):
             require(0 <= getattr(self, name) < 1, at + name, getattr(self, name), "in [0, 1)")
         for name in ("epsilon", "clip_norm"):
@@ -341,7 +268,7 @@ class StageConfig:
             require(weight >= 0, f"{at}mixture.{source}", weight, "0 or more")
         total = sum(weight for _, weight in self.mixture)
         require(total > 0, at + "mixture", dict(self.mixture), "at least one weight above 0")
-        _choice(at + "decay", self.decay, DECAYS)
+        require_choice(at + "decay", self.decay, DECAYS)
         require(self.learning_rate >= 0, at + "learning_rate", self.learning_rate, "0 or more")
         require(
             0 <= self.final_learning_rate <= self.learning_rate,
@@ -406,7 +333,7 @@ class DataConfig:
         require(bool(self.tokenizer), "data.tokenizer", self.tokenizer, '"bytes" or a path')
         require(bool(self.sources), "data.sources", self.sources, "at least one source")
         require(0 < self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "in (0, 1)")
-        _choice("data.packing", self.packing, ("concat", "first_fit"))
+        require_choice("data.packing", self.packing, ("concat", "first_fit"))
         require(self.prefetch >= 0, "data.prefetch", self.prefetch, "0 or more batches")
 
     @property
@@ -474,72 +401,3 @@ class RunConfig:
     @property
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
-
-
-def build(cls: type, values: Mapping[str, Any], *, path: str = "") -> Any:
-    """Builds the frozen dataclass `cls` from a ConfigDict or a nested mapping.
-
-    A field of type `tuple[SomeConfig, ...]` is written as a mapping from name to fields, in order;
-    `tuple[tuple[str, float], ...]` as a mapping from name to number.
-
-    Raises:
-      UserError: an unknown key (with a "did you mean"), a missing key, a wrong type, or a value
-        that the dataclass refuses.
-    """
-    types = typing.get_type_hints(cls)
-    _require_mapping(values, path.rstrip(".") or "config", "a mapping of fields")
-    known = [field.name for field in dataclasses.fields(cls)]
-    given = dict(values.items())
-    for key in given:
-        if key not in known:
-            raise UserError(f"unknown config field {path}{key}: {suggest(key, known)}")
-    for key in known:
-        if key not in given:
-            raise UserError(f"config field {path}{key} is missing: configs/base.py has its default")
-    return cls(**{key: _convert(types[key], given[key], path + key) for key in known})
-
-
-def _require_mapping(value: Any, field: str, right: str) -> None:
-    # A ConfigDict is no Mapping.
-    require(isinstance(value, Mapping) or hasattr(value, "items"), field, value, right)
-
-
-def _convert(kind: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return build(kind, value, path=path + ".")
-    if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
-        _require_mapping(value, path, "a mapping from name to value")
-        pairs = [(name, entry) for name, entry in value.items() if entry is not None]
-        if dataclasses.is_dataclass(item):
-            for name, entry in pairs:
-                _require_mapping(entry, f"{path}.{name}", "a mapping of fields")
-            return tuple(
-                build(item, {"name": name, **dict(entry.items())}, path=f"{path}.{name}.")
-                for name, entry in pairs
-            )
-        return tuple((name, _convert(float, entry, f"{path}.{name}")) for name, entry in pairs)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    matches = type(value) is kind
-    require(matches, path, value, f"of type {kind.__name__}")
-    return value
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The inverse of `build`: nested plain dicts, JSON-serialisable, tuples back to mappings."""
-    result: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            value = to_dict(value)
-        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-            value = {
-                item.name: {k: v for k, v in to_dict(item).items() if k != "name"} for item in value
-            }
-        elif isinstance(value, tuple):
-            value = dict(value)
-        result[field.name] = value
-    return result

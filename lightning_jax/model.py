@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from lightning_jax import sharding
-from lightning_jax.config import GLOBAL, LOCAL, LayerSpec, ModelConfig
+from lightning_jax.config import ModelConfig
 from lightning_jax.layers.attention import KindContext
 from lightning_jax.layers.block import Context, Unit
 from lightning_jax.layers.common import Declared, RMSNorm, fan_in, param, standard_normal
@@ -29,6 +29,7 @@ from lightning_jax.ops.balance import RoutingStats
 from lightning_jax.ops.kv_cache import KV, Slots
 from lightning_jax.ops.mask import Mask
 from lightning_jax.ops.rope import rope_table
+from lightning_jax.pattern import GLOBAL, LOCAL, LayerSpec
 
 
 @jax.tree_util.register_dataclass

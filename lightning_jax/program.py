@@ -24,9 +24,9 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from lightning_jax import config
-from lightning_jax.config import RunConfig, suggest
+from lightning_jax.config import RunConfig
 from lightning_jax.errors import UserError
+from lightning_jax.fields import build, suggest
 
 # The flags defined here belong to the program that asks for them.
 flags.disclaim_key_flags()
@@ -87,12 +87,12 @@ def load_config(values: Any) -> RunConfig:
     """Builds the RunConfig from the value of the flag that `define_config` made.
 
     Raises:
-      UserError: no config was given, it cannot be read, or `config.build` refuses it.
+      UserError: no config was given, it cannot be read, or `fields.build` refuses it.
     """
     if values is None:
         raise UserError("--config is missing: a file such as configs/quickstart.py")
     try:
-        return config.build(RunConfig, values)
+        return build(RunConfig, values)
     except OSError as error:
         raise UserError(f"--config: {_one_line(error)}") from error
 

@@ -15,8 +15,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lightning_jax.config import MeshConfig, ModelConfig, suggest
+from lightning_jax.config import MeshConfig, ModelConfig
 from lightning_jax.errors import UserError
+from lightning_jax.fields import suggest
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 _RESERVED = ("expert", "tensor", "sequence")

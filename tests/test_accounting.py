@@ -7,8 +7,9 @@ import pytest
 
 from configs import base
 from lightning_jax import accounting
-from lightning_jax.config import RunConfig, build
+from lightning_jax.config import RunConfig
 from lightning_jax.errors import UserError
+from lightning_jax.fields import build
 
 
 def model(*, attention=None, moe=None, **changes):

@@ -20,9 +20,11 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from lightning_jax import checkpoint, config, sharding
+from lightning_jax import checkpoint, sharding
 from lightning_jax.checkpoint import Checkpointer, load_run, write_json
+from lightning_jax.config import MeshConfig
 from lightning_jax.errors import UserError
+from lightning_jax.fields import to_dict
 
 FIRST = SingleDeviceSharding(jax.devices()[0])
 
@@ -413,7 +415,7 @@ def run(tmp_path_factory):
     )
     ema = jax.tree.map(lambda a: jnp.asarray(np.asarray(a) + 1), params)
     router = model.init_router(settings.model)
-    meta = {"config": config.to_dict(settings), "tokens": 99}
+    meta = {"config": to_dict(settings), "tokens": 99}
     with Checkpointer(workdir, keep=2) as checkpointer:
         optimizer = {"mu": params}
         items = {"params": params, "router": router, "optimizer": optimizer}
@@ -438,7 +440,7 @@ def test_load_run(run, step, weights, average):
 
 def test_load_run_onto_a_mesh(run):
     workdir, settings, params, _, router = run
-    mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=4, expert=1, tensor=1, sequence=1))
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4, expert=1, tensor=1, sequence=1))
     loaded = load_run(workdir, mesh=mesh, weights="params")
     assert_bitwise(loaded.params, params)
     table_VD = loaded.params["embed"]["table_VD"]

@@ -10,8 +10,10 @@ from ml_collections import ConfigDict
 
 from configs import base
 from lightning_jax import config
-from lightning_jax.config import ModelConfig, RunConfig, build, parse_pattern, suggest, to_dict
+from lightning_jax.config import ModelConfig, RunConfig
 from lightning_jax.errors import UserError
+from lightning_jax.fields import build, suggest, to_dict
+from lightning_jax.pattern import parse_pattern
 
 ROOT = Path(__file__).parent.parent
 

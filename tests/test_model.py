@@ -205,7 +205,9 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
     half = dataclasses.replace(config, compute_dtype="bfloat16")
     output = apply(half, params, batch)
     assert output.hidden_BTD.dtype == jnp.bfloat16 and output.head_DV.dtype == jnp.float32
-    assert {leaf.dtype for leaf in jax.tree.leaves(lm.abstract_params(half))} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(lm.abstract_params(half))} == {
+        jnp.dtype("float32")
+    }
     error = jnp.abs(output.hidden_BTD - apply(config, params, batch).hidden_BTD)
     assert float(error.mean()) < 0.05
 

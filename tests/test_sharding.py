@@ -3,15 +3,15 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from lightning_jax import model as lm
 from lightning_jax import sharding
-from lightning_jax.config import MeshConfig, RunConfig, build
+from lightning_jax.config import MeshConfig, RunConfig
 from lightning_jax.errors import UserError
+from lightning_jax.fields import build
 from lightning_jax.train import loop, step
 from lightning_jax.train.evaluation import put_batch
 from lightning_jax.train.optimizer import make_optimizer
@@ -43,10 +43,14 @@ def test_mesh_sizes():
         sharding.make_mesh(MeshConfig(**{**ONE, "data": 3}))
     with pytest.raises(UserError, match="model.model_dim = 36"):
         config = build(RunConfig, tiny_config(model__model_dim=36))
-        sharding.check_divisible(config.model, 8, "batch", sharding.make_mesh(MeshConfig(**{**ONE, "fsdp": 8})))
+        sharding.check_divisible(
+            config.model, 8, "batch", sharding.make_mesh(MeshConfig(**{**ONE, "fsdp": 8}))
+        )
     with pytest.raises(UserError, match="batch = 4: must be a multiple of the 8"):
         config = build(RunConfig, tiny_config())
-        sharding.check_divisible(config.model, 4, "batch", sharding.make_mesh(MeshConfig(**{**ONE, "fsdp": 8})))
+        sharding.check_divisible(
+            config.model, 4, "batch", sharding.make_mesh(MeshConfig(**{**ONE, "fsdp": 8}))
+        )
 
 
 def train(mesh_sizes, devices, accumulate):
@@ -86,7 +90,8 @@ def train(mesh_sizes, devices, accumulate):
 
 
 @pytest.mark.parametrize(
-    "sizes", [dict(data=8), dict(fsdp=8), pytest.param(dict(data=2, fsdp=4), marks=pytest.mark.slow)]
+    "sizes",
+    [dict(data=8), dict(fsdp=8), pytest.param(dict(data=2, fsdp=4), marks=pytest.mark.slow)],
 )
 def test_eight_devices_equal_one_and_repeat_bit_for_bit(sizes):
     one, _, one_losses = train({}, 1, 1)

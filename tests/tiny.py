@@ -10,9 +10,22 @@ from typing import Any
 import numpy as np
 
 from configs import base
-from lightning_jax.config import ModelConfig, RunConfig, build
+from lightning_jax.config import ModelConfig, RunConfig
+from lightning_jax.fields import build
 
-WORDS = "def return lambda class import yield pass raise while break assert".split()
+WORDS = [
+    "def",
+    "return",
+    "lambda",
+    "class",
+    "import",
+    "yield",
+    "pass",
+    "raise",
+    "while",
+    "break",
+    "assert",
+]
 
 
 def write_corpus(folder: Path, documents: int = 60) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from lightning_jax import accounting
-from lightning_jax.config import ModelConfig, RunConfig, build
+from lightning_jax.config import ModelConfig, RunConfig
 from lightning_jax.errors import UserError
+from lightning_jax.fields import build
 from lightning_jax.train.metrics import read_rows
 
 METRIC = "bits_per_byte"

@@ -32,8 +32,9 @@ from lightning_jax.ablation.results import (
     write_results,
 )
 from lightning_jax.checkpoint import write_json
-from lightning_jax.config import RunConfig, build, require, suggest, to_dict
+from lightning_jax.config import RunConfig
 from lightning_jax.errors import UserError
+from lightning_jax.fields import build, require, suggest, to_dict
 from lightning_jax.train import loop
 
 logger = logging.getLogger(__name__)

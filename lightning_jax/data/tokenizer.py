@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from lightning_jax.config import DataConfig
 from lightning_jax.data import sources
+from lightning_jax.data.files import optional_import
 from lightning_jax.errors import UserError
 
 BOS, EOS = "<|bos|>", "<|eos|>"
@@ -184,7 +185,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokeni
         raise UserError(f"BPE vocab_size = {vocab_size}: must be at least {_SMALLEST_BPE}")
     if Path(path).suffix != ".json":
         raise UserError(f"path of a BPE tokenizer = {str(path)!r}: must end in .json")
-    tokenizers = sources.optional_import("tokenizers")
+    tokenizers = optional_import("tokenizers")
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
@@ -269,7 +270,7 @@ def _sample(data: DataConfig) -> Iterator[str]:
 
 
 def _load_hugging_face(path: Path) -> HuggingFaceTokenizer:
-    tokenizers = sources.optional_import("tokenizers")
+    tokenizers = optional_import("tokenizers")
     try:
         model = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # The library raises bare Exceptions.
@@ -288,7 +289,7 @@ def _load_hugging_face(path: Path) -> HuggingFaceTokenizer:
 
 
 def _load_sentencepiece(path: Path) -> SentencePieceTokenizer:
-    sentencepiece = sources.optional_import("sentencepiece")
+    sentencepiece = optional_import("sentencepiece")
     model = sentencepiece.SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(path.read_bytes())

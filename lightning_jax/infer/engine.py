@@ -13,7 +13,8 @@ import numpy as np
 
 from lightning_jax import model as lm
 from lightning_jax import sharding
-from lightning_jax.config import ModelConfig, require
+from lightning_jax.config import ModelConfig
+from lightning_jax.fields import require
 from lightning_jax.infer.sampling import Sampling, sample
 from lightning_jax.ops.balance import RoutingStats
 

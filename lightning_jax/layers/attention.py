@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from lightning_jax import sharding
-from lightning_jax.config import AttentionConfig, LayerSpec
+from lightning_jax.config import AttentionConfig
 from lightning_jax.layers.common import ZEROS, RMSNorm, fan_in, output_scale, param, project
 from lightning_jax.ops import kv_cache
 from lightning_jax.ops.attention import dot_product_attention
 from lightning_jax.ops.kv_cache import KV
 from lightning_jax.ops.mask import Mask
 from lightning_jax.ops.rope import apply_rope
+from lightning_jax.pattern import LayerSpec
 
 
 @jax.tree_util.register_dataclass
@@ -93,9 +94,7 @@ class Attention(nn.Module):
         written = kv_cache.write(cache, fresh, context.slot_BT)
         return (written if context.write_first else kv_cache.append(cache, fresh)), written
 
-    def _normed_and_rotated(
-        self, name: str, x_BTNH: jax.Array, context: KindContext
-    ) -> jax.Array:
+    def _normed_and_rotated(self, name: str, x_BTNH: jax.Array, context: KindContext) -> jax.Array:
         if self.config.qk_norm:
             x_BTNH = RMSNorm(self.norm_eps, axis="head", name=name)(x_BTNH)
         return x_BTNH if context.rope is None else apply_rope(x_BTNH, *context.rope)

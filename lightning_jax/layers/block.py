@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from lightning_jax import sharding
-from lightning_jax.config import GLOBAL, LOCAL, LayerSpec, ModelConfig
+from lightning_jax.config import ModelConfig
 from lightning_jax.layers.attention import Attention, KindContext
 from lightning_jax.layers.common import GatedMLP, RMSNorm
 from lightning_jax.layers.moe import MoE
 from lightning_jax.ops.balance import RoutingStats
 from lightning_jax.ops.kv_cache import KV
+from lightning_jax.pattern import GLOBAL, LOCAL, LayerSpec
 
 
 @jax.tree_util.register_dataclass
@@ -45,9 +46,7 @@ class Layer(nn.Module):
     ) -> tuple[jax.Array, KV, KV | None, RoutingStats | None]:
         """Returns (x_BTD, keys and values attended to, updated cache, routing statistics)."""
         config, depth = self.config, self.config.num_layers
-        attention = Attention(
-            config.attention, self.spec, config.norm_eps, depth, name="attention"
-        )
+        attention = Attention(config.attention, self.spec, config.norm_eps, depth, name="attention")
         kind = context.kinds[LOCAL if self.spec.is_local else GLOBAL]
         with jax.named_scope("attention"):
             normed_BTD = RMSNorm(config.norm_eps, name="attention_norm")(x_BTD)

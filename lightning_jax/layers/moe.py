@@ -14,7 +14,7 @@ from lightning_jax.ops.experts import routed_experts
 
 
 class MoE(nn.Module):
-    """Fine-grained experts (arXiv 2401.06066) under top-k, top-p (arXiv 2403.07652) or dense routing.
+    """Fine-grained experts (arXiv 2401.06066); routing is top-k, top-p (arXiv 2403.07652) or dense.
 
     Returns the experts' output and the layer's `RoutingStats`, sums over the tokens of the whole
     batch: losses and metrics are functions of them.

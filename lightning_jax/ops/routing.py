@@ -166,9 +166,13 @@ def sort_slots(expert_index_MC: jax.Array, num_experts: int) -> SlotOrder:
     """Sorts slots by expert, stably; an index of `num_experts` is an empty slot."""
     S = expert_index_MC.size
     slot_S = jnp.arange(S, dtype=jnp.int32)
-    expert_S, slot_S = jax.lax.sort(
-        (expert_index_MC.reshape(-1).astype(jnp.int32), slot_S), num_keys=1, is_stable=True
-    )
+    expert_S = expert_index_MC.reshape(-1).astype(jnp.int32)
+    if (num_experts + 1) * S < 2**31:
+        # One key that holds both sorts 4-5 times faster on CPU than a pair of arrays.
+        packed_S = jax.lax.sort(expert_S * S + slot_S, is_stable=False)
+        expert_S, slot_S = packed_S // S, packed_S % S
+    else:
+        expert_S, slot_S = jax.lax.sort((expert_S, slot_S), num_keys=1, is_stable=True)
     end_E = jnp.searchsorted(expert_S, jnp.arange(num_experts), side="right").astype(jnp.int32)
     # A permutation has no duplicates, so this scatter is deterministic.
     position_S = (

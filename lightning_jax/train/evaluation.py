@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.checkpoint import load_run
-from lightning_jax.config import MeshConfig, RunConfig, SourceConfig, require
+from lightning_jax.config import MeshConfig, RunConfig, SourceConfig
 from lightning_jax.data.mixture import EvalBatches, eval_batches, open_eval_sources
 from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
 from lightning_jax.errors import UserError
+from lightning_jax.fields import require
 from lightning_jax.train import step as steps
 
 ONE_DEVICE = MeshConfig(data=1, fsdp=1, expert=1, tensor=1, sequence=1)

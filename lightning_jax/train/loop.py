@@ -21,11 +21,13 @@ from jax.sharding import Mesh
 from lightning_jax import accounting, sharding
 from lightning_jax import model as lm
 from lightning_jax.checkpoint import Checkpointer, write_json
-from lightning_jax.config import ModelConfig, RunConfig, to_dict
+from lightning_jax.config import ModelConfig, RunConfig
 from lightning_jax.data import mixture
 from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
 from lightning_jax.errors import UserError
-from lightning_jax.train import evaluation, schedule, step, workdir as folder
+from lightning_jax.fields import to_dict
+from lightning_jax.train import evaluation, schedule, step
+from lightning_jax.train import workdir as folder
 from lightning_jax.train.metrics import MetricsWriter, flatten
 from lightning_jax.train.optimizer import make_optimizer
 from lightning_jax.train.progress import Progress

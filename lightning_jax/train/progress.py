@@ -14,7 +14,7 @@ _SMOOTHING = 0.95
 
 
 class Progress:
-    """A bar over the tokens of all stages, on stderr; a plain line now and then without a terminal."""
+    """A bar over the steps of all stages, on stderr; without a terminal a line now and then."""
 
     def __init__(self, config: RunConfig, start: int):
         self._config = config

@@ -240,7 +240,7 @@ def train_step(
 def eval_step(
     config: RunConfig, params: Any, router: lm.Router, batch: Batch, rope_base_global: float
 ) -> dict[str, jax.Array]:
-    """Returns each position's cross-entropy in nats, and routing statistics under `eval_routing`."""
+    """Returns cross-entropy of each position in nats, and statistics under `eval_routing`."""
     output = lm.LightningLM(config.model).apply(
         {"params": params},
         batch["tokens"],

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_jax.config import SourceConfig
-from lightning_jax.data import sources
+from lightning_jax.data import files, sources
 from lightning_jax.errors import UserError
 
 
@@ -248,4 +248,4 @@ def f():
 
 def test_missing_package_names_the_extra(monkeypatch):
     with pytest.raises(UserError, match=r"no_such is missing: pip install lightning_jax\[data\]"):
-        sources.optional_import("no_such.package")
+        files.optional_import("no_such.package")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lightning_jax import model as lm
-from lightning_jax.config import RunConfig, build
+from lightning_jax.config import RunConfig
+from lightning_jax.fields import build
 from lightning_jax.ops import balance
 from lightning_jax.train import step
 from lightning_jax.train.optimizer import make_optimizer
@@ -164,7 +165,9 @@ def test_a_step_that_is_not_finite_changes_nothing(on_nan):
 
 
 def test_balance_value_of_uniform_routing_is_its_weight():
-    config, params, router, batch = setup(model__moe__train_routing="dense", model__moe__target_experts=0.0)
+    config, params, router, batch = setup(
+        model__moe__train_routing="dense", model__moe__target_experts=0.0
+    )
     flat = jax.tree_util.tree_map_with_path(
         lambda path, p: p * 0 if "router" in jax.tree_util.keystr(path) else p, params
     )
