@@ -15,14 +15,15 @@ from configs import base
 def get_config() -> ConfigDict:
     config = base.get_config()
     config.data.tokenizer = "bpe:1024"
+    config.model.head_chunk = 256
     config.stages = base.named(
-        stable=base.stage(tokens=480_000, warmup_tokens=32_000, learning_rate=4e-3),
+        stable=base.stage(tokens=300_000, warmup_tokens=32_000, learning_rate=4e-3),
         decay=base.stage(
-            tokens=120_000,
+            tokens=80_000,
             mixture=base.named(code=0.7, docs=0.3),
             learning_rate=4e-3,
             decay="sqrt",
-            decay_tokens=120_000,
+            decay_tokens=80_000,
         ),
     )
     config.eval_every = 0

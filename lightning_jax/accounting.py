@@ -203,6 +203,7 @@ def summary_rows(config: ModelConfig, seq_len: int) -> Rows:
         ["parameters a token uses", _count(size.active)],
         ["experts a token, of those held", f"{used:g} of {held}" if held else "dense"],
         ["training FLOPs a token", _count(flops_per_token(config, seq_len=seq_len))],
+        ["FLOPs of a decoded token", _count(decode_flops(config, seq_len))],
         ["KV-cache bytes a token (16 bit)", _count(kv_bytes_per_token(config, seq_len))],
     ]
 

@@ -10,3 +10,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Nearly all of the suite's time is compilation. Programs that run in processes of their own (the
+# examples, the kill and resume test) are compiled as users have them.
+jax.config.update("jax_disable_most_optimizations", True)

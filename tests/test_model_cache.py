@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from configs import base
-from lightning_jax import config as configs
 from lightning_jax import model as lm
 from lightning_jax.config import ModelConfig
+from lightning_jax.fields import build
 
 WINDOW, CHUNK = 8, 10
 PATTERNS = ("G", "L", "LLLG", "Gg", "LlG", "LLLGLLLg")
@@ -26,7 +26,7 @@ def model_config(
     fields["attention"] |= dict(num_heads=4, num_kv_heads=2, head_dim=8, window=WINDOW) | attention
     fields["moe"] |= dict(num_experts=0 if dense else 8, expert_dim=16, max_experts=4, top_p=0.5)
     fields["moe"]["implementation"] = experts  # onehot compiles fastest
-    return configs.build(ModelConfig, fields)
+    return build(ModelConfig, fields)
 
 
 @functools.lru_cache(maxsize=4)

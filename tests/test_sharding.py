@@ -1,6 +1,7 @@
 """Strict rules, mesh errors, and eight emulated devices that agree with one."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from lightning_jax import sharding
 from lightning_jax.config import MeshConfig, RunConfig
 from lightning_jax.errors import UserError
 from lightning_jax.fields import build
-from lightning_jax.train import loop, step
+from lightning_jax.train import compiled, step
 from lightning_jax.train.evaluation import put_batch
 from lightning_jax.train.optimizer import make_optimizer
 from tests.tiny import random_batch, tiny_config
@@ -66,20 +67,21 @@ def train(mesh_sizes, devices, accumulate):
             model__attention__sinks=True,
         ),
     )
-    stage = dataclasses.replace(config.stages[0], batch_size=16, seq_len=24, accumulate=accumulate)
+    stage = dataclasses.replace(config.stages[0], batch_size=16, seq_len=24)
     stage = dataclasses.replace(stage, warmup_tokens=0, learning_rate=0.01)
     config = dataclasses.replace(config, stages=(stage,))
     mesh = sharding.make_mesh(MeshConfig(**{**ONE, **mesh_sizes}), jax.devices()[:devices])
+    how = dict(accumulate=accumulate, rope_base_global=1e4)
     optimizer = make_optimizer(config.optimizer, lm.logical_axes(config.model))
-    _, shardings = loop.state_shardings(config, optimizer, mesh)
+    _, shardings = compiled.state_shardings(config, optimizer, mesh)
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: step.init_state(config, optimizer), out_shardings=shardings)()
         batches = [put_batch(random_batch(16, 24, 64, seed), mesh) for seed in range(3)]
-        value, _, grads = jax.jit(lambda p, r, b: step.loss_and_grad(config, stage, p, r, b))(
+        value, _, grads = jax.jit(functools.partial(step.loss_and_grad, config, **how))(
             state.params, state.router, batches[0]
         )
         run = jax.jit(
-            lambda s, b: step.train_step(config, stage, optimizer, s, b),
+            functools.partial(step.train_step, config, optimizer, **how),
             out_shardings=(shardings, sharding.replicated(mesh)),
         )
         losses = []

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.checkpoint import load_run
-from lightning_jax.config import MeshConfig, RunConfig, SourceConfig
+from lightning_jax.config import DataConfig, MeshConfig, RunConfig, SourceConfig
 from lightning_jax.data.mixture import EvalBatches, eval_batches, open_eval_sources
 from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
 from lightning_jax.errors import UserError
@@ -105,8 +105,8 @@ def evaluate_batches(
 class Evaluator:
     """Evaluates the held-out part of every source; compiled code and tokens are kept."""
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, mesh: Mesh):
-        self._config, self._tokenizer, self._mesh = config, tokenizer, mesh
+    def __init__(self, config: RunConfig, data: DataConfig, tokenizer: Tokenizer, mesh: Mesh):
+        self._config, self._data, self._tokenizer, self._mesh = config, data, tokenizer, mesh
         self._batches: dict[tuple[int, int, int], dict[str, EvalBatches]] = {}
         self._steps: dict[float, Callable[..., Any]] = {}
 
@@ -131,7 +131,7 @@ class Evaluator:
                     batch_size=batch_size,
                     max_tokens=max_tokens,
                 )
-                for name, source in open_eval_sources(self._config.data).items()
+                for name, source in open_eval_sources(self._data).items()
             }
         if rope_base_global not in self._steps:
             self._steps[rope_base_global] = make_eval_step(
@@ -169,15 +169,14 @@ def evaluate_run(workdir: str, options: EvalOptions) -> dict[str, Any]:
     """
     loaded = load_run(workdir, step=options.step)
     config, router = with_eval_routing(loaded.config, loaded.router, options)
+    data = config.data
     if options.data:
         source = SourceConfig(name="data", path=options.data, eval_path=options.data)
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, sources=(source,))
-        )
-    tokenizer = resolve_tokenizer(loaded.config.data, workdir)
+        data = dataclasses.replace(data, sources=(source,))
+    tokenizer = resolve_tokenizer(config.data, workdir)
     mesh = sharding.make_mesh(ONE_DEVICE, jax.devices()[:1])
     stage = next(s for s in config.stages if s.name == loaded.meta["stage"])
-    domains = Evaluator(config, tokenizer, mesh)(
+    domains = Evaluator(config, data, tokenizer, mesh)(
         loaded.params,
         router,
         seq_len=options.seq_len or stage.seq_len,

@@ -7,7 +7,6 @@ dispatch (so the host never makes the device wait), evaluate, save.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ from lightning_jax.data import mixture
 from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
 from lightning_jax.errors import UserError
 from lightning_jax.fields import to_dict
-from lightning_jax.train import evaluation, schedule, step
+from lightning_jax.train import compiled, evaluation, schedule, step
 from lightning_jax.train import workdir as folder
 from lightning_jax.train.metrics import MetricsWriter, flatten
 from lightning_jax.train.optimizer import make_optimizer
@@ -56,6 +55,7 @@ class Trainer:
     tokenizer: Tokenizer
     evaluator: evaluation.Evaluator
     optimizer: optax.GradientTransformation
+    steps: compiled.TrainSteps
     checkpointer: Checkpointer
     writer: MetricsWriter
     progress: Progress
@@ -108,13 +108,15 @@ def run(
         progress = Progress(config, start)
         try:
             with StopRequest() as stop, progress:
+                optimizer = make_optimizer(config.optimizer, lm.logical_axes(config.model))
                 trainer = Trainer(
                     config=config,
                     workdir=path,
                     mesh=mesh,
                     tokenizer=tokenizer,
-                    evaluator=evaluation.Evaluator(config, tokenizer, mesh),
-                    optimizer=make_optimizer(config.optimizer, lm.logical_axes(config.model)),
+                    evaluator=evaluation.Evaluator(config, config.data, tokenizer, mesh),
+                    optimizer=optimizer,
+                    steps=compiled.TrainSteps(config, optimizer, mesh),
                     checkpointer=checkpointer,
                     writer=writer,
                     progress=progress,
@@ -137,65 +139,14 @@ def _with_vocab(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return dataclasses.replace(model, vocab_size=size)
 
 
-def state_shardings(config: RunConfig, optimizer: Any, mesh: Mesh) -> tuple[Any, Any]:
-    """Returns (abstract TrainState with shardings, the shardings).
-
-    Whatever mirrors a parameter (moments, averages) is split as the parameter is; the rest is whole
-    on every device.
-    """
-    abstract = jax.eval_shape(lambda: step.init_state(config, optimizer))
-    of_params = sharding.tree_shardings(lm.logical_axes(config.model), mesh)
-    whole = sharding.replicated(mesh)
-    by_path = {
-        jax.tree_util.keystr(path): placement
-        for path, placement in jax.tree_util.tree_leaves_with_path(of_params)
-    }
-
-    def place(path: Any, leaf: jax.ShapeDtypeStruct) -> Any:
-        names = [jax.tree_util.keystr(path[i:]) for i in range(len(path))]
-        found = next((by_path[name] for name in names if name in by_path), whole)
-        return found if len(found.spec) == leaf.ndim else whole
-
-    shardings = jax.tree_util.tree_map_with_path(place, abstract)
-    abstract = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
-    )
-    return abstract, shardings
-
-
-def state_items(state: step.TrainState) -> dict[str, Any]:
-    """The state by checkpoint item: what inference needs is apart from what training needs."""
-    items = {
-        "params": state.params,
-        "router": state.router,
-        "optimizer": state.optimizer,
-        "progress": {
-            "step": state.step,
-            "bad_steps": state.bad_steps,
-            "controller": state.controller,
-        },
-    }
-    return {**items, "ema": state.ema} if state.ema else items
-
-
-def state_from_items(items: dict[str, Any]) -> step.TrainState:
-    """The inverse of `state_items`."""
-    return step.TrainState(
-        params=items["params"],
-        router=items["router"],
-        optimizer=items["optimizer"],
-        ema=items.get("ema", {}),
-        **items["progress"],
-    )
-
-
 def _train(trainer: Trainer, start: int) -> dict[str, Any]:
-    config, mesh = trainer.config, trainer.mesh
-    abstract, shardings = state_shardings(config, trainer.optimizer, mesh)
+    config, steps = trainer.config, trainer.steps
     stage_index, offset = schedule.stage_at(config.stages, min(start, config.total_steps - 1))
     state = None
     if start == 0:
-        init = jax.jit(lambda: step.init_state(config, trainer.optimizer), out_shardings=shardings)
+        init = jax.jit(
+            lambda: step.init_state(config, trainer.optimizer), out_shardings=steps.shardings
+        )
         state = init()
     elif start >= config.total_steps:
         stage_index, offset = len(config.stages) - 1, config.stages[-1].steps
@@ -204,9 +155,12 @@ def _train(trainer: Trainer, start: int) -> dict[str, Any]:
         if state is None:
             # An iterator of the stage that ended at this checkpoint is not one of the next stage.
             inside = iterator if 0 < offset < config.stages[index].steps else None
-            items = trainer.checkpointer.restore(start, state_items(abstract), inside)
-            state = state_from_items(items)
-        state = _run_stage(trainer, index, offset, state, iterator, shardings)
+            items = trainer.checkpointer.restore(
+                start, compiled.state_items(steps.abstract_state), inside
+            )
+            state = compiled.state_from_items(items)
+        state = _run_stage(trainer, index, offset, state, iterator)
+        iterator.close()
         offset = 0
     trainer.checkpointer.wait()
     results = _evaluate(trainer, state, len(config.stages) - 1, max_tokens=0)
@@ -238,17 +192,11 @@ def _run_stage(
     offset: int,
     state: step.TrainState,
     iterator: Any,
-    shardings: Any,
 ) -> step.TrainState:
     """Runs the steps of one stage from its step `offset` on."""
     config, stage = trainer.config, trainer.config.stages[index]
     first = sum(s.steps for s in config.stages[:index])
-    train_step = jax.jit(
-        functools.partial(step.train_step, config, stage, trainer.optimizer),
-        in_shardings=(shardings, sharding.batch_sharding(trainer.mesh)),
-        out_shardings=(shardings, sharding.replicated(trainer.mesh)),
-        donate_argnums=(0,),
-    )
+    train_step = trainer.steps.get(stage.accumulate, rope_base(config, index))
     trainer.progress.begin_stage(stage.name)
     pending: tuple[int, dict[str, Any]] | None = None
     for number in range(first + offset + 1, first + stage.steps + 1):
@@ -366,7 +314,7 @@ def _save(
         "seq_len": config.stages[index].seq_len,
         "config": to_dict(config),
     }
-    trainer.checkpointer.save(number, state_items(state), iterator, meta)
+    trainer.checkpointer.save(number, compiled.state_items(state), iterator, meta)
 
 
 def _stop(trainer: Trainer, number: int) -> None:

@@ -17,7 +17,7 @@ import optax
 
 from lightning_jax import model as lm
 from lightning_jax import sharding
-from lightning_jax.config import MoeConfig, RunConfig, StageConfig
+from lightning_jax.config import MoeConfig, RunConfig
 from lightning_jax.ops import balance, loss
 from lightning_jax.train import schedule
 from lightning_jax.train.optimizer import update_ema
@@ -119,15 +119,20 @@ def _split(batch: Batch, parts: int) -> Batch:
 
 
 def loss_and_grad(
-    config: RunConfig, stage: StageConfig, params: Any, router: lm.Router, batch: Batch
+    config: RunConfig,
+    params: Any,
+    router: lm.Router,
+    batch: Batch,
+    *,
+    accumulate: int,
+    rope_base_global: float,
 ) -> tuple[jax.Array, dict[str, Any], Any]:
-    """Returns (loss, sums for the metrics, gradient) of the batch in `stage.accumulate` parts.
+    """Returns (loss, sums for the metrics, gradient) of the batch in `accumulate` parts.
 
     Balance losses weigh each token's router probabilities by how often the *whole* batch chose each
     expert. So with accumulation a first pass over the micro-batches counts (forward only, a third
     of the cost more), and the second differentiates with those counts given.
     """
-    base = stage.rope_base_global or config.model.attention.rope_base_global
     total_weight = batch["loss_mask"].sum()
 
     def part(params: Any, micro: Batch, counts: balance.RoutingStats | None) -> Any:
@@ -138,18 +143,18 @@ def loss_and_grad(
             micro,
             total_weight=total_weight,
             counts=counts,
-            rope_base_global=base,
+            rope_base_global=rope_base_global,
         )
 
     differentiate = jax.value_and_grad(part, has_aux=True)
-    if stage.accumulate == 1:
+    if accumulate == 1:
         (value, sums), grads = differentiate(params, batch, None)
         return value, sums, grads
     micros = jax.tree.map(
-        lambda a: sharding.shard(a, None, "batch", "sequence"), _split(batch, stage.accumulate)
+        lambda a: sharding.shard(a, None, "batch", "sequence"), _split(batch, accumulate)
     )
 
-    def accumulate(function: Callable[[Batch], Any]) -> Any:
+    def summed(function: Callable[[Batch], Any]) -> Any:
         first = jax.tree.map(lambda a: a[0], micros)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, first))
         body = lambda total, micro: (jax.tree.map(jnp.add, total, function(micro)), None)  # noqa: E731
@@ -157,8 +162,8 @@ def loss_and_grad(
 
     counts = None
     if config.model.moe.num_experts and any(config.model.moe.balance_weights.values()):
-        counts = accumulate(lambda micro: part(params, micro, None)[1]["stats"])
-    (value, sums), grads = accumulate(lambda micro: differentiate(params, micro, counts))
+        counts = summed(lambda micro: part(params, micro, None)[1]["stats"])
+    (value, sums), grads = summed(lambda micro: differentiate(params, micro, counts))
     return value, sums, grads
 
 
@@ -187,10 +192,12 @@ def _update_router(
 
 def train_step(
     config: RunConfig,
-    stage: StageConfig,
     optimizer: optax.GradientTransformation,
     state: TrainState,
     batch: Batch,
+    *,
+    accumulate: int,
+    rope_base_global: float,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Returns the state after one optimizer step, and its metrics (arrays on the device).
 
@@ -198,8 +205,15 @@ def train_step(
     `optimizer.on_nan = "stop"` no later step changes anything either, so that the loop, which sees
     metrics one step late, still has the last good state to save.
     """
-    value, sums, grads = loss_and_grad(config, stage, state.params, state.router, batch)
-    grad_norm = optax.global_norm(grads)
+    value, sums, grads = loss_and_grad(
+        config,
+        state.params,
+        state.router,
+        batch,
+        accumulate=accumulate,
+        rope_base_global=rope_base_global,
+    )
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     good = finite & (state.bad_steps == 0) if config.optimizer.on_nan == "stop" else finite
 

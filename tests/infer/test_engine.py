@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from configs import base
-from lightning_jax import config as configs
 from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.config import MeshConfig, ModelConfig
 from lightning_jax.errors import UserError
+from lightning_jax.fields import build
 from lightning_jax.infer import engine as engine_module
 from lightning_jax.infer.engine import Engine
 from lightning_jax.infer.sampling import Sampling
@@ -31,7 +31,7 @@ def _config(**moe) -> ModelConfig:
     fields["attention"]["implementation"] = "xla_banded"
     fields["moe"] |= dict(num_experts=8, expert_dim=16, max_experts=4, top_p=0.5) | moe
     fields["moe"]["implementation"] = "onehot"
-    return configs.build(ModelConfig, fields)
+    return build(ModelConfig, fields)
 
 
 CONFIG = _config()

@@ -1,6 +1,7 @@
 """The train step is a function of the global batch: splits, remat and scan change nothing."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -39,10 +40,10 @@ def setup(**changes):
 
 
 def value_and_grad(config, params, router, batch, accumulate):
-    stage = dataclasses.replace(config.stages[0], batch_size=8, accumulate=accumulate)
-    return jax.jit(lambda p, r, b: step.loss_and_grad(config, stage, p, r, b))(
-        params, router, batch
+    compute = functools.partial(
+        step.loss_and_grad, config, accumulate=accumulate, rope_base_global=1e4
     )
+    return jax.jit(compute)(params, router, batch)
 
 
 def assert_same(one, other, tolerance=2e-5):
@@ -51,6 +52,7 @@ def assert_same(one, other, tolerance=2e-5):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [2, 8])
 def test_accumulation_changes_no_value_and_no_gradient(accumulate):
     config, params, router, batch = setup()
@@ -58,22 +60,25 @@ def test_accumulation_changes_no_value_and_no_gradient(accumulate):
     assert_same(value_and_grad(config, params, router, batch, accumulate), whole)
 
 
+@pytest.mark.slow
 def test_balance_losses_act_and_need_the_counts_of_the_whole_batch():
     config, params, router, batch = setup()
     whole = value_and_grad(config, params, router, batch, 1)
     # The test above has teeth: with each micro-batch's own counts the gradient is another one.
     parts = [jax.tree.map(lambda a, i=i: a[i::2], batch) for i in range(2)]
     own = [
-        jax.grad(
-            lambda p, b: step.forward_loss(
-                config,
-                p,
-                router,
-                b,
-                total_weight=batch["loss_mask"].sum(),
-                counts=None,
-                rope_base_global=1e4,
-            )[0]
+        jax.jit(
+            jax.grad(
+                lambda p, b: step.forward_loss(
+                    config,
+                    p,
+                    router,
+                    b,
+                    total_weight=batch["loss_mask"].sum(),
+                    counts=None,
+                    rope_base_global=1e4,
+                )[0]
+            )
         )(params, part)
         for part in parts
     ]
@@ -82,6 +87,7 @@ def test_balance_losses_act_and_need_the_counts_of_the_whole_batch():
     assert max(jax.tree.leaves(difference)) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [dict(model__remat="full"), dict(model__remat="dots_saveable")])
 def test_remat_changes_nothing(change):
     _, params, router, batch = setup()
@@ -89,6 +95,7 @@ def test_remat_changes_nothing(change):
     assert_same(value_and_grad(setup(**change)[0], params, router, batch, 1), expected)
 
 
+@pytest.mark.slow
 def test_zero_weights_are_no_balance_loss_and_nonzero_ones_move_the_router():
     zero = {key: 0.0 for key in HEAVY if key.endswith("_weight")}
     config, params, router, batch = setup(**zero, optimizer__z_loss_weight=0.0)
@@ -113,7 +120,9 @@ def make_step(config):
         config.stages[0], batch_size=8, seq_len=24, warmup_tokens=0, learning_rate=0.01
     )
     config = dataclasses.replace(config, stages=(stage,))
-    run = jax.jit(lambda s, b: step.train_step(config, stage, optimizer, s, b))
+    run = jax.jit(
+        functools.partial(step.train_step, config, optimizer, accumulate=1, rope_base_global=1e4)
+    )
     return state, run
 
 
@@ -142,6 +151,7 @@ def test_a_step_lowers_the_loss_and_moves_bias_and_controller_once():
     assert 0 < max(jax.tree.leaves(moved)) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_nan", ["stop", "skip"])
 def test_a_step_that_is_not_finite_changes_nothing(on_nan):
     config, _, _, batch = setup(optimizer__on_nan=on_nan)
@@ -164,6 +174,7 @@ def test_a_step_that_is_not_finite_changes_nothing(on_nan):
     assert (changed == 0) == (on_nan == "stop")
 
 
+@pytest.mark.slow
 def test_balance_value_of_uniform_routing_is_its_weight():
     config, params, router, batch = setup(
         model__moe__train_routing="dense", model__moe__target_experts=0.0
@@ -172,6 +183,6 @@ def test_balance_value_of_uniform_routing_is_its_weight():
         lambda path, p: p * 0 if "router" in jax.tree_util.keystr(path) else p, params
     )
     model = lm.LightningLM(config.model, train=True)
-    out = model.apply({"params": flat}, batch["tokens"], router=router)
+    out = jax.jit(lambda p: model.apply({"params": p}, batch["tokens"], router=router))(flat)
     losses = jax.vmap(jax.vmap(balance.balance_losses))(out.stats)
     np.testing.assert_allclose(losses["true_group"], 1, rtol=1e-5)

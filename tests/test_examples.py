@@ -1,0 +1,130 @@
+"""The programs as a user calls them: answers on stdout, one line and status 2 for bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import write_corpus
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
+
+CONFIG = """
+from configs import base
+from tests.tiny import tiny_config
+
+def get_config():
+    config = tiny_config()
+    config.data.sources = base.named(text=base.source({corpus!r}))
+    shape = dict(mixture=base.named(text=1.0), batch_size=4, seq_len=32)
+    config.stages = base.named(only=base.stage(tokens=640, learning_rate=1e-2, **shape))
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    corpus = write_corpus(folder)
+    (folder / "config.py").write_text(CONFIG.format(corpus=corpus))
+    return folder
+
+
+def call(home, program, *flags):
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(home / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{program}", *flags],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def one_line(result, *parts):
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert lines[-1].startswith("error: ") and "Traceback" not in result.stderr, result.stderr
+    for part in parts:
+        assert part in lines[-1], lines[-1]
+
+
+@pytest.fixture(scope="module")
+def trained(home):
+    flags = (f"--config={home}/config.py", f"--workdir={home}/run")
+    result = call(home, "train", *flags)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["text"]["bits_per_byte"] > 0
+    return home / "run"
+
+
+@pytest.mark.slow
+def test_train_evaluate_generate(home, trained):
+    evaluated = call(home, "evaluate", f"--workdir={trained}", "--eval.top_p=0.2")
+    assert evaluated.returncode == 0, evaluated.stderr
+    answer = json.loads(evaluated.stdout)
+    assert answer["routing"]["top_p"] == pytest.approx(0.2)
+    assert answer["domains"]["text"]["experts_per_token"] >= 1
+
+    flags = (f"--workdir={trained}", "--prompt=def ", "--max_new_tokens=8", "--seed=1")
+    once, twice = call(home, "generate", *flags), call(home, "generate", *flags)
+    assert once.returncode == 0, once.stderr
+    assert once.stdout == twice.stdout and "tok/s" in once.stderr.replace("tokens/s", "tok/s")
+
+    one_line(call(home, "evaluate", f"--workdir={trained}", "--step=3"), "step 3", "5")
+    one_line(call(home, "evaluate", f"--workdir={trained}", "--data=/nowhere/*.txt"), "/nowhere")
+    one_line(call(home, "generate", f"--workdir={home}/none", "--prompt=x"), "no checkpoint")
+    other = (f"--config={home}/config.py", f"--workdir={trained}", "--config.model.model_dim=64")
+    one_line(call(home, "train", *other), "model.model_dim = 64", "32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--config.model.atention.window=3"], ["atention"]),
+        (["--config.model.attention.window=0"], ["model.attention.window = 0", "at least 1"]),
+        (["--config.model.attention.window=abc"], ["model.attention.window"]),
+        (["--config.model.unit=Lg"], ["model.unit = 'Lg'", "owner"]),
+        (["--config.mesh.tensor=2"], ["mesh.tensor = 2", "reserved"]),
+        (
+            ["--config.data.sources.text.path=/nowhere/*.txt"],
+            ["data.sources.text.path", "/nowhere"],
+        ),
+        (["--config.data.tokenizer=bytez"], ["data.tokenizer = 'bytez'"]),
+    ],
+)
+def test_bad_config_is_one_line(home, tmp_path, flags, parts):
+    flags = [f"--config={home}/config.py", f"--workdir={tmp_path}", *flags]
+    one_line(call(home, "train", *flags), *parts)
+
+
+@pytest.mark.slow
+def test_bad_data_is_one_line_that_names_file_and_line(home, tmp_path):
+    for name, text, parts in (
+        ("corrupt", '{"text": "a b c"}\n{"text": \n', ["corrupt.jsonl", "2"]),
+        ("empty", "", ["data.sources.text.path"]),
+    ):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(text)
+        override = f"--config.data.sources.text.path={path}"
+        flags = [f"--config={home}/config.py", f"--workdir={tmp_path}/{name}", override]
+        one_line(call(home, "train", *flags), *parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_says_what_a_program_does(home, program):
+    result = call(home, program, "--help")
+    assert result.returncode == 0, result.stderr
+    assert f"python -m experiments.{program}" in result.stdout and "Flags:" in result.stdout

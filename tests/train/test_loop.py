@@ -1,0 +1,221 @@
+"""The loop: stages, logs, exact resume after any death, and one clear line for bad input."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lightning_jax.checkpoint import Checkpointer, all_steps, checkpoints_dir, load_run
+from lightning_jax.config import RunConfig
+from lightning_jax.errors import UserError
+from lightning_jax.fields import build
+from lightning_jax.train import evaluation, loop
+from lightning_jax.train.metrics import read_rows
+from tests.tiny import tiny_run, write_corpus
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMING = ("tokens_per_second", "seconds")
+
+
+@pytest.fixture(autouse=True)
+def single_device_mesh(monkeypatch):
+    """The loop takes all devices; eight emulated ones would only make these tests slower."""
+    make_mesh = loop.sharding.make_mesh
+    monkeypatch.setattr(
+        loop.sharding,
+        "make_mesh",
+        lambda config, devices=None: make_mesh(config, jax.devices()[:1]),
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def rows_of(workdir):
+    rows = read_rows(Path(workdir) / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+
+
+def test_a_run_leaves_all_that_it_did_in_its_folder(corpus, tmp_path):
+    texts = []
+
+    def sampler(config, params, router, tokenizer, rope_base_global):
+        texts.append((rope_base_global, tokenizer.vocab_size))
+        return "a sample"
+
+    config = tiny_run(corpus, sample_tokens=8, eval_every=5, histogram_every=2)
+    results = loop.run(config, tmp_path, sampler=sampler)
+    rows = rows_of(tmp_path)
+    logged = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in logged] == list(range(1, 11))
+    assert [row["stage"] for row in logged] == ["stable"] * 6 + ["decay"] * 4
+    assert [row["tokens"] for row in logged] == [128 * step for step in range(1, 11)]
+    assert logged[-1]["loss"] < logged[0]["loss"]
+    assert len(logged[0]["mean_experts"]) == 2
+    assert [row["step"] for row in rows if "eval" in row] == [5]
+    assert texts == [(10_000.0, 258), (50_000.0, 258)]
+
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == results
+    assert set(results) == {"a", "b"} and results["a"]["bytes"] > 0
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert about["versions"]["jax"] == jax.__version__ and about["data"]["a"]["fingerprint"]
+    assert build(RunConfig, json.loads((tmp_path / "config.json").read_text())).seed == config.seed
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    # The two newest, and the ends of both stages.
+    assert sorted(all_steps(checkpoints_dir(tmp_path))) == [6, 9, 10]
+
+    again = loop.run(config, tmp_path)
+    assert again == results and rows_of(tmp_path) == rows
+
+    # What `experiments.evaluate` says of the last checkpoint is what the run said at its end.
+    evaluated = evaluation.evaluate_run(str(tmp_path), evaluation.EvalOptions())
+    assert evaluated["step"] == 10
+    for name in results:
+        assert evaluated["domains"][name]["loss"] == pytest.approx(results[name]["loss"], abs=1e-6)
+    fewer = evaluation.EvalOptions(top_p=0.01, data=corpus, max_tokens=200)
+    used = evaluation.evaluate_run(str(tmp_path), fewer)["domains"]["data"]["experts_per_token"]
+    assert used == 1.0
+    with pytest.raises(UserError, match='eval.top_k = 2: needs eval.routing="top_k"'):
+        evaluation.evaluate_run(str(tmp_path), evaluation.EvalOptions(top_k=2))
+
+
+def run_process(corpus, workdir, *kill_at, cache):
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    script = ROOT / "tests" / "train" / "killed_run.py"
+    command = [sys.executable, str(script), corpus, str(workdir), *map(str, kill_at)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_saves_and_resumed_is_bit_for_bit_the_same(corpus, tmp_path):
+    """With packing, a mixture, accumulation, experts, the controller and averaging on."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_process(corpus, whole, cache=tmp_path / "cache").returncode == 0
+    for step in (4, 10):
+        died = run_process(corpus, killed, step, cache=tmp_path / "cache")
+        assert died.returncode == -signal.SIGKILL, died.stderr
+        latest = max(all_steps(checkpoints_dir(killed)))
+        assert latest in (step - 2, step)
+    finished = run_process(corpus, killed, cache=tmp_path / "cache")
+    assert finished.returncode == 0, finished.stderr
+
+    assert rows_of(killed) == rows_of(whole)
+    one, other = load_run(whole), load_run(killed)
+    assert one.step == other.step == 10
+    jax.tree.map(
+        np.testing.assert_array_equal, (one.params, one.router), (other.params, other.router)
+    )
+    evaluations = [(folder / "evaluation.json").read_text() for folder in (whole, killed)]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_sigterm_saves_and_the_same_call_goes_on(corpus, tmp_path, monkeypatch):
+    config = tiny_run(corpus, checkpoint_every=100)
+    whole = tmp_path / "whole"
+    loop.run(config, whole)
+
+    report, fired = loop._report, threading.Event()
+
+    def report_and_signal(trainer, index, number, *args, **kwargs):
+        report(trainer, index, number, *args, **kwargs)
+        if number == 3 and not fired.is_set():
+            fired.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "_report", report_and_signal)
+    stopped = tmp_path / "stopped"
+    with pytest.raises(loop.Stopped) as stop:
+        loop.run(config, stopped)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert max(all_steps(checkpoints_dir(stopped))) in (4, 5)
+    loop.run(config, stopped)
+    assert rows_of(stopped) == rows_of(whole)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
+    corpus, tmp_path, monkeypatch
+):
+    put = loop.evaluation.put_batch
+    calls = []
+
+    def poison(batch, mesh):
+        calls.append(0)
+        if len(calls) == 4:
+            batch = {**batch, "loss_mask": batch["loss_mask"] * np.nan}
+        return put(batch, mesh)
+
+    monkeypatch.setattr(loop.evaluation, "put_batch", poison)
+    config = tiny_run(corpus, checkpoint_every=100)
+    with pytest.raises(UserError, match="loss is not finite at step 4 .stage 'stable'"):
+        loop.run(config, tmp_path)
+    state = load_run(tmp_path)
+    assert state.step == 4
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    calls.extend([0] * 10)
+    loop.run(config, tmp_path)
+    assert [row["step"] for row in rows_of(tmp_path)][-1] == 10
+
+    calls.clear()
+    skipping = tiny_run(corpus, checkpoint_every=100, optimizer__on_nan="skip")
+    loop.run(skipping, tmp_path / "skip")
+    rows = rows_of(tmp_path / "skip")
+    assert rows[3]["loss"] is None and rows[3]["bad_steps"] == 1
+    assert rows[-1]["bad_steps"] == 1 and np.isfinite(rows[-1]["loss"])
+
+
+def test_another_config_in_the_same_folder_is_refused_by_name(corpus, tmp_path):
+    config = tiny_run(corpus)
+    loop.run(config, tmp_path)
+    wider = dataclasses.replace(config, seed=7)
+    with pytest.raises(UserError, match="seed = 7: this workdir's run has 0"):
+        loop.run(wider, tmp_path)
+    with pytest.raises(UserError, match=r"model.unit = 'G': this workdir's run has 'LG'"):
+        model = dataclasses.replace(config.model, unit="G")
+        loop.run(dataclasses.replace(config, model=model), tmp_path)
+    first = dataclasses.replace(config.stages[0], learning_rate=0.5)
+    with pytest.raises(UserError, match="stages.stable.learning_rate = 0.5"):
+        loop.run(dataclasses.replace(config, stages=(first, config.stages[1])), tmp_path)
+    loop.run(dataclasses.replace(config, log_every=5), tmp_path)
+
+
+def test_a_workdir_that_cannot_be_written_is_one_line(corpus, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    with pytest.raises(UserError, match="workdir = .*cannot be written"):
+        loop.run(tiny_run(corpus), blocked)
+
+
+def test_batches_that_do_not_divide_and_vocabularies_too_small(corpus, tmp_path):
+    with pytest.raises(UserError, match="model.vocab_size = 100: the tokenizer has 258 ids"):
+        loop.run(tiny_run(corpus, model__vocab_size=100), tmp_path)
+
+
+def test_a_save_that_fails_loses_nothing(corpus, tmp_path, monkeypatch):
+    """The disk fills up at the second save: one line, and the first checkpoint is whole."""
+    save = Checkpointer.save
+
+    def full(self, step, *args):
+        if step > 3:
+            raise UserError("cannot save a checkpoint: No space left on device")
+        save(self, step, *args)
+
+    monkeypatch.setattr(Checkpointer, "save", full)
+    with pytest.raises(UserError, match="No space left"):
+        loop.run(tiny_run(corpus), tmp_path)
+    monkeypatch.undo()
+    assert load_run(tmp_path).step == 3
