@@ -70,7 +70,8 @@ def test_window_bounds_the_reach_of_local_layers():
     assert (influence_T[:-window] == 0).all() and (influence_T[-window:] > 0).all()
 
 
-@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "full"])
 def test_scan_equals_unrolled_and_a_plain_loop(remat):
     config, params = make(unit="LGg", num_units=3, remat=remat)
     batch = random_batch(2, 20, 64)
@@ -132,6 +133,7 @@ def test_borrowers_teach_their_owner(unit):
     assert np.abs(grad["key_DKH"]).max() > 0 and np.abs(grad["value_DKH"]).max() > 0
 
 
+@pytest.mark.slow
 def test_p_of_one_equals_dense_routing():
     config, params = make()
     experts = config.moe.num_experts
@@ -158,6 +160,7 @@ def test_statistics_count_real_tokens_only():
     np.testing.assert_allclose(stats.prob_sum_E.sum(-1), real, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -187,6 +190,7 @@ def test_every_option_changes_the_output(changes):
     assert float(jnp.abs(one.hidden_BTD - other.hidden_BTD).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_rope_base_of_global_layers_is_an_argument():
     config, params = make(unit="LG", num_units=1)
     batch = random_batch(2, 24, 64)
@@ -199,6 +203,7 @@ def test_rope_base_of_global_layers_is_an_argument():
     assert float(jnp.abs(one - other).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
     config, params = make(unit="LG", num_units=1)
     batch = random_batch(2, 24, 64)

@@ -9,7 +9,9 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path):
+def test_notebook_runs(path, monkeypatch):
+    # The kernel is a process of its own: one device, as its reader has.
+    monkeypatch.setenv("XLA_FLAGS", "")
     nbformat = pytest.importorskip("nbformat", reason="needs the notebooks extra")
     nbclient = pytest.importorskip("nbclient", reason="needs the notebooks extra")
     notebook = nbformat.read(path, as_version=4)

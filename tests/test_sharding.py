@@ -54,66 +54,69 @@ def test_mesh_sizes():
         )
 
 
-def train(mesh_sizes, devices, accumulate):
-    """Three steps on a mesh; returns (loss and gradient of the first, final state, losses)."""
+@functools.cache
+def train(data, fsdp, accumulate):
+    """Three steps on a mesh, twice: (loss and gradient of the first batch, [(losses, state)])."""
     config = build(
         RunConfig,
         tiny_config(
             model__vocab_size=64,
-            model__unit="LGg",
-            model__num_units=2,
+            model__unit="Gg",
             model__moe__switch_weight=0.1,
             model__moe__partition_weight=0.1,
             model__attention__sinks=True,
         ),
     )
-    stage = dataclasses.replace(config.stages[0], batch_size=16, seq_len=24)
-    stage = dataclasses.replace(stage, warmup_tokens=0, learning_rate=0.01)
+    stage = dataclasses.replace(
+        config.stages[0], batch_size=16, seq_len=24, warmup_tokens=0, learning_rate=0.01
+    )
     config = dataclasses.replace(config, stages=(stage,))
-    mesh = sharding.make_mesh(MeshConfig(**{**ONE, **mesh_sizes}), jax.devices()[:devices])
+    mesh = sharding.make_mesh(
+        MeshConfig(**{**ONE, "data": data, "fsdp": fsdp}), jax.devices()[: data * fsdp]
+    )
     how = dict(accumulate=accumulate, rope_base_global=1e4)
     optimizer = make_optimizer(config.optimizer, lm.logical_axes(config.model))
     _, shardings = compiled.state_shardings(config, optimizer, mesh)
     with jax.set_mesh(mesh):
-        state = jax.jit(lambda: step.init_state(config, optimizer), out_shardings=shardings)()
+        init = jax.jit(lambda: step.init_state(config, optimizer), out_shardings=shardings)
         batches = [put_batch(random_batch(16, 24, 64, seed), mesh) for seed in range(3)]
+        state = init()
         value, _, grads = jax.jit(functools.partial(step.loss_and_grad, config, **how))(
             state.params, state.router, batches[0]
         )
-        run = jax.jit(
+        advance = jax.jit(
             functools.partial(step.train_step, config, optimizer, **how),
             out_shardings=(shardings, sharding.replicated(mesh)),
         )
-        losses = []
-        for batch in batches:
-            state, metrics = run(state, batch)
-            losses.append(float(metrics["loss"]))
-    return jax.device_get((value, grads)), state, losses
+        runs = []
+        for _ in range(2):
+            state, losses = init(), []
+            for batch in batches:
+                state, metrics = advance(state, batch)
+                losses.append(float(metrics["loss"]))
+            runs.append((losses, state))
+    return jax.device_get((value, grads)), runs
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [dict(data=8), dict(fsdp=8), pytest.param(dict(data=2, fsdp=4), marks=pytest.mark.slow)],
-)
-def test_eight_devices_equal_one_and_repeat_bit_for_bit(sizes):
-    one, _, one_losses = train({}, 1, 1)
-    eight, state, losses = train(sizes, 8, 2)
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (2, 4)])
+def test_eight_devices_equal_one_and_repeat_bit_for_bit(data, fsdp):
+    one, [(one_losses, _), _] = train(1, 1, 1)
+    eight, [(losses, state), (again_losses, again)] = train(data, fsdp, 2)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), eight, one)
     np.testing.assert_allclose(losses, one_losses, atol=1e-5)
 
-    gate = state.params["units"]["0_L"]["moe"]["gate_EDF"]
-    moment = [
+    gate = state.params["units"]["0_G"]["moe"]["gate_EDF"]
+    moments = [
         leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state.optimizer)
-        if "gate_EDF" in jax.tree_util.keystr(path)
+        if "0_G" in jax.tree_util.keystr(path) and "gate_EDF" in jax.tree_util.keystr(path)
     ]
-    assert len(moment) == 2
-    for leaf in (gate, *moment):
+    assert len(moments) == 2
+    for leaf in (gate, *moments):
         assert leaf.sharding.spec == P(None, None, "fsdp", None)
-        split = sizes.get("fsdp", 1)
-        assert leaf.addressable_shards[0].data.shape[2] == leaf.shape[2] // split
+        assert leaf.addressable_shards[0].data.shape[2] == leaf.shape[2] // fsdp
     assert state.router.bias_URE.sharding.is_fully_replicated
 
-    _, again, same_losses = train(sizes, 8, 2)
-    assert losses == same_losses
+    assert losses == again_losses
     jax.tree.map(np.testing.assert_array_equal, *jax.device_get((state.params, again.params)))

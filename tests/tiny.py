@@ -72,7 +72,7 @@ def tiny_config(**changes: Any) -> Any:
 
 def tiny_run(corpus: str, **changes: Any) -> RunConfig:
     """A run of two stages of a few steps over two mixed sources of `corpus`."""
-    config = tiny_config(**changes)
+    config = tiny_config(**{"checkpoint_every": 3, **changes})
     config.data.sources = base.named(a=base.source(corpus), b=base.source(corpus))
     sizes = dict(batch_size=4, seq_len=32)
     config.stages = base.named(
@@ -89,7 +89,6 @@ def tiny_run(corpus: str, **changes: Any) -> RunConfig:
             **sizes,
         ),
     )
-    config.checkpoint_every = 3
     return build(RunConfig, config)
 
 

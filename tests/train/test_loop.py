@@ -46,6 +46,7 @@ def rows_of(workdir):
     return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_all_that_it_did_in_its_folder(corpus, tmp_path):
     texts = []
 
@@ -124,6 +125,7 @@ def test_killed_in_the_middle_of_saves_and_resumed_is_bit_for_bit_the_same(corpu
     assert evaluations[0] == evaluations[1]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_call_goes_on(corpus, tmp_path, monkeypatch):
     config = tiny_run(corpus, checkpoint_every=100)
     whole = tmp_path / "whole"
@@ -147,6 +149,7 @@ def test_sigterm_saves_and_the_same_call_goes_on(corpus, tmp_path, monkeypatch):
     assert rows_of(stopped) == rows_of(whole)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     corpus, tmp_path, monkeypatch
 ):
@@ -178,6 +181,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     assert rows[-1]["bad_steps"] == 1 and np.isfinite(rows[-1]["loss"])
 
 
+@pytest.mark.slow
 def test_another_config_in_the_same_folder_is_refused_by_name(corpus, tmp_path):
     config = tiny_run(corpus)
     loop.run(config, tmp_path)
@@ -205,6 +209,7 @@ def test_batches_that_do_not_divide_and_vocabularies_too_small(corpus, tmp_path)
         loop.run(tiny_run(corpus, model__vocab_size=100), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_loses_nothing(corpus, tmp_path, monkeypatch):
     """The disk fills up at the second save: one line, and the first checkpoint is whole."""
     save = Checkpointer.save
