@@ -36,6 +36,7 @@ from lightning_jax.config import RunConfig
 from lightning_jax.errors import UserError
 from lightning_jax.fields import build, require, suggest, to_dict
 from lightning_jax.train import loop
+from lightning_jax.train.workdir import first_change
 
 logger = logging.getLogger(__name__)
 
@@ -286,25 +287,13 @@ def _check_same(sweep: Sweep, root: Path) -> None:
         if now["model"]["vocab_size"] == 0:
             # 0 is "the tokenizer's"; a run records what that was.
             now["model"]["vocab_size"] = before["model"]["vocab_size"]
-        changed = _first_change(before, now)
+        changed = first_change(before, now)
         if changed:
             field, old, new = changed
             raise UserError(
                 f"{field} = {new!r}: {run} in this workdir has {old!r}; use another --workdir "
                 "or the sweep as it was"
             )
-
-
-def _first_change(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return None if old == new else (path, old, new)
-    for key in dict.fromkeys([*old, *new]):
-        at = f"{path}.{key}" if path else key
-        found = _first_change(old.get(key), new.get(key), at)
-        if found:
-            return found
-    # The order of keys is the order of stages.
-    return None if list(old) == list(new) else (path, list(old), list(new))
 
 
 def _plain(value: Any) -> Any:

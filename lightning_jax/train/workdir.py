@@ -88,7 +88,7 @@ def check_resumable(workdir: Path, config: RunConfig, *, stage_index: int) -> No
     if not path.exists():
         return
     before, now = json.loads(path.read_text(encoding="utf-8")), to_dict(config)
-    changed = _first_change(
+    changed = first_change(
         {key: value for key, value in before.items() if key not in _FREE},
         {key: value for key, value in now.items() if key not in _FREE},
     ) or _stage_change(before["stages"], now["stages"], stage_index)
@@ -100,14 +100,18 @@ def check_resumable(workdir: Path, config: RunConfig, *, stage_index: int) -> No
         )
 
 
-def _first_change(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *[key for key in new if key not in old]]:
-            found = _first_change(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-            if found:
-                return found
-        return None
-    return None if old == new else (path, old, new)
+def first_change(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """Returns (dotted field, old value, new value) of the first difference of two nested dicts.
+
+    The order of keys counts: it is the order of stages.
+    """
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return None if old == new else (path, old, new)
+    for key in dict.fromkeys([*old, *new]):
+        found = first_change(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        if found:
+            return found
+    return None if list(old) == list(new) else (path, list(old), list(new))
 
 
 def _stage_change(
@@ -118,7 +122,7 @@ def _stage_change(
     )[: stage_index + 1]:
         if old_name != new_name:
             return "stages", old_name, new_name
-        found = _first_change(old_stage, new_stage, f"stages.{old_name}")
+        found = first_change(old_stage, new_stage, f"stages.{old_name}")
         if found:
             return found
     return None
