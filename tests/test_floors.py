@@ -38,10 +38,11 @@ MAY_IMPORT = {
     "arena": BELOW_TRAINING,
     "interop": BELOW_TRAINING,
     "ablation": BELOW_TRAINING | {"train"},
+    "benchmark": BELOW_TRAINING | {"train", "infer"},
     "program": {"config", "errors", "fields"},
 }
 # The values that kernels take; the ops that choose a kernel stand above it.
-KERNELS_MAY_IMPORT = {"lightning_jax.ops.mask", "lightning_jax.ops.routing"}
+KERNELS_MAY_IMPORT = {f"lightning_jax.ops.{name}" for name in ("activation", "mask", "routing")}
 # Libraries that only these parts may import; jax is the other way round.
 ONLY_IN = {
     "flax": {"layers", "model", "checkpoint"},

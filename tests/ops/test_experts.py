@@ -156,6 +156,45 @@ def test_bfloat16(implementation, weight_dtype):
     assert got[0].dtype == jnp.bfloat16 and got[3].dtype == weight_dtype
 
 
+@pytest.mark.parametrize("implementation", GROUPED)
+@pytest.mark.parametrize("clamp", [None, 0.5])
+def test_biases_and_the_clamped_unit_match_every_expert_on_every_token(implementation, clamp):
+    index = assignment("ragged", M, E, C)
+    x, gate = tokens(M, np.float32), gates(index, E, np.float32)
+    w = weights(E, np.float32)
+    rng = np.random.default_rng(5)
+    biases = tuple(
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in (w[0][:, 0].shape, w[1][:, 0].shape, w[2][:, 0].shape)
+    )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def output_and_grads(implementation, *args):
+        def loss(x, gate, w, biases):
+            unused_ME = jnp.zeros((M, E))
+            routing = Routing(index, gate, unused_ME, unused_ME)
+            y = routed_experts(
+                x, routing, *w, biases=biases, clamp=clamp, implementation=implementation
+            )
+            return jnp.sum(y * COTANGENT[:M].astype(np.float32)), y
+
+        grads, y = jax.grad(loss, argnums=range(4), has_aux=True)(*args)
+        return y, grads
+
+    got = output_and_grads(implementation, x, gate, w, biases)
+    want = output_and_grads("onehot", x, np.where(index < E, gate, 0), w, biases)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        scale = max(np.abs(b).max(), 1e-3)
+        np.testing.assert_allclose(a / scale, b / scale, atol=2e-5)
+
+
+def test_biases_of_the_wrong_shape_are_named():
+    index, w = assignment("full", M, E, C), weights(E, np.float32)
+    routing = Routing(index, gates(index, E, np.float32), jnp.zeros((M, E)), jnp.zeros((M, E)))
+    with pytest.raises(ValueError, match="biases"):
+        routed_experts(tokens(M, np.float32), routing, *w, biases=(np.zeros(3),) * 3)
+
+
 def routed(logits, w, implementation, **options):
     routing = route(logits, **options)
     return routed_experts(jnp.asarray(tokens(M, np.float32)), routing, *w,

@@ -21,6 +21,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from lightning_jax.ops.activation import gated_unit
 from lightning_jax.ops.routing import ordered_sum, sort_slots
 
 
@@ -47,108 +48,134 @@ def blocked_experts(
     x_MD: jax.Array,
     expert_index_MC: jax.Array,
     gate_MC: jax.Array,
-    gate_EDF: jax.Array,
-    up_EDF: jax.Array,
-    down_EFD: jax.Array,
+    weights: tuple[jax.Array, jax.Array, jax.Array],
+    biases: tuple[jax.Array, ...] = (),
+    clamp: float | None = None,
 ) -> jax.Array:
-    """y_MD = sum over c of gate_MC * down(silu(x gate) * (x up)), experts as `expert_index_MC`.
+    """y_MD = sum over c of gate_MC * down(unit(x gate, x up)), experts as `expert_index_MC`.
 
     Args:
       x_MD: float rows; matmuls take its dtype and accumulate in at least float32.
       expert_index_MC: int32, E in empty slots.
       gate_MC: float32; differentiable.
-      gate_EDF, up_EDF, down_EFD: expert weights, cast to the dtype of x as they are read.
+      weights: gate_EDF, up_EDF, down_EFD, cast to the dtype of x as they are read.
+      biases: gate_EF, up_EF, down_ED of the three projections, or none.
+      clamp: of `ops.activation.gated_unit`, the unit.
 
     Returns:
-      y_MD in the dtype of x. Gradients reach x, gate_MC and the three weights.
+      y_MD in the dtype of x. Gradients reach x, gate_MC, the weights and the biases.
     """
-    sizes = block_sizes(expert_index_MC.size, gate_EDF.shape[0])
-    return _blocked(sizes, x_MD, expert_index_MC, gate_MC, gate_EDF, up_EDF, down_EFD)
+    sizes = block_sizes(expert_index_MC.size, weights[0].shape[0])
+    return _blocked(sizes, clamp, x_MD, expert_index_MC, gate_MC, weights, biases)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocked(sizes, x_MD, expert_index_MC, gate_MC, gate_EDF, up_EDF, down_EFD):
-    return _forward(sizes, x_MD, expert_index_MC, gate_MC, gate_EDF, up_EDF, down_EFD)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blocked(sizes, clamp, x_MD, expert_index_MC, gate_MC, weights, biases):
+    return _forward(sizes, clamp, x_MD, expert_index_MC, gate_MC, weights, biases)[0]
 
 
-def _forward(sizes, x_MD, expert_index_MC, gate_MC, gate_EDF, up_EDF, down_EFD):
-    order = sort_slots(expert_index_MC, gate_EDF.shape[0])
+def _forward(sizes, clamp, x_MD, expert_index_MC, gate_MC, weights, biases):
+    order = sort_slots(expert_index_MC, weights[0].shape[0])
     token_S = order.token_S
-    weights = (gate_EDF, up_EDF, down_EFD)
 
     def expert(e, end, rows_RD):
-        gate_DF, up_DF, down_FD = (w[e].astype(x_MD.dtype) for w in weights)
+        weights_e = _of_expert(weights, e, x_MD.dtype)
+        biases_e = _of_expert(biases, e, jnp.float32)
 
         def block(start, size, rows_RD):
             token_R = _take_block(token_S, start, size, end)
-            act_RF, *_ = _swiglu(x_MD[token_R], gate_DF, up_DF)
-            y_RD = _dot(act_RF.astype(x_MD.dtype), down_FD)
+            hidden = _projected(x_MD[token_R], weights_e, biases_e)
+            act_RF = gated_unit(*hidden, clamp=clamp)
+            y_RD = _dot(act_RF.astype(x_MD.dtype), weights_e[2])
+            if biases_e:
+                y_RD += biases_e[2][None]
             return _put(rows_RD, y_RD, start)
 
         return _for_each_block(sizes, end - order.size_E[e], end, block, rows_RD)
 
     rows_RD = _for_each_expert(order, expert, _row_buffer(order, sizes, x_MD))
-    filled_MC = expert_index_MC < gate_EDF.shape[0]
+    filled_MC = expert_index_MC < weights[0].shape[0]
     y_MD = ordered_sum(rows_RD, order.position_MC, jnp.where(filled_MC, gate_MC, 0.0))
-    residuals = (x_MD, order, filled_MC, gate_MC, weights)
+    residuals = (x_MD, order, filled_MC, gate_MC, weights, biases)
     return y_MD.astype(x_MD.dtype), residuals
 
 
-def _backward(sizes, residuals, dy_MD):
-    x_MD, order, filled_MC, gate_MC, weights = residuals
+def _backward(sizes, clamp, residuals, dy_MD):
+    x_MD, order, filled_MC, gate_MC, weights, biases = residuals
     dtype = x_MD.dtype
     wide = jnp.promote_types(dtype, jnp.float32)
     token_S = order.token_S
     gate_S = gate_MC.reshape(-1)[order.slot_S]
+    parameters = (weights, biases)
 
     def expert(e, end, carry):
-        weights_e = tuple(w[e].astype(dtype) for w in weights)
+        weights_e = _of_expert(weights, e, dtype)
+        biases_e = _of_expert(biases, e, jnp.float32)
 
         def block(start, size, carry):
-            *sums, dx_RD, dgate_R = carry
+            sums, dx_RD, dgate_R = carry
             token_R = _take_block(token_S, start, size, end)
             # Rows past the group's end repeat its last one: a zero gate keeps them out.
             valid_R = start + jnp.arange(size) < end
             gate_R = jnp.where(valid_R, _take_block(gate_S, start, size, end), 0.0)
-            dweights, *drows = _block_gradients(x_MD[token_R], gate_R, dy_MD[token_R], *weights_e)
-            sums = jax.tree.map(jnp.add, tuple(sums), dweights)
-            return (*sums, _put(dx_RD, drows[0], start), _put(dgate_R, drows[1], start))
+            rows = (x_MD[token_R], gate_R, dy_MD[token_R])
+            gradients, *drows = _block_gradients(*rows, weights_e, biases_e, clamp)
+            sums = jax.tree.map(jnp.add, sums, gradients)
+            return sums, _put(dx_RD, drows[0], start), _put(dgate_R, drows[1], start)
 
         # One expert's weight gradients stay in cache; the full ones are written once each.
-        sums = tuple(jnp.zeros(w.shape[1:], wide) for w in weights)
+        full, dx_RD, dgate_R = carry
+        sums = jax.tree.map(lambda p: jnp.zeros(p.shape[1:], wide), parameters)
         start = end - order.size_E[e]
-        *sums, dx_RD, dgate_R = _for_each_block(sizes, start, end, block, (*sums, *carry[3:]))
-        dweights = (_put(dw, value[None], e) for dw, value in zip(carry[:3], sums, strict=True))
-        return *dweights, dx_RD, dgate_R
+        sums, *rows = _for_each_block(sizes, start, end, block, (sums, dx_RD, dgate_R))
+        return jax.tree.map(lambda all_E, one: _put(all_E, one[None], e), full, sums), *rows
 
     dx_RD = _row_buffer(order, sizes, x_MD)
-    zeros = (*(jnp.zeros_like(w) for w in weights), dx_RD, jnp.zeros(dx_RD.shape[0], wide))
-    *dweights, dx_RD, dgate_R = _for_each_expert(order, expert, zeros)
+    zeros = (jax.tree.map(jnp.zeros_like, parameters), dx_RD, jnp.zeros(dx_RD.shape[0], wide))
+    gradients, dx_RD, dgate_R = _for_each_expert(order, expert, zeros)
     dx_MD = ordered_sum(dx_RD, order.position_MC, filled_MC)
     dgate_MC = jnp.where(filled_MC, dgate_R[order.position_MC], 0.0).astype(gate_MC.dtype)
-    return dx_MD.astype(dtype), None, dgate_MC, *dweights
+    return dx_MD.astype(dtype), None, dgate_MC, *gradients
 
 
 _blocked.defvjp(_forward, _backward)
 
 
-def _block_gradients(x_RD, gate_R, dy_RD, gate_DF, up_DF, down_FD):
-    """Gradients of gate_R * swiglu(x_RD): for the three weights, x and gate."""
+def _of_expert(parameters, e, dtype):
+    return tuple(parameter[e].astype(dtype) for parameter in parameters)
+
+
+def _projected(x_RD, weights, biases):
+    """Gate and up projections of a block of rows, in at least float32."""
+    gate_RF, up_RF = _dot(x_RD, weights[0]), _dot(x_RD, weights[1])
+    if biases:
+        gate_RF, up_RF = gate_RF + biases[0][None], up_RF + biases[1][None]
+    return gate_RF, up_RF
+
+
+def _block_gradients(x_RD, gate_R, dy_RD, weights, biases, clamp):
+    """Gradients of gate_R * expert(x_RD): for (weights, biases), x and gate."""
     dtype = x_RD.dtype
-    act_RF, silu_RF, sigmoid_RF, up_RF = _swiglu(x_RD, gate_DF, up_DF)
+    gate_DF, up_DF, down_FD = weights
+    unit = functools.partial(gated_unit, clamp=clamp)
+    act_RF, unit_gradient = jax.vjp(unit, *_projected(x_RD, weights, biases))
     dact_RF = _dot(dy_RD, down_FD.T)
     # <dy, act down> = <dy down', act>: the gate's gradient needs no second down matmul.
     dgate_R = jnp.sum(dact_RF * act_RF, axis=-1)
-    dact_RF *= gate_R[:, None]
-    dsilu_RF = sigmoid_RF + silu_RF * (1 - sigmoid_RF)
-    dhidden_RF = (dact_RF * up_RF * dsilu_RF).astype(dtype)
-    dup_RF = (dact_RF * silu_RF).astype(dtype)
+    wide_RF = unit_gradient(dact_RF * gate_R[:, None])
+    dhidden_RF, dup_RF = (d_RF.astype(dtype) for d_RF in wide_RF)
     dweights = (
         _dot(x_RD.T, dhidden_RF),
         _dot(x_RD.T, dup_RF),
         _dot((act_RF * gate_R[:, None]).astype(dtype).T, dy_RD),
     )
-    return dweights, _dot(dhidden_RF, gate_DF.T) + _dot(dup_RF, up_DF.T), dgate_R
+    dbiases = ()
+    if biases:
+        dy_RD = dy_RD.astype(wide_RF[0].dtype)
+        dbiases = (*(d_RF.sum(0) for d_RF in wide_RF), gate_R @ dy_RD)
+        dgate_R += dy_RD @ biases[2]
+    dx_RD = _dot(dhidden_RF, gate_DF.T) + _dot(dup_RF, up_DF.T)
+    return (dweights, dbiases), dx_RD, dgate_R
 
 
 def _for_each_expert(order, body, carry):
@@ -189,13 +216,6 @@ def _take_block(values_S, start, size, end):
 
 def _put(buffer, rows, start):
     return jax.lax.dynamic_update_slice_in_dim(buffer, rows.astype(buffer.dtype), start, axis=0)
-
-
-def _swiglu(x_RD, gate_DF, up_DF):
-    gate_RF, up_RF = _dot(x_RD, gate_DF), _dot(x_RD, up_DF)
-    sigmoid_RF = jax.nn.sigmoid(gate_RF)
-    silu_RF = gate_RF * sigmoid_RF
-    return silu_RF * up_RF, silu_RF, sigmoid_RF, up_RF
 
 
 def _dot(a, b):
