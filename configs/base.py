@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
     model.model_dim = 128  # D, residual stream
     model.prefix = ""  # layers before the units, with a dense MLP; letters as in `unit`
     model.unit = "LLLGLLLg"  # one letter a layer: L local, G global; lower case borrows K/V
+    model.unit_mlp = ""  # one letter a layer of the unit: E experts, D dense; "": all E
     model.num_units = 1  # repeats of the unit; the scan runs over them
     model.mlp_dim = 384  # F of dense MLPs (prefix layers, and all layers if num_experts = 0)
     model.norm_eps = 1e-5  # RMSNorm
@@ -66,7 +67,19 @@ def get_config() -> ConfigDict:
     attention.rope_base_local = 10_000.0  # stays when the context grows
     attention.rope_base_global = 10_000.0  # raised for long context, here or by a stage
     attention.global_rope = True  # False: no position on global layers (NoPE)
-    attention.qk_norm = True  # RMSNorm of each query and key head
+    attention.qk_norm = "head"  # RMSNorm of queries and keys: none, head, or whole projection
+    attention.qkv_bias = False  # of the query, key and value projections
+    attention.out_bias = False  # of the output projection
+    scaling = attention.rope_scaling = ConfigDict()
+    scaling.kind = "none"  # none, linear, llama3 or yarn: longer wavelengths on all rotated layers
+    scaling.factor = 1.0  # new length over original length
+    scaling.original_length = 4096  # tokens a sequence when the wavelengths were learned
+    scaling.low_freq_factor = 1.0  # llama3: wavelengths above original / this are stretched fully
+    scaling.high_freq_factor = 4.0  # llama3: wavelengths below original / this are kept
+    scaling.beta_fast = 32.0  # yarn: pairs with more turns than this in the original are kept
+    scaling.beta_slow = 1.0  # yarn: pairs with fewer turns than this are stretched fully
+    scaling.truncate = True  # yarn: whole pairs as bounds of the ramp between them
+    scaling.attention_factor = 1.0  # yarn: factor of queries and keys
     attention.output_gate = False  # one sigmoid gate a head on the attention output
     attention.sinks = False  # one learned logit a head that takes attention from all keys
     attention.implementation = ""  # reference or xla_banded; "": chosen by device and shape
@@ -77,11 +90,15 @@ def get_config() -> ConfigDict:
     moe.num_shared_experts = 1  # experts that every token uses
     moe.train_routing = "top_p"  # top_k, top_p, or dense (every expert)
     moe.eval_routing = "top_p"  # routing of evaluation and generation
+    moe.router_score = "softmax"  # softmax over experts, or sigmoid of each logit
     moe.top_k = 4  # experts a token under top_k
     moe.top_p = 0.4  # probability mass to reach under top_p; where the controller starts
     moe.max_experts = 8  # static bound on experts a token under top_p
     moe.renormalize_gates = False  # gates sum to 1 over the chosen; False: raw probabilities
     moe.routed_scale = 1.0  # factor on the routed experts' sum
+    moe.router_bias = False  # learned bias of the router logits (bias_update_rate has its own)
+    moe.expert_bias = False  # of the three projections of every routed expert
+    moe.clamp = 0.0  # bound of the clamped gated unit (gpt-oss) in experts; 0: SwiGLU
     moe.target_experts = 3.0  # mean experts a token that the controller holds; 0: top_p is fixed
     moe.controller_kp = 0.5  # proportional gain on (target - mean) / E
     moe.controller_ki = 0.2  # integral gain, once an optimizer step

@@ -83,6 +83,7 @@ def parameters(config: ModelConfig, experts_per_token: float | None = None) -> P
     moe, D = config.moe, config.model_dim
     routed = sum(spec.routed for spec in config.layers)
     expert = 3 * D * moe.expert_dim
+    routed_expert = expert + moe.expert_bias * (2 * moe.expert_dim + D)
     used = nominal_experts(moe) if experts_per_token is None else experts_per_token
     return Parameters(
         embedding=config.vocab_size * D,
@@ -90,10 +91,10 @@ def parameters(config: ModelConfig, experts_per_token: float | None = None) -> P
         norms=(2 * config.num_layers + 1) * D,
         attention=sum(_attention_parameters(config, spec) for spec in config.layers),
         dense_mlp=3 * D * config.mlp_dim * (config.num_layers - routed),
-        router=routed * D * moe.num_experts,
+        router=routed * (D + moe.router_bias) * moe.num_experts,
         shared_experts=routed * moe.num_shared_experts * expert,
-        experts=routed * moe.num_experts * expert,
-        used_experts=routed * used * expert,
+        experts=routed * moe.num_experts * routed_expert,
+        used_experts=routed * used * routed_expert,
     )
 
 
@@ -182,6 +183,7 @@ def predecessor(config: ModelConfig) -> ModelConfig:
         config,
         prefix="",
         unit="G",
+        unit_mlp="",
         num_units=config.num_layers,
         mlp_dim=round(width),
         # Global layers may go without positions only next to local ones that have them.
@@ -245,18 +247,31 @@ def _require_vocab(config: ModelConfig) -> None:
 def _attention_parameters(config: ModelConfig, spec: LayerSpec) -> int:
     attention, D = config.attention, config.model_dim
     N, K, H = attention.num_heads, attention.num_kv_heads, attention.head_dim
-    count = 2 * D * N * H + attention.qk_norm * H
+    matrices = 2 * D * N * H + attention.output_gate * D * N
     if spec.owns_kv:
-        count += 2 * D * K * H + attention.qk_norm * H
-    return count + attention.output_gate * D * N + attention.sinks * N
+        matrices += 2 * D * K * H
+    return matrices + _attention_vectors(config, spec)
+
+
+def _attention_vectors(config: ModelConfig, spec: LayerSpec) -> int:
+    """Parameters of a layer's attention that multiply no token: norm scales, biases, sinks."""
+    attention = config.attention
+    heads = [attention.num_heads] + [attention.num_kv_heads] * spec.owns_kv
+    normed = {"none": 0, "head": len(heads), "projection": sum(heads)}[attention.qk_norm]
+    # The values' bias is as large as the keys'.
+    biased = attention.qkv_bias * (sum(heads) + attention.num_kv_heads * spec.owns_kv)
+    count = (normed + biased) * attention.head_dim + attention.out_bias * config.model_dim
+    return count + attention.sinks * attention.num_heads
 
 
 def _matmul_parameters(config: ModelConfig, experts_per_token: float) -> float:
     """Parameters that multiply a token: a lookup does not, a tied head does, vectors do not."""
-    size, attention = parameters(config, experts_per_token), config.attention
-    owners = sum(spec.owns_kv for spec in config.layers)
-    vectors = attention.qk_norm * attention.head_dim * (config.num_layers + owners)
-    vectors += attention.sinks * attention.num_heads * config.num_layers
+    size, moe = parameters(config, experts_per_token), config.moe
+    routed = sum(spec.routed for spec in config.layers)
+    vectors = sum(_attention_vectors(config, spec) for spec in config.layers)
+    vectors += routed * moe.router_bias * moe.num_experts
+    biases = moe.expert_bias * (2 * moe.expert_dim + config.model_dim)
+    vectors += routed * experts_per_token * biases
     return size.active - size.head - size.norms - vectors
 
 

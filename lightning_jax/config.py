@@ -10,199 +10,22 @@ from __future__ import annotations
 import dataclasses
 
 from lightning_jax.fields import require, require_choice, suggest
-from lightning_jax.pattern import LayerSpec, parse_pattern
+from lightning_jax.model_config import AttentionConfig, ModelConfig, MoeConfig, RopeScalingConfig
 
-COMPUTE_DTYPES = ("float32", "bfloat16")
-ROUTINGS = ("top_k", "top_p", "dense")
+__all__ = [
+    "AttentionConfig",
+    "DataConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "MoeConfig",
+    "OptimizerConfig",
+    "RopeScalingConfig",
+    "RunConfig",
+    "SourceConfig",
+    "StageConfig",
+]
+
 DECAYS = ("none", "linear", "cosine", "sqrt")
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionConfig:
-    """Grouped-query attention of every layer; `window` applies to local layers only."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    window: int
-    rope_base_local: float
-    rope_base_global: float
-    global_rope: bool
-    qk_norm: bool
-    output_gate: bool
-    sinks: bool
-    implementation: str
-
-    def __post_init__(self) -> None:
-        at = "model.attention."
-        require(self.num_heads >= 1, at + "num_heads", self.num_heads, "at least 1")
-        require(
-            self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads == 0,
-            at + "num_kv_heads",
-            self.num_kv_heads,
-            f"a divisor of num_heads = {self.num_heads}",
-        )
-        require(
-            self.head_dim >= 2 and self.head_dim % 2 == 0,
-            at + "head_dim",
-            self.head_dim,
-            "a positive even number (RoPE rotates pairs)",
-        )
-        require(self.window >= 1, at + "window", self.window, "at least 1 (self is included)")
-        for name in ("rope_base_local", "rope_base_global"):
-            require(getattr(self, name) > 1, at + name, getattr(self, name), "above 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class MoeConfig:
-    """Fine-grained experts of the layers in `unit`; `num_experts = 0` gives dense MLPs there."""
-
-    num_experts: int
-    expert_dim: int
-    num_shared_experts: int
-    train_routing: str
-    eval_routing: str
-    top_k: int
-    top_p: float
-    max_experts: int
-    renormalize_gates: bool
-    routed_scale: float
-    target_experts: float
-    controller_kp: float
-    controller_ki: float
-    bias_update_rate: float
-    num_groups: int
-    num_partitions: int
-    switch_weight: float
-    group_weight: float
-    partition_weight: float
-    true_group_weight: float
-    z_weight: float
-    entropy_weight: float
-    implementation: str
-
-    def __post_init__(self) -> None:
-        at = "model.moe."
-        require(self.num_experts >= 0, at + "num_experts", self.num_experts, "0 (dense) or more")
-        require_choice(at + "train_routing", self.train_routing, ROUTINGS)
-        require_choice(at + "eval_routing", self.eval_routing, ROUTINGS)
-        if not self.num_experts:
-            return
-        require(self.expert_dim >= 1, at + "expert_dim", self.expert_dim, "at least 1")
-        require(
-            self.num_shared_experts >= 0,
-            at + "num_shared_experts",
-            self.num_shared_experts,
-            "0 or more",
-        )
-        for name in ("top_k", "max_experts"):
-            require(
-                1 <= getattr(self, name) <= self.num_experts,
-                at + name,
-                getattr(self, name),
-                f"between 1 and num_experts = {self.num_experts}",
-            )
-        require(0 < self.top_p <= 1, at + "top_p", self.top_p, "in (0, 1]")
-        require(
-            self.target_experts == 0 or 1 <= self.target_experts <= self.max_experts,
-            at + "target_experts",
-            self.target_experts,
-            f"0 (fixed top_p) or between 1 and max_experts = {self.max_experts}",
-        )
-        require(
-            self.target_experts == 0 or self.train_routing == "top_p",
-            at + "target_experts",
-            self.target_experts,
-            f'0 unless train_routing is "top_p" (it is "{self.train_routing}")',
-        )
-        require(
-            self.num_groups >= 1 and self.num_experts % self.num_groups == 0,
-            at + "num_groups",
-            self.num_groups,
-            f"a divisor of num_experts = {self.num_experts}",
-        )
-        require(
-            self.num_partitions >= 1
-            and (self.num_experts // self.num_groups) % self.num_partitions == 0,
-            at + "num_partitions",
-            self.num_partitions,
-            f"a divisor of the {self.num_experts // self.num_groups} experts of a group",
-        )
-        for name in [f.name for f in dataclasses.fields(self) if f.name.endswith("_weight")]:
-            require(getattr(self, name) >= 0, at + name, getattr(self, name), "0 or more")
-
-    def slots(self, routing: str) -> int:
-        """Static number of choices a token C under a routing kind (the last axis of `_MC`)."""
-        return {"top_k": self.top_k, "top_p": self.max_experts, "dense": self.num_experts}[routing]
-
-    @property
-    def balance_weights(self) -> dict[str, float]:
-        """Weight of each auxiliary loss by the name that `ops.balance.balance_losses` gives it."""
-        names = ("switch", "group", "partition", "true_group", "z", "entropy")
-        return {name: getattr(self, f"{name}_weight") for name in names}
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """A decoder: embedding, `prefix` layers, `num_units` repeats of `unit`, final norm, head.
-
-    Prefix layers have a dense MLP; layers of the unit are routed when `moe.num_experts > 0`.
-    """
-
-    vocab_size: int
-    model_dim: int
-    prefix: str
-    unit: str
-    num_units: int
-    mlp_dim: int
-    norm_eps: float
-    tie_embeddings: bool
-    compute_dtype: str
-    scan: bool
-    remat: str
-    head_chunk: int
-    attention: AttentionConfig
-    moe: MoeConfig
-
-    def __post_init__(self) -> None:
-        for name in ("model_dim", "num_units", "head_chunk"):
-            value = getattr(self, name)
-            require(value >= 1, "model." + name, value, "at least 1")
-        require(
-            self.vocab_size >= 0, "model.vocab_size", self.vocab_size, "0 (tokenizer's) or more"
-        )
-        require(bool(self.unit), "model.unit", self.unit, 'at least one letter, such as "LLLG"')
-        require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "above 0")
-        require_choice("model.compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
-        parse_pattern(self.prefix, "model.prefix", routed=False)
-        parse_pattern(self.unit, "model.unit", routed=True)
-        require(
-            self.mlp_dim >= 1 or not self._has_dense_mlp,
-            "model.mlp_dim",
-            self.mlp_dim,
-            "at least 1 where a layer has a dense MLP (prefix layers, or num_experts = 0)",
-        )
-
-    @property
-    def _has_dense_mlp(self) -> bool:
-        return bool(self.prefix) or not self.moe.num_experts
-
-    @property
-    def prefix_layers(self) -> tuple[LayerSpec, ...]:
-        return parse_pattern(self.prefix, "model.prefix", routed=False)
-
-    @property
-    def unit_layers(self) -> tuple[LayerSpec, ...]:
-        return parse_pattern(self.unit, "model.unit", routed=self.moe.num_experts > 0)
-
-    @property
-    def layers(self) -> tuple[LayerSpec, ...]:
-        """Every layer from the embedding to the head, units repeated."""
-        return self.prefix_layers + self.unit_layers * self.num_units
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.prefix) + len(self.unit) * self.num_units
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,3 +96,17 @@ def to_dict(config: Any) -> dict[str, Any]:
             value = dict(value)
         result[field.name] = value
     return result
+
+
+def first_change(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """Returns (dotted field, old value, new value) of the first difference of two nested dicts.
+
+    The order of keys counts: it is the order of stages.
+    """
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return None if old == new else (path, old, new)
+    for key in dict.fromkeys([*old, *new]):
+        found = first_change(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        if found:
+            return found
+    return None if list(old) == list(new) else (path, list(old), list(new))

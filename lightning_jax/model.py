@@ -20,15 +20,14 @@ import jax
 import jax.numpy as jnp
 
 from lightning_jax import sharding
-from lightning_jax.config import ModelConfig
+from lightning_jax.config import AttentionConfig, ModelConfig
 from lightning_jax.layers.attention import KindContext
 from lightning_jax.layers.block import Context, Unit
 from lightning_jax.layers.common import Declared, RMSNorm, fan_in, param, standard_normal
-from lightning_jax.ops import kv_cache
+from lightning_jax.ops import kv_cache, rope
 from lightning_jax.ops.balance import RoutingStats
 from lightning_jax.ops.kv_cache import KV, Slots
 from lightning_jax.ops.mask import Mask
-from lightning_jax.ops.rope import rope_table
 from lightning_jax.pattern import GLOBAL, LOCAL, LayerSpec
 
 
@@ -148,14 +147,14 @@ class LightningLM(nn.Module):
         kinds, slots = {}, {}
         for kind in sorted({spec.letter.upper() for spec in self.config.layers}):
             window, base, rotate = settings[kind]
-            rope = rope_table(positions_BT, attention.head_dim, base) if rotate else None
+            table = _rope_table(attention, positions_BT, base) if rotate else None
             if cache is None:
                 mask = Mask(
                     query_segments_BT=segment_ids_BT,
                     key_segments_BS=segment_ids_BT,
                     window=window,
                 )
-                kinds[kind] = KindContext(mask, rope, None, False)
+                kinds[kind] = KindContext(mask, table, None, False)
                 continue
             old, new = cache.slots[kind], Slots(index_BT, segment_ids_BT)
             slot_BT = kv_cache.slot_index(index_BT, segment_ids_BT, old.position_BS.shape[1])
@@ -169,8 +168,40 @@ class LightningLM(nn.Module):
                 key_segments_BS=seen.segment_BS,
                 window=window,
             )
-            kinds[kind] = KindContext(mask, rope, slot_BT, write_first)
+            kinds[kind] = KindContext(mask, table, slot_BT, write_first)
         return kinds, slots
+
+
+def _rope_table(
+    attention: AttentionConfig, positions_BT: jax.Array, base: float | jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Sines and cosines of the positions, with wavelengths as `attention.rope_scaling` says."""
+    scaling = attention.rope_scaling
+    frequency_R = rope.frequencies(attention.head_dim, base)
+    if scaling.kind == "linear":
+        frequency_R = frequency_R / scaling.factor
+    elif scaling.kind == "llama3":
+        frequency_R = rope.stretch_llama3(
+            frequency_R,
+            factor=scaling.factor,
+            original_length=scaling.original_length,
+            low_freq_factor=scaling.low_freq_factor,
+            high_freq_factor=scaling.high_freq_factor,
+        )
+    elif scaling.kind == "yarn":
+        frequency_R = rope.stretch_yarn(
+            frequency_R,
+            base,
+            factor=scaling.factor,
+            original_length=scaling.original_length,
+            beta_fast=scaling.beta_fast,
+            beta_slow=scaling.beta_slow,
+            truncate=scaling.truncate,
+        )
+    sin_BTR, cos_BTR = rope.rope_table(positions_BT, frequency_R)
+    if scaling.kind == "yarn":
+        return sin_BTR * scaling.attention_factor, cos_BTR * scaling.attention_factor
+    return sin_BTR, cos_BTR
 
 
 class _Table(nn.Module):
@@ -194,7 +225,8 @@ def _scan_over_units(config: ModelConfig) -> Any:
         body = nn.remat(Unit, policy=policy, prevent_cse=not config.scan)
     return nn.scan(
         body,
-        variable_axes={"params": 0},
+        # Intermediates are for `apply(..., capture_intermediates=...)`, a reader's tool.
+        variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=(0, 0, nn.broadcast),
         length=config.num_units,

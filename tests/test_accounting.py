@@ -46,8 +46,21 @@ def test_options_add_their_parameters():
     assert gates.total - plain.total == 8 * (128 * 4 + 4)
     untied = accounting.parameters(model(tie_embeddings=False))
     assert untied.total - plain.total == untied.head == 100 * 128
-    bare = accounting.parameters(model(attention={"qk_norm": False}))
+    bare = accounting.parameters(model(attention={"qk_norm": "none"}))
     assert plain.total - bare.total == 32 * (8 + 7)
+    wide = accounting.parameters(model(attention={"qk_norm": "projection"}))
+    assert wide.total - bare.total == 32 * (8 * 4 + 7 * 2)
+    biased = accounting.parameters(model(attention={"qkv_bias": True, "out_bias": True}))
+    assert biased.total - plain.total == 8 * (128 + 128) + 7 * 2 * 64
+    experts = accounting.parameters(model(moe={"router_bias": True, "expert_bias": True}))
+    assert experts.total - plain.total == 8 * 16 * (1 + 2 * 96 + 128)
+
+
+def test_vectors_multiply_no_token():
+    plain = accounting.decode_flops(model(), 64)
+    options = {"qkv_bias": True, "out_bias": True, "sinks": True, "qk_norm": "projection"}
+    vectors = {"router_bias": True, "expert_bias": True}
+    assert accounting.decode_flops(model(attention=options, moe=vectors), 64) == plain
 
 
 @pytest.mark.parametrize(

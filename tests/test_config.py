@@ -10,10 +10,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from lightning_jax import config
 from lightning_jax.config import ModelConfig, RunConfig
 from lightning_jax.errors import UserError
 from lightning_jax.fields import build, suggest, to_dict
+from lightning_jax.model_config import ROUTINGS
 from lightning_jax.pattern import parse_pattern
 
 ROOT = Path(__file__).parent.parent
@@ -181,7 +181,7 @@ def test_a_dense_model_ignores_the_experts_fields():
 
 
 def test_pattern_owners():
-    layers = parse_pattern("LLlGLgg", "unit", routed=True)
+    layers = parse_pattern("LLlGLgg", "unit", (True,) * 7)
     owners = ["0_L", "1_L", "1_L", "3_G", "4_L", "3_G", "3_G"]
     assert [spec.owner for spec in layers] == owners
     assert [spec.owns_kv for spec in layers] == [True, True, False, True, True, False, False]
@@ -201,7 +201,7 @@ def test_pattern_owners():
 )
 def test_pattern_errors(pattern, message):
     with pytest.raises(UserError, match=message):
-        parse_pattern(pattern, "unit", routed=True)
+        parse_pattern(pattern, "unit")
 
 
 def test_layers_of_prefix_and_units():
@@ -213,6 +213,36 @@ def test_layers_of_prefix_and_units():
         dataclasses.replace(model, unit="gL")
 
 
+def test_which_layers_of_a_unit_have_experts():
+    model = build(RunConfig, base.get_config()).model
+    mixed = dataclasses.replace(model, unit="LLG", unit_mlp="EDE", num_units=2)
+    assert [spec.routed for spec in mixed.layers] == [True, False, True] * 2
+    with pytest.raises(UserError, match="unit_mlp = 'ED': must be empty, or 3 letters out of E, D"):
+        dataclasses.replace(model, unit="LLG", unit_mlp="ED")
+    dense = dataclasses.replace(model.moe, num_experts=0)
+    with pytest.raises(UserError, match="out of D, one a layer"):
+        dataclasses.replace(model, unit="LG", unit_mlp="ED", moe=dense)
+    with pytest.raises(UserError, match="mlp_dim"):
+        dataclasses.replace(model, unit="LG", unit_mlp="ED", mlp_dim=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "ntk"}, "rope_scaling.kind = 'ntk'"),
+        ({"kind": "linear", "factor": 0.5}, "factor = 0.5: must be at least 1"),
+        ({"kind": "llama3", "low_freq_factor": 5.0}, "high_freq_factor = 4.0: must be above"),
+        ({"kind": "yarn", "beta_slow": 40.0}, "beta_fast = 32.0: must be above"),
+        ({"kind": "yarn", "original_length": 0}, "original_length = 0"),
+        ({"kind": "yarn", "attention_factor": 0.0}, "attention_factor = 0.0"),
+    ],
+)
+def test_rope_scaling_is_checked(changes, message):
+    scaling = build(RunConfig, base.get_config()).model.attention.rope_scaling
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(scaling, **changes)
+
+
 def test_derived_numbers():
     run = build(RunConfig, base.get_config())
     stage = dataclasses.replace(run.stages[0], tokens=8 * 512 * 3 + 1, warmup_tokens=0)
@@ -220,7 +250,7 @@ def test_derived_numbers():
     assert run.total_steps == sum(stage.steps for stage in run.stages)
     assert run.total_tokens == run.total_steps * 8 * 512
     moe = run.model.moe
-    assert [moe.slots(kind) for kind in config.ROUTINGS] == [4, 8, 16]
+    assert [moe.slots(kind) for kind in ROUTINGS] == [4, 8, 16]
     assert moe.balance_weights["partition"] == 1e-3
     assert list(moe.balance_weights.values()).count(0.0) == 1
 

@@ -160,6 +160,10 @@ def test_statistics_count_real_tokens_only():
     np.testing.assert_allclose(stats.prob_sum_E.sum(-1), real, rtol=1e-5)
 
 
+def _same_shape(known, leaf):
+    return known if known is not None and known.shape == leaf.shape else jnp.ones_like(leaf)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
@@ -167,7 +171,18 @@ def test_statistics_count_real_tokens_only():
         dict(attention__sinks=True),
         dict(attention__output_gate=True),
         dict(attention__global_rope=False),
-        dict(attention__qk_norm=False),
+        dict(attention__qk_norm="none"),
+        dict(attention__qk_norm="projection"),
+        dict(attention__qkv_bias=True),
+        dict(attention__out_bias=True),
+        dict(attention__rope_scaling__kind="linear", attention__rope_scaling__factor=4.0),
+        dict(attention__rope_scaling__kind="llama3", attention__rope_scaling__factor=4.0),
+        dict(attention__rope_scaling__kind="yarn", attention__rope_scaling__factor=4.0),
+        dict(unit_mlp="DE"),
+        dict(moe__router_score="sigmoid"),
+        dict(moe__router_bias=True),
+        dict(moe__expert_bias=True),
+        dict(moe__clamp=0.1),
         dict(moe__num_shared_experts=0),
         dict(moe__routed_scale=2.5),
         dict(moe__renormalize_gates=True),
@@ -184,7 +199,7 @@ def test_every_option_changes_the_output(changes):
     # Parameters that both have are the same; new ones are set to something that acts.
     known = dict(jax.tree_util.tree_leaves_with_path(params))
     changed = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: known.get(path, jnp.ones_like(leaf)), changed
+        lambda path, leaf: _same_shape(known.get(path), leaf), changed
     )
     one, other = apply(plain, params, batch), apply(config, changed, batch)
     assert float(jnp.abs(one.hidden_BTD - other.hidden_BTD).max()) > 1e-3

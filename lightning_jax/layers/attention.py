@@ -59,9 +59,9 @@ class Attention(nn.Module):
         query_DNH = param(
             self, "query_DNH", fan_in(dim), (dim, *heads), ("embed", "heads", "head"), dtype
         )
-        query_BTNH = self._normed_and_rotated(
-            "query_norm", project("BTD,DNH->BTNH", x_BTD, query_DNH), context
-        )
+        bias_NH = self._bias("query_bias_NH", heads, ("heads", "head"))
+        query_BTNH = project("BTD,DNH->BTNH", x_BTD, query_DNH, bias_NH)
+        query_BTNH = self._normed_and_rotated("query_norm", query_BTNH, context)
         if self.spec.owns_kv:
             shared, cache = self._own_kv(x_BTD, context, cache)
         out_BTNH = self._attend(query_BTNH, shared, context.mask)
@@ -75,7 +75,8 @@ class Attention(nn.Module):
             ("heads", "head", "embed"),
             dtype,
         )
-        return project("BTNH,NHD->BTD", out_BTNH, out_NHD), shared, cache
+        bias_D = param(self, "out_bias_D", ZEROS, (dim,), ("embed",)) if config.out_bias else None
+        return project("BTNH,NHD->BTD", out_BTNH, out_NHD, bias_D), shared, cache
 
     def _own_kv(
         self, x_BTD: jax.Array, context: KindContext, cache: KV | None
@@ -85,18 +86,26 @@ class Attention(nn.Module):
         init = fan_in(dim)
         key_DKH = param(self, "key_DKH", init, shape, axes, x_BTD.dtype)
         value_DKH = param(self, "value_DKH", init, shape, axes, x_BTD.dtype)
-        key_BTKH = self._normed_and_rotated(
-            "key_norm", project("BTD,DKH->BTKH", x_BTD, key_DKH), context
-        )
-        fresh = KV(key_BTKH, project("BTD,DKH->BTKH", x_BTD, value_DKH))
+        key_bias_KH = self._bias("key_bias_KH", shape[1:], axes[1:])
+        value_bias_KH = self._bias("value_bias_KH", shape[1:], axes[1:])
+        key_BTKH = project("BTD,DKH->BTKH", x_BTD, key_DKH, key_bias_KH)
+        key_BTKH = self._normed_and_rotated("key_norm", key_BTKH, context)
+        fresh = KV(key_BTKH, project("BTD,DKH->BTKH", x_BTD, value_DKH, value_bias_KH))
         if cache is None:
             return fresh, None
         written = kv_cache.write(cache, fresh, context.slot_BT)
         return (written if context.write_first else kv_cache.append(cache, fresh)), written
 
+    def _bias(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> jax.Array | None:
+        return param(self, name, ZEROS, shape, axes) if self.config.qkv_bias else None
+
     def _normed_and_rotated(self, name: str, x_BTNH: jax.Array, context: KindContext) -> jax.Array:
-        if self.config.qk_norm:
+        if self.config.qk_norm == "head":
             x_BTNH = RMSNorm(self.norm_eps, axis="head", name=name)(x_BTNH)
+        elif self.config.qk_norm == "projection":
+            flat_BTX = x_BTNH.reshape(*x_BTNH.shape[:2], -1)
+            flat_BTX = RMSNorm(self.norm_eps, axis="heads", name=name)(flat_BTX)
+            x_BTNH = flat_BTX.reshape(x_BTNH.shape)
         return x_BTNH if context.rope is None else apply_rope(x_BTNH, *context.rope)
 
     def _attend(self, query_BTNH: jax.Array, kv: KV, mask: Mask) -> jax.Array:

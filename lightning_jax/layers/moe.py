@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lightning_jax import sharding
 from lightning_jax.config import MoeConfig
-from lightning_jax.layers.common import GatedMLP, fan_in, output_scale, param
+from lightning_jax.layers.common import ZEROS, GatedMLP, fan_in, output_scale, param
 from lightning_jax.ops import balance, routing
 from lightning_jax.ops.experts import routed_experts
 
@@ -39,7 +39,8 @@ class MoE(nn.Module):
         out_BTD = self._experts(x_BTD, routed) * jnp.asarray(config.routed_scale, x_BTD.dtype)
         if config.num_shared_experts:
             hidden = config.num_shared_experts * config.expert_dim
-            out_BTD += GatedMLP(hidden, self.num_layers, name="shared")(x_BTD)
+            clamp = config.clamp or None
+            out_BTD += GatedMLP(hidden, self.num_layers, clamp, name="shared")(x_BTD)
         return out_BTD, stats
 
     def _route(
@@ -51,10 +52,14 @@ class MoE(nn.Module):
             self, "router_DE", fan_in(dim), (dim, config.num_experts), ("embed", "router")
         )
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), router_DE)
+        if config.router_bias:
+            shape = (config.num_experts,)
+            logits_BTE += param(self, "router_bias_E", ZEROS, shape, ("router",))[None, None]
         return routing.route(
             logits_BTE.reshape(-1, config.num_experts),
             kind=kind,
             slots=config.slots(kind),
+            score=config.router_score,
             top_p=top_p,
             bias_E=bias_E,
             renormalize=config.renormalize_gates,
@@ -72,14 +77,28 @@ class MoE(nn.Module):
             self, "down_EFD", outward, (count, hidden, dim), ("expert", "mlp", "embed"), dtype
         )
 
-        def local(x_BTD, routed, gate_EDF, up_EDF, down_EFD):
+        def local(x_BTD, routed, weights, biases):
             flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), (x_BTD, routed))
             y_MD = routed_experts(
-                *flat, gate_EDF, up_EDF, down_EFD, implementation=config.implementation or None
+                *flat,
+                *weights,
+                biases=biases,
+                clamp=config.clamp or None,
+                implementation=config.implementation or None,
             )
             return y_MD.reshape(x_BTD.shape)
 
         # Sorting tokens by expert stays on the device that has them: experts come to the tokens.
         by_row = jax.tree.map(lambda a: a.reshape(batch, time, a.shape[-1]), routed)
-        run = sharding.batch_local(local, batched=(True, True, False, False, False))
-        return run(x_BTD, by_row, gate_EDF, up_EDF, down_EFD)
+        run = sharding.batch_local(local, batched=(True, True, False, False))
+        return run(x_BTD, by_row, (gate_EDF, up_EDF, down_EFD), self._biases(dim))
+
+    def _biases(self, dim: int) -> tuple[jax.Array, ...]:
+        if not self.config.expert_bias:
+            return ()
+        count, hidden = self.config.num_experts, self.config.expert_dim
+        return (
+            param(self, "gate_bias_EF", ZEROS, (count, hidden), ("expert", "mlp")),
+            param(self, "up_bias_EF", ZEROS, (count, hidden), ("expert", "mlp")),
+            param(self, "down_bias_ED", ZEROS, (count, dim), ("expert", "embed")),
+        )

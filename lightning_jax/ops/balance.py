@@ -27,7 +27,7 @@ class RoutingStats:
     tokens: real tokens.
     top1_count_E: tokens whose most probable expert is e.
     assigned_count_E: filled slots of expert e.
-    prob_sum_E: sum of the softmax over all experts.
+    prob_sum_E: sum of the probabilities (scores over their sum over all experts).
     group_member_count_J: tokens with at least one chosen expert in group j (the set B_g).
     group_prob_sum_E: sum over those members of p_e / (sum of p over the group of e).
     partition_member_count_J, partition_prob_sum_E: the same for the finer partitions.
@@ -89,11 +89,12 @@ def routing_stats(
     bins_C = jnp.arange(index_MC.shape[1] + 1)
     probs_ME = routing.probs_ME
     frozen_ME = jax.lax.stop_gradient(probs_ME)
-    logprob_ME = jax.nn.log_softmax(routing.logits_ME, axis=-1)
+    log_scores_ME = routing.log_scores_ME
+    logprob_ME = jax.nn.log_softmax(log_scores_ME, axis=-1)
     entropy_M = -jnp.sum(probs_ME * logprob_ME, axis=-1)
     z_M = jax.nn.logsumexp(routing.logits_ME, axis=-1) ** 2
-    group = _group_sums(routing.logits_ME, chosen_ME, num_groups)
-    partition = _group_sums(routing.logits_ME, chosen_ME, num_groups * num_partitions)
+    group = _group_sums(log_scores_ME, chosen_ME, num_groups)
+    partition = _group_sums(log_scores_ME, chosen_ME, num_groups * num_partitions)
     return RoutingStats(
         tokens=_sum_where(mask_M, 1.0),
         top1_count_E=_sum_where(
@@ -118,11 +119,11 @@ def _sum_where(mask, values) -> jax.Array:
     return jnp.sum(jnp.where(mask, values, 0.0), axis=0, dtype=jnp.float32)
 
 
-def _group_sums(logits_ME, chosen_ME, num_groups):
-    M, E = logits_ME.shape
+def _group_sums(log_scores_ME, chosen_ME, num_groups):
+    M, E = log_scores_ME.shape
     member_MJ = jnp.any(chosen_ME.reshape(M, num_groups, -1), axis=-1)
     # A softmax inside the group is p over the group's sum, without dividing by an underflow.
-    prob_MJG = jax.nn.softmax(logits_ME.reshape(M, num_groups, -1), axis=-1)
+    prob_MJG = jax.nn.softmax(log_scores_ME.reshape(M, num_groups, -1), axis=-1)
     prob_sum = _sum_where(member_MJ[:, :, None], prob_MJG)
     return _sum_where(member_MJ, 1.0), prob_sum.reshape(E)
 

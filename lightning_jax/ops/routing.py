@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 KINDS = ("top_k", "top_p", "dense")
+SCORES = ("softmax", "sigmoid")
 
 
 @jax.tree_util.register_dataclass
@@ -24,13 +25,15 @@ class Routing:
       Filled slots come first.
     gate_MC: float32, the weight of each choice; 0 in empty slots. Differentiable.
     logits_ME: float32 router logits; 0 for masked tokens. Differentiable.
-    probs_ME: float32 softmax of the logits over all E experts. Differentiable.
+    probs_ME: float32 scores over their sum over all E experts. Differentiable.
+    score: static, what the scores are: "softmax" or "sigmoid" of the logits.
     """
 
     expert_index_MC: jax.Array
     gate_MC: jax.Array
     logits_ME: jax.Array
     probs_ME: jax.Array
+    score: str = dataclasses.field(default="softmax", metadata={"static": True})
 
     @property
     def num_experts(self) -> int:
@@ -40,12 +43,23 @@ class Routing:
     def filled_MC(self) -> jax.Array:
         return self.expert_index_MC < self.num_experts
 
+    @property
+    def log_scores_ME(self) -> jax.Array:
+        """Logarithms of the scores, up to a constant a token: their softmax is `probs_ME`."""
+        return log_scores(self.logits_ME, self.score)
+
+
+def log_scores(logits_ME: jax.Array, score: str) -> jax.Array:
+    """Logarithms of the scores up to a constant a token; a softmax of them sums the scores to 1."""
+    return logits_ME if score == "softmax" else jax.nn.log_sigmoid(logits_ME)
+
 
 def route(
     logits_ME: jax.Array,
     *,
     kind: str,
     slots: int,
+    score: str = "softmax",
     top_p: float | jax.Array = 1.0,
     bias_E: jax.Array | None = None,
     renormalize: bool = False,
@@ -59,50 +73,54 @@ def route(
         that crosses is kept, so there is always one; at most `slots`. `top_p >= 1` means all up
         to `slots` whatever the rounding (Huang et al. 2403.07652; cap as in XMoE, 2403.18926).
       "dense": all E experts in index order; `slots` must be E.
-    Equal scores go to the lower index.
+    Equal scores go to the lower index. Scores are a softmax over the experts, or a sigmoid of each
+    logit (DeepSeek-V3, 2412.19437 section 2.1.2), whose probability mass is its share of the sum.
 
     Args:
       logits_ME: router logits, any float dtype; computed in float32.
       kind: one of the above.
       slots: C, static.
+      score: "softmax" or "sigmoid".
       top_p: probability mass to reach; may be a traced scalar. Read by "top_p" only.
-      bias_E: added to the probabilities to order the selection, and for nothing else: gates and
+      bias_E: added to the scores to order the selection, and for nothing else: gates and
         probability mass stay unbiased, and no gradient reaches it (2408.15664). It cannot change
         "dense", which selects every expert.
-      renormalize: divide the gates by their sum over the chosen; else raw probabilities.
+      renormalize: divide the gates by their sum over the chosen; else raw scores.
       token_mask_M: bool, False for padding, whose slots are all empty and which has no gradient.
 
     Raises:
-      ValueError: unknown kind, bad `slots`, `top_p` not above 0, or shapes that do not fit.
+      ValueError: unknown kind or score, bad `slots`, `top_p` not above 0, or shapes that misfit.
     """
-    _check(logits_ME, kind, slots, top_p, bias_E, token_mask_M)
+    _check(logits_ME, kind, score, slots, top_p, bias_E, token_mask_M)
     M, E = logits_ME.shape
     logits_ME = logits_ME.astype(jnp.float32)
     if token_mask_M is not None:
         # Before the softmax, so that not even a NaN in padding reaches a gradient.
         logits_ME = jnp.where(token_mask_M[:, None], logits_ME, 0.0)
-    probs_ME = jax.nn.softmax(logits_ME, axis=-1)
+    probs_ME = jax.nn.softmax(log_scores(logits_ME, score), axis=-1)
+    scores_ME = probs_ME if score == "softmax" else jax.nn.sigmoid(logits_ME)
 
     if kind == "dense":
         index_MC = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[None, :], (M, E))
-        gate_MC = probs_ME
+        gate_MC = scores_ME
     else:
-        score_ME = jax.lax.stop_gradient(probs_ME)
+        order_ME = jax.lax.stop_gradient(scores_ME)
         if bias_E is not None:
-            score_ME += jax.lax.stop_gradient(bias_E.astype(jnp.float32))[None, :]
-        _, index_MC = jax.lax.top_k(score_ME, slots)
-        gate_MC = jnp.take_along_axis(probs_ME, index_MC, axis=-1)
+            order_ME += jax.lax.stop_gradient(bias_E.astype(jnp.float32))[None, :]
+        _, index_MC = jax.lax.top_k(order_ME, slots)
+        gate_MC = jnp.take_along_axis(scores_ME, index_MC, axis=-1)
 
     keep_MC = jnp.ones(index_MC.shape, bool)
     if kind == "top_p":
-        keep_MC = _reaches(jax.lax.stop_gradient(gate_MC), jnp.asarray(top_p, jnp.float32))
+        mass_MC = jnp.take_along_axis(jax.lax.stop_gradient(probs_ME), index_MC, axis=-1)
+        keep_MC = _reaches(mass_MC, jnp.asarray(top_p, jnp.float32))
     if token_mask_M is not None:
         keep_MC &= token_mask_M[:, None]
     gate_MC = jnp.where(keep_MC, gate_MC, 0.0)
     if renormalize:
         total_M = jnp.sum(gate_MC, axis=-1)
         gate_MC = gate_MC / jnp.where(total_M > 0, total_M, 1.0)[:, None]
-    return Routing(jnp.where(keep_MC, index_MC, E), gate_MC, logits_ME, probs_ME)
+    return Routing(jnp.where(keep_MC, index_MC, E), gate_MC, logits_ME, probs_ME, score)
 
 
 def _reaches(prob_MC: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -114,14 +132,15 @@ def _reaches(prob_MC: jax.Array, top_p: jax.Array) -> jax.Array:
     return (before_MC < top_p) | (top_p >= 1.0) | first_C[None, :]
 
 
-def _check(logits_ME, kind, slots, top_p, bias_E, token_mask_M) -> None:
+def _check(logits_ME, kind, score, slots, top_p, bias_E, token_mask_M) -> None:
     if logits_ME.ndim != 2:
         raise ValueError(f"logits_ME must have shape [tokens, experts], got {logits_ME.shape}")
     M, E = logits_ME.shape
-    if kind not in KINDS:
-        close = difflib.get_close_matches(str(kind), KINDS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"routing kind must be one of {KINDS}, got {kind!r}{hint}")
+    for name, value, known in (("kind", kind, KINDS), ("score", score, SCORES)):
+        if value not in known:
+            close = difflib.get_close_matches(str(value), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"routing {name} must be one of {known}, got {value!r}{hint}")
     if not 1 <= slots <= E:
         raise ValueError(f"slots must be from 1 to the number of experts, {E}, got {slots}")
     if kind == "dense" and slots != E:

@@ -15,7 +15,7 @@ from typing import Any
 from lightning_jax.checkpoint import write_json
 from lightning_jax.config import RunConfig
 from lightning_jax.errors import UserError
-from lightning_jax.fields import to_dict
+from lightning_jax.fields import first_change, to_dict
 
 # What a resumed run may change: how often it reports, where it runs. All else would make another
 # run of it; `stages` may change where they have not begun (see `_stage_change`).
@@ -98,20 +98,6 @@ def check_resumable(workdir: Path, config: RunConfig, *, stage_index: int) -> No
             f"{field} = {new!r}: this workdir's run has {old!r}; use another --workdir "
             "or the run's own value"
         )
-
-
-def first_change(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """Returns (dotted field, old value, new value) of the first difference of two nested dicts.
-
-    The order of keys counts: it is the order of stages.
-    """
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return None if old == new else (path, old, new)
-    for key in dict.fromkeys([*old, *new]):
-        found = first_change(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        if found:
-            return found
-    return None if list(old) == list(new) else (path, list(old), list(new))
 
 
 def _stage_change(

@@ -106,6 +106,26 @@ def test_losses_match_a_float64_oracle():
         assert losses[name].dtype == jnp.float32 and losses[name].shape == ()
 
 
+def test_sigmoid_scores_are_balanced_by_their_shares():
+    logits = random_logits(scale=2.0)
+
+    @jax.jit
+    def routed(logits):
+        routing = route(logits, kind="top_k", slots=2, score="sigmoid")
+        return routing, balance_losses(routing_stats(routing, num_groups=2, num_partitions=2))
+
+    routing, losses = routed(logits)
+    # The softmax of log-sigmoids is a sigmoid's share: the oracle takes those as its logits.
+    x = -np.log1p(np.exp(-np.asarray(logits, np.float64)))
+    p = np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+    top1 = np.bincount(p.argmax(-1), minlength=E) / len(p)
+    np.testing.assert_allclose(losses["switch"], E * np.sum(top1 * p.mean(0)), rtol=1e-5)
+    group = numpy_within_groups(x, routing.expert_index_MC, 2)
+    np.testing.assert_allclose(losses["group"], group, rtol=1e-5)
+    z = np.mean(np.log(np.exp(np.asarray(logits, np.float64)).sum(-1)) ** 2)
+    np.testing.assert_allclose(losses["z"], z, rtol=1e-5)
+
+
 def test_uniform_routing_gives_one():
     # Each token prefers its own expert, all experts alike.
     logits = 3.0 * jax.nn.one_hot(jnp.arange(64) % E, E)

@@ -142,6 +142,23 @@ def test_bias_orders_the_selection_and_nothing_else():
     np.testing.assert_array_equal(routing.expert_index_MC, [[3, 0, 4, 4]])
 
 
+def test_sigmoid_scores_are_gates_and_their_shares_the_mass():
+    logits, bias = random_logits(), jnp.asarray([0.0] * 7 + [2.0])
+    scores = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
+    routing = route(logits, kind="top_k", slots=3, score="sigmoid", bias_E=bias)
+    index = np.asarray(routing.expert_index_MC)
+    assert (index[:, 0] == 7).all()
+    np.testing.assert_allclose(routing.gate_MC, np.take_along_axis(scores, index, -1), rtol=1e-5)
+    mass = scores / scores.sum(-1, keepdims=True)
+    np.testing.assert_allclose(routing.probs_ME, mass, rtol=1e-5)
+    np.testing.assert_allclose(jax.nn.softmax(routing.log_scores_ME), mass, rtol=1e-5)
+    nucleus = route(logits, kind="top_p", slots=8, score="sigmoid", top_p=0.4)
+    reached = np.cumsum(-np.sort(-mass, axis=-1), -1)
+    np.testing.assert_array_equal(nucleus.filled_MC.sum(-1), (reached < 0.4).sum(-1) + 1)
+    one = route(logits, kind="top_k", slots=3, score="sigmoid", renormalize=True)
+    np.testing.assert_allclose(one.gate_MC.sum(-1), 1.0, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["top_k", "top_p", "dense"])
 def test_padding_is_empty_and_has_no_gradient(kind):
     mask = jnp.arange(64) % 3 > 0
@@ -177,6 +194,7 @@ def test_bfloat16_logits_are_routed_in_float32():
         ({"slots": 9}, "slots must be from 1 to the number of experts, 8, got 9"),
         ({"slots": 0}, "got 0"),
         ({"kind": "topp"}, "did you mean 'top_p'"),
+        ({"score": "softmx"}, "did you mean 'softmax'"),
         ({"kind": "dense"}, "dense routing needs slots = experts = 8"),
         ({"kind": "top_p", "top_p": 0.0}, "top_p must be above 0"),
         ({"bias_E": jnp.zeros(7)}, "bias_E must have shape"),
