@@ -17,13 +17,13 @@ from lightning_jax.errors import UserError
 from lightning_jax.fields import suggest
 
 
-def optional_import(name: str) -> Any:
-    """Imports a package of the `data` extra, or says in one line how to get it."""
+def optional_import(name: str, extra: str = "data") -> Any:
+    """Imports a package of an extra, or says in one line how to get it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"package {name.partition('.')[0]} is missing: pip install lightning_jax[data]"
+            f"package {name.partition('.')[0]} is missing: pip install lightning_jax[{extra}]"
         ) from error
 
 

@@ -1,0 +1,1 @@
+"""In and out: weights of other frameworks, and harnesses that judge our models."""
