@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "train": BELOW_TRAINING,
     "infer": BELOW_TRAINING,
     "arena": BELOW_TRAINING,
-    "interop": BELOW_TRAINING | {"infer"},
+    "interop": BELOW_TRAINING | {"train", "infer"},
     "benchmark": BELOW_TRAINING | {"train", "infer", "interop"},
     "ablation": BELOW_TRAINING | {"train"},
     "benchmark": BELOW_TRAINING | {"train", "infer"},

@@ -175,7 +175,7 @@ def write_config(config: ModelConfig, model_type: str) -> Json:
     if model_type not in FAMILIES:
         raise UserError(f"model_type = {model_type!r}: must be {suggest(model_type, MODEL_TYPES)}")
     written = _written(config, model_type, FAMILIES[model_type])
-    changed = first_change(_meaning(config), _meaning(read_config(written)))
+    changed = first_change(meaning(config), meaning(read_config(written)))
     if changed:
         field, ours, theirs = changed
         raise UserError(
@@ -231,8 +231,8 @@ _ARCHITECTURES = {
 }
 
 
-def _meaning(config: ModelConfig) -> Json:
-    """What decides the logits of a model under evaluation, with what it does not read left out."""
+def meaning(config: ModelConfig) -> Json:
+    """Returns what decides a model's logits under evaluation; what it does not read is left out."""
     fields: dict[str, Any] = to_dict(config)
     layers, attention, moe = config.layers, fields["attention"], fields["moe"]
     for name in (*_COMPUTE, "prefix", "unit", "unit_mlp", "num_units"):
@@ -254,5 +254,5 @@ def _meaning(config: ModelConfig) -> Json:
     if not any(fields["routed"]):
         fields["moe"] = {}
     elif routing != "top_k":
-        moe |= {"eval_routing": routing, "top_k": None}
+        moe["eval_routing"] = routing
     return fields

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -98,9 +99,10 @@ def run(
     ends = np.cumsum([stage.steps for stage in config.stages]).tolist()
     keep = config.keep_checkpoints
     with Checkpointer(path, keep=keep, keep_steps=ends) as checkpointer, jax.set_mesh(mesh):
-        start = checkpointer.latest_step() or 0
+        latest = checkpointer.latest_step()
+        start = latest or 0
         resume_in, _ = schedule.stage_at(config.stages, min(start, config.total_steps - 1))
-        folder.check_resumable(path, config, stage_index=resume_in)
+        folder.check_resumable(path, config, stage_index=resume_in, only_weights=latest == 0)
         folder.record(path, config, {"data": mixture.data_fingerprint(config.data)})
         seq_len = max(stage.seq_len for stage in config.stages)
         accounting.print_table(accounting.summary_rows(config.model, seq_len), "This model")
@@ -144,10 +146,7 @@ def _train(trainer: Trainer, start: int) -> dict[str, Any]:
     stage_index, offset = schedule.stage_at(config.stages, min(start, config.total_steps - 1))
     state = None
     if start == 0:
-        init = jax.jit(
-            lambda: step.init_state(config, trainer.optimizer), out_shardings=steps.shardings
-        )
-        state = init()
+        state = _first_state(trainer)
     elif start >= config.total_steps:
         stage_index, offset = len(config.stages) - 1, config.stages[-1].steps
     for index in range(stage_index, len(config.stages)):
@@ -166,6 +165,21 @@ def _train(trainer: Trainer, start: int) -> dict[str, Any]:
     results = _evaluate(trainer, state, len(config.stages) - 1, max_tokens=0)
     write_json(trainer.workdir / "evaluation.json", results)
     return results
+
+
+def _first_state(trainer: Trainer) -> step.TrainState:
+    """The state before the first step; weights that came from elsewhere are checkpoint 0."""
+    config, steps = trainer.config, trainer.steps
+    init = jax.jit(
+        lambda: step.init_state(config, trainer.optimizer), out_shardings=steps.shardings
+    )
+    state = init()
+    if trainer.checkpointer.latest_step() is None:
+        return state
+    abstract = compiled.state_items(steps.abstract_state)
+    given = trainer.checkpointer.restore(0, {name: abstract[name] for name in folder.START_ITEMS})
+    ema = jax.tree.map(jnp.copy, given["params"]) if state.ema else state.ema
+    return dataclasses.replace(state, **given, ema=ema)
 
 
 def _stage_iterator(trainer: Trainer, index: int) -> Any:

@@ -31,6 +31,8 @@ _FREE = {
     "mesh",
     "stages",
 }
+# Items of checkpoint 0: weights from elsewhere, before the first step.
+START_ITEMS = ("params", "router")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -79,15 +81,24 @@ def _git_commit() -> str | None:
     return result.stdout.strip()
 
 
-def check_resumable(workdir: Path, config: RunConfig, *, stage_index: int) -> None:
+def check_resumable(
+    workdir: Path, config: RunConfig, *, stage_index: int, only_weights: bool = False
+) -> None:
     """Raises UserError naming the first field in which `config` is another run than the folder's.
 
-    Stages after `stage_index` (the one that the run would resume in) may change freely.
+    Stages after `stage_index` (the one that the run would resume in) may change freely; all but
+    model and tokenizer may where the folder has `only_weights` that no step has changed.
     """
     path = workdir / "config.json"
     if not path.exists():
         return
     before, now = json.loads(path.read_text(encoding="utf-8")), to_dict(config)
+    if only_weights:
+        stage_index = -1
+        before, now = (
+            {"model": run["model"], "data": {"tokenizer": run["data"]["tokenizer"]}, "stages": {}}
+            for run in (before, now)
+        )
     changed = first_change(
         {key: value for key, value in before.items() if key not in _FREE},
         {key: value for key, value in now.items() if key not in _FREE},

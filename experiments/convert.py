@@ -1,0 +1,51 @@
+"""Turn a Hugging Face folder into a run's folder, or a run's checkpoint into a Hugging Face folder.
+
+    python -m experiments.convert --from=hf --path=FOLDER --workdir=runs/a [--kv_source=0,0,2,2]
+    python -m experiments.convert --to=hf --path=FOLDER --workdir=runs/a [--model_type=llama]
+
+Prints what was read or written as JSON. A folder made from Hugging Face evaluates and generates as
+it is; to train on, use --config=configs/imported.py:runs/a.
+"""
+
+from absl import flags
+
+from lightning_jax import program
+from lightning_jax.errors import UserError
+
+_FROM = flags.DEFINE_enum("from", None, ["hf"], "Read PATH, write WORKDIR.")
+_TO = flags.DEFINE_enum("to", None, ["hf"], "Read WORKDIR, write PATH.")
+_PATH = flags.DEFINE_string("path", None, "The Hugging Face folder.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_KV_SOURCE = flags.DEFINE_list("kv_source", [], "Whose keys and values each layer reads.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint to write; default: the newest.")
+_TYPE = flags.DEFINE_string("model_type", None, "Layout to write; default: the first that fits.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the file to write.")
+
+
+def main() -> None:
+    if bool(_FROM.value) == bool(_TO.value):
+        raise UserError("give one of --from=hf and --to=hf")
+    if not all(layer.isdecimal() for layer in _KV_SOURCE.value):
+        raise UserError(f"kv_source = {_KV_SOURCE.value}: must be layers' numbers, like 0,0,2,2")
+    from configs import imported
+    from lightning_jax.config import RunConfig
+    from lightning_jax.fields import build
+    from lightning_jax.interop import convert
+
+    if _TO.value:
+        result = convert.to_hugging_face(
+            _WORKDIR.value,
+            _PATH.value,
+            step=_STEP.value,
+            model_type=_TYPE.value,
+            dtype=_DTYPE.value,
+        )
+    else:
+        config = build(RunConfig, imported.get_config(_PATH.value))
+        source = [int(layer) for layer in _KV_SOURCE.value] or None
+        result = convert.from_hugging_face(_PATH.value, _WORKDIR.value, config, kv_source=source)
+    program.emit_json(result)
+
+
+if __name__ == "__main__":
+    program.run(main)

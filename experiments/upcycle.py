@@ -1,0 +1,35 @@
+"""Start a run with experts, windows and shared keys and values from a dense checkpoint.
+
+    python -m experiments.upcycle --source=runs/dense --config=configs/x.py --workdir=runs/up
+    python -m experiments.train --config=configs/x.py --workdir=runs/up
+
+SOURCE is the folder of a run or of Hugging Face; the config's model must have its width, heads,
+depth and vocabulary. Prints whether the function was kept exactly, and the held-out loss before and
+after, as JSON.
+"""
+
+from absl import flags
+
+from lightning_jax import program
+
+_CONFIG = program.define_config()
+_SOURCE = flags.DEFINE_string("source", None, "Folder of the dense model.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to make.", required=True)
+_POOL = flags.DEFINE_enum(
+    "pool", "mean", ["mean", "first"], "Shared keys and values: mean of the group's, or the first."
+)
+_TOKENS = flags.DEFINE_integer("eval_tokens", 16_384, "Held-out tokens a domain; 0: all.")
+
+
+def main() -> None:
+    config = program.load_config(_CONFIG.value)
+    from lightning_jax.interop.upcycle_run import upcycle_run
+
+    result = upcycle_run(
+        _SOURCE.value, _WORKDIR.value, config, pool=_POOL.value, eval_tokens=_TOKENS.value
+    )
+    program.emit_json(result)
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,128 @@
+"""Between folders of runs and folders of Hugging Face."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lightning_jax import accounting
+from lightning_jax.checkpoint import load_run
+from lightning_jax.config import ModelConfig, RunConfig
+from lightning_jax.data.tokenizer_folder import VOCABULARIES
+from lightning_jax.errors import UserError
+from lightning_jax.fields import build
+from lightning_jax.interop import huggingface
+from lightning_jax.interop.hf_config import load_json, read_config
+from lightning_jax.interop.start import write_start
+
+StrPath = str | os.PathLike[str]
+
+
+def is_run(path: StrPath) -> bool:
+    """Whether a folder is a run's, by its `config.json`."""
+    return "stages" in load_json(Path(path) / "config.json")
+
+
+def describe(path: StrPath) -> tuple[ModelConfig, str | None]:
+    """Returns the model of a run's or a Hugging Face folder, and where its tokenizer is (or None).
+
+    Raises:
+      UserError: no such folder, or a config that cannot be read.
+    """
+    folder = Path(path)
+    config = load_json(folder / "config.json")
+    if "stages" in config:
+        run = build(RunConfig, config)
+        return run.model, run.data.tokenizer
+    has_tokenizer = any((folder / name).exists() for name in VOCABULARIES)
+    return read_config(config), str(folder) if has_tokenizer else None
+
+
+def load_any(path: StrPath, *, step: int | None = None) -> huggingface.Imported:
+    """Reads the float32 weights of a run's or a Hugging Face folder."""
+    if not is_run(path):
+        return huggingface.load(path)
+    run = load_run(path, step=step)
+    return huggingface.Imported(run.config.model, run.params, run.router)
+
+
+def from_hugging_face(
+    path: StrPath,
+    workdir: StrPath,
+    config: RunConfig,
+    *,
+    kv_source: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Makes a run's folder of a Hugging Face folder.
+
+    Args:
+      path: the Hugging Face folder.
+      workdir: the run's folder to make.
+      config: stages, data and optimizer of the run; its model is replaced by the folder's, and its
+        tokenizer where the folder has one.
+      kv_source: see `huggingface.load`.
+
+    Returns:
+      What was read: model type, layers, parameters, tokenizer.
+    """
+    _, tokenizer = describe(path)
+    loaded = huggingface.load(path, kv_source=kv_source)
+    data = dataclasses.replace(config.data, tokenizer=tokenizer or config.data.tokenizer)
+    run = dataclasses.replace(config, model=loaded.config, data=data)
+    model_type = load_json(Path(path) / "config.json")["model_type"]
+    origin = {"path": str(Path(path).absolute()), "model_type": model_type}
+    write_start(workdir, run, loaded.params, loaded.router, origin=origin)
+    return {"workdir": str(workdir), **_summary(loaded.config, model_type), "tokenizer": tokenizer}
+
+
+def to_hugging_face(
+    workdir: StrPath,
+    path: StrPath,
+    *,
+    step: int | None = None,
+    weights: str = "auto",
+    model_type: str | None = None,
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """Writes a checkpoint of a run as a Hugging Face folder, with the run's tokenizer.
+
+    Args:
+      workdir: the run's folder.
+      path: the folder to make.
+      step, weights: which checkpoint and which of its weights; see `checkpoint.load_run`.
+      model_type: see `huggingface.save`.
+      dtype: of the file; "bfloat16" rounds.
+
+    Returns:
+      What was written: model type, layers, parameters, step.
+    """
+    if not is_run(workdir):
+        raise UserError(f"workdir = {str(workdir)!r}: not the folder of a run")
+    run = load_run(workdir, step=step, weights=weights)
+    # The stage's RoPE base is the one that the weights were trained with.
+    base = run.meta["rope_base_global"]
+    attention = dataclasses.replace(run.config.model.attention, rope_base_global=base)
+    model = dataclasses.replace(run.config.model, attention=attention, compute_dtype=dtype)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), run.params)
+    model_type = huggingface.save(path, model, params, run.router, model_type=model_type)
+    for name in VOCABULARIES:
+        if (Path(workdir) / name).is_file():
+            shutil.copyfile(Path(workdir) / name, Path(path) / name)
+    kept = Path(workdir) / "tokenizer"
+    if kept.is_dir():
+        shutil.copytree(kept, path, dirs_exist_ok=True)
+    return {"path": str(path), **_summary(model, model_type), "step": run.step}
+
+
+def _summary(model: ModelConfig, model_type: str) -> dict[str, Any]:
+    return {
+        "model_type": model_type,
+        "layers": "".join(spec.letter for spec in model.layers),
+        "parameters": accounting.parameters(model).total,
+    }
