@@ -1,8 +1,8 @@
 """A small Lightning model that beats `gzip -9` on held-out standard-library files.
 
-About 35 minutes on two CPU cores (README has the measured curve). The stable stage trains at 512
-tokens on mostly code; the decay stage goes to 1,024 tokens with more documentation, a higher RoPE
-base on global layers and half the rows.
+Half an hour to three quarters on two CPU cores (README has the measured curve). The stable stage
+trains at 512 tokens on mostly code; the decay stage goes to 1,024 tokens with more documentation, a
+higher RoPE base on global layers and half the rows.
 
     python -m experiments.train --config=configs/small.py --workdir=runs/small
 """
