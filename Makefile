@@ -7,8 +7,12 @@ SHELL := /bin/bash
 
 PYTHON ?= python3.13 python3.12 python3.11 python3
 VENV ?= .venv
+# What the tests have at hand; some skip without the extras peers, lm-eval and tpu-aot.
+TEST_EXTRAS ?= test
 WORKDIR ?= runs/quickstart
 BIN := $(VENV)/bin
+comma := ,
+INSTALLED_TEST := $(VENV)/.installed-$(subst $(comma),-,$(TEST_EXTRAS))
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .PHONY: quickstart test check help
@@ -16,10 +20,10 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c c
 quickstart: $(VENV)/.installed  ## train, evaluate and judge a small complete model on this machine
 	$(BIN)/python -m experiments.quickstart --workdir="$(WORKDIR)"
 
-test: $(VENV)/.installed-test  ## run every test
+test: $(INSTALLED_TEST)  ## run every test
 	$(BIN)/python -m pytest -n 2 -q tests
 
-check: $(VENV)/.installed-test  ## lint, format and the quick tests
+check: $(INSTALLED_TEST)  ## lint, format and the quick tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 -q -m "not slow" tests
@@ -52,7 +56,7 @@ $(VENV)/.installed: setup.py constraints.txt | $(BIN)/python
 	SECONDS=0; $(PIP_INSTALL) -e . && echo "[setup] done in $$SECONDS s"
 	touch $@
 
-$(VENV)/.installed-test: setup.py constraints.txt | $(BIN)/python
+$(INSTALLED_TEST): setup.py constraints.txt | $(BIN)/python
 	echo "[setup] installing lightning_jax, the tests' tools and what they need (a few minutes)"
-	SECONDS=0; $(PIP_INSTALL) -e ".[test]" && echo "[setup] done in $$SECONDS s"
+	SECONDS=0; $(PIP_INSTALL) -e ".[$(TEST_EXTRAS)]" && echo "[setup] done in $$SECONDS s"
 	touch $@ $(VENV)/.installed

@@ -135,7 +135,7 @@ def get_config() -> ConfigDict:
     )
 
     data = config.data = ConfigDict()
-    data.tokenizer = "bytes"  # bytes; bpe:<size> trains one on the run's text; or a path
+    data.tokenizer = "bytes"  # bytes; bpe:<size>, trained on the run's text; or a file or folder
     data.sources = named(
         code=source("stdlib:code"),  # the installed Python's own modules
         docs=source("stdlib:docs"),  # their docstrings

@@ -1,9 +1,10 @@
 """Continue a prompt with the model of a run.
 
-    python -m experiments.generate --workdir=runs/a --prompt='def ' [--temperature=0.8]
+    python -m experiments.generate --workdir=runs/a --prompt='def ' [--temperature=0.8] [--chat]
 
-Streams the prompt and its continuation to stdout; tokens a second and the mean number of experts a
-token used go to stderr. The same seed gives the same text; --temperature=0 is greedy.
+Streams the prompt and its continuation to stdout, with --chat the answer alone; tokens a second and
+the mean number of experts a token used go to stderr. The same seed gives the same text;
+--temperature=0 is greedy.
 """
 
 import functools
@@ -15,6 +16,7 @@ from lightning_jax import program
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; may be empty.", required=True)
+_CHAT = flags.DEFINE_bool("chat", False, "Answer the prompt, by the tokenizer's chat template.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: greedy.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most probable tokens; 0: all.")
 _TOP_P = flags.DEFINE_float("top_p", 0.95, "Draw from the most probable tokens of this mass.")
@@ -39,6 +41,7 @@ def main() -> None:
         seed=_SEED.value,
         step=_STEP.value,
         routing_top_p=_ROUTING_TOP_P.value,
+        chat=_CHAT.value,
     )
     text.generate_run(
         _WORKDIR.value,

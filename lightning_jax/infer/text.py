@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning_jax import checkpoint, sharding
 from lightning_jax import model as lm
 from lightning_jax.config import ModelConfig, RunConfig
 from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
+from lightning_jax.errors import UserError
 from lightning_jax.fields import require
 from lightning_jax.infer.engine import Engine
 from lightning_jax.infer.sampling import Sampling
@@ -25,6 +26,8 @@ TRAINING_SAMPLE = Sampling(temperature=0.8, top_p=0.95)
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions:
     """What `generate_run` writes. `routing_top_p` replaces the run's top-p, None keeps it.
+
+    With `chat` the prompt is what a user says, and the answer is written without it.
 
     Raises:
       UserError: a number out of its range.
@@ -37,6 +40,7 @@ class GenerateOptions:
     seed: int
     step: int | None
     routing_top_p: float | None
+    chat: bool
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_samples"):
@@ -48,35 +52,54 @@ class GenerateOptions:
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Returns the ids of a document that begins with `prompt`, as documents begin in training."""
-    return [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    ids = tokenizer.encode(prompt)
+    return [tokenizer.bos_id, *ids] if tokenizer.adds_bos or not ids else ids
+
+
+def encode_chat(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Returns the ids of a conversation that `prompt` opens, up to where the answer begins.
+
+    Raises:
+      UserError: the tokenizer has no chat template, or its template refuses the prompt.
+    """
+    template = tokenizer.chat_template
+    if template is None:
+        raise UserError("chat = True: must be False: this run's tokenizer has no chat template")
+    return template.encode(tokenizer, [{"role": "user", "content": prompt}])
 
 
 def stream_text(
     engine: Engine,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: Sequence[int],
     sampling: Sampling,
     *,
     max_new_tokens: int,
     key: jax.Array,
     rows: int = 1,
+    answer: bool = False,
 ) -> Iterator[str]:
-    """Yields the continuation of `prompt`: for each token the characters that it completes.
+    """Yields what follows the ids `prompt`: for each token the characters that it completes.
 
-    The strings are whole characters (some are empty); one more ends the text. Where a mesh needs a
-    batch, `rows` copies of the prompt run and the first is read.
+    The strings are whole characters (some are empty); one more ends the text. It goes on with the
+    text of the prompt, or is an `answer` that begins a text of its own. Where a mesh needs a batch,
+    `rows` copies of the prompt run and the first is read.
     """
-    decoder = tokenizer.stream_decoder()
+    decoder = tokenizer.stream_decoder(() if answer else prompt)
     for token_B in engine.stream(
-        [encode_prompt(tokenizer, prompt)] * rows,
+        [prompt] * rows,
         sampling,
         max_new_tokens=max_new_tokens,
         key=key,
         eos_id=tokenizer.eos_id,
     ):
-        if token_B[0] < 0:
+        token = int(token_B[0])
+        if token < 0:
             break
-        yield decoder.push(int(token_B[0]))
+        if token in tokenizer.stop_ids:
+            yield ""
+            break
+        yield decoder.push(token)
     yield decoder.flush()
 
 
@@ -91,32 +114,35 @@ def generate_run(
 
     Args:
       workdir: folder of the run.
-      write: takes the text piece by piece, prompt first; each sample ends with a line end.
+      write: takes the text piece by piece, prompt first unless it is a chat; each sample ends with
+        a line end.
       report: takes one line of measurements a sample.
 
     Raises:
-      UserError: no such run or checkpoint, or options that do not fit its model.
+      UserError: no such run or checkpoint, or options that do not fit its model or tokenizer.
     """
     run = checkpoint.load_run(workdir, step=options.step)
     tokenizer = resolve_tokenizer(run.config.data, workdir)
+    prompt = (encode_chat if options.chat else encode_prompt)(tokenizer, options.prompt)
     engine = Engine(
         run.config.model,
         run.params,
-        _with_top_p(run.config.model, run.router, options.routing_top_p),
-        max_length=len(encode_prompt(tokenizer, options.prompt)) + options.max_new_tokens,
+        with_top_p(run.config.model, run.router, options.routing_top_p),
+        max_length=len(prompt) + options.max_new_tokens,
         rope_base_global=run.meta["rope_base_global"],
         valid_vocab=tokenizer.vocab_size,
     )
     for index in range(options.num_samples):
-        write(options.prompt)
+        write("" if options.chat else options.prompt)
         times = []
         for piece in stream_text(
             engine,
             tokenizer,
-            options.prompt,
+            prompt,
             options.sampling,
             max_new_tokens=options.max_new_tokens,
             key=jax.random.fold_in(jax.random.key(options.seed), index),
+            answer=options.chat,
         ):
             write(piece)
             times.append(time.perf_counter())
@@ -132,18 +158,19 @@ def sample(
     Works under the ambient mesh of a training run; the same weights give the same text.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    prompt = encode_prompt(tokenizer, config.sample_prompt)
     engine = Engine(
         config.model,
         params,
         router,
-        max_length=len(encode_prompt(tokenizer, config.sample_prompt)) + config.sample_tokens,
+        max_length=len(prompt) + config.sample_tokens,
         rope_base_global=rope_base_global,
         valid_vocab=tokenizer.vocab_size,
     )
     pieces = stream_text(
         engine,
         tokenizer,
-        config.sample_prompt,
+        prompt,
         TRAINING_SAMPLE,
         max_new_tokens=config.sample_tokens,
         key=jax.random.key(config.seed),
@@ -152,7 +179,12 @@ def sample(
     return config.sample_prompt + "".join(pieces)
 
 
-def _with_top_p(config: ModelConfig, router: lm.Router, top_p: float | None) -> lm.Router:
+def with_top_p(config: ModelConfig, router: lm.Router, top_p: float | None) -> lm.Router:
+    """Returns the router with another top-p; None keeps it.
+
+    Raises:
+      UserError: the model does not route by top-p.
+    """
     if top_p is None:
         return router
     routing = config.moe.eval_routing if config.moe.num_experts else "no routed experts"

@@ -10,12 +10,13 @@ import pytest
 from lightning_jax import checkpoint, sharding
 from lightning_jax import model as lm
 from lightning_jax.checkpoint import LoadedRun
-from lightning_jax.data.tokenizer import ByteTokenizer
+from lightning_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from lightning_jax.errors import UserError
 from lightning_jax.infer import text
 from lightning_jax.infer.sampling import Sampling
 from lightning_jax.infer.text import GenerateOptions
 from tests import tiny
+from tests.data import hf_folders
 
 BYTES = ByteTokenizer()
 
@@ -34,8 +35,9 @@ class _Scripted:
 
 def _pieces(ids, rows=1):
     engine = _Scripted(ids)
+    prompt = text.encode_prompt(BYTES, "ab")
     pieces = text.stream_text(
-        engine, BYTES, "ab", Sampling(), max_new_tokens=9, key=jax.random.key(0), rows=rows
+        engine, BYTES, prompt, Sampling(), max_new_tokens=9, key=jax.random.key(0), rows=rows
     )
     return list(pieces), engine
 
@@ -56,6 +58,52 @@ def test_only_the_first_of_several_rows_is_read():
     assert len(engine.prompts) == 3
 
 
+def test_any_token_that_ends_a_text_ends_it():
+    class TwoEnds(ByteTokenizer):
+        stop_ids = (BYTES.eos_id, ord("!"))
+
+    pieces = text.stream_text(
+        _Scripted([*b"hi!no"]), TwoEnds(), [1], Sampling(), max_new_tokens=9, key=jax.random.key(0)
+    )
+    assert "".join(pieces) == "hi"
+
+
+def test_prompts_begin_as_the_tokenizer_says(tmp_path):
+    hf_folders.llama3(tmp_path / "llama3")
+    hf_folders.qwen(tmp_path / "qwen")
+    with_bos, without = (load_tokenizer(str(tmp_path / name)) for name in ("llama3", "qwen"))
+    assert text.encode_prompt(with_bos, "the") == [with_bos.bos_id, *with_bos.encode("the")]
+    assert text.encode_prompt(without, "the") == without.encode("the")
+    assert text.encode_prompt(without, "") == [without.bos_id]
+
+
+def test_a_chat_prompt_ends_where_the_answer_begins(tmp_path):
+    ids = hf_folders.qwen(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    made = text.encode_chat(tokenizer, "hi <|im_end|>")
+    assert made[0] == ids["<|im_start|>"] and made.count(ids["<|im_end|>"]) == 1
+    assert made[-len(tokenizer.encode("assistant\n")) :] == tokenizer.encode("assistant\n")
+    with pytest.raises(UserError, match=r"^chat = True: .* has no chat template$"):
+        text.encode_chat(BYTES, "hi")
+
+
+@pytest.mark.parametrize("answer", [False, True])
+def test_an_answer_begins_a_text_of_its_own(tmp_path, answer):
+    hf_folders.sentencepiece(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    prompt, said = tokenizer.encode("the"), tokenizer.encode("the cat")[1:]
+    pieces = text.stream_text(
+        _Scripted(said),
+        tokenizer,
+        prompt,
+        Sampling(),
+        max_new_tokens=9,
+        key=jax.random.key(0),
+        answer=answer,
+    )
+    assert "".join(pieces) == ("cat" if answer else " cat")
+
+
 def _options(**changes):
     fields = dict(
         prompt="def ",
@@ -65,6 +113,7 @@ def _options(**changes):
         seed=0,
         step=None,
         routing_top_p=None,
+        chat=False,
     )
     return GenerateOptions(**(fields | changes))
 
@@ -113,14 +162,34 @@ def test_a_run_is_continued_and_measured(run, tmp_path):
     assert len(reports) == 4 and all(re.fullmatch(line, report) for report in reports)
 
 
+@pytest.mark.slow
+def test_a_chat_writes_the_answer_alone(run, tmp_path, monkeypatch):
+    hf_folders.qwen(tmp_path / "qwen")
+    model = dataclasses.replace(run.config.model, vocab_size=304)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), lm.abstract_params(model)
+    )
+    data = dataclasses.replace(run.config.data, tokenizer=str(tmp_path / "qwen"))
+    config = dataclasses.replace(run.config, model=model, data=data)
+    chatty = dataclasses.replace(run, config=config, params=params)
+    monkeypatch.setattr(checkpoint, "load_run", lambda workdir, *, step: chatty)
+    written = []
+    options = _options(prompt="the cat", num_samples=1, chat=True)
+    text.generate_run(tmp_path / "run", options, write=written.append, report=lambda line: None)
+    answer = "".join(written)
+    assert "the cat" not in answer and "<|im" not in answer and answer.endswith("\n")
+    assert (tmp_path / "run" / "tokenizer" / "tokenizer_config.json").exists()
+
+
 def test_routing_top_p_needs_top_p_routing(run, tmp_path):
     moe = dataclasses.replace(run.config.model.moe, eval_routing="top_k")
     for changed in (moe, dataclasses.replace(moe, num_experts=0)):
         model = dataclasses.replace(run.config.model, moe=changed)
         with pytest.raises(UserError, match="^routing_top_p = 0.5"):
-            text._with_top_p(model, run.router, 0.5)
-    assert text._with_top_p(run.config.model, run.router, None) is run.router
-    assert text._with_top_p(run.config.model, run.router, 0.25).top_p == 0.25
+            text.with_top_p(model, run.router, 0.5)
+    assert text.with_top_p(run.config.model, run.router, None) is run.router
+    assert text.with_top_p(run.config.model, run.router, 0.25).top_p == 0.25
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from lightning_jax.interop import huggingface
 from tests.interop import parity
 from tests.tiny import tiny_model
 
-torch = pytest.importorskip("torch", reason="torch is not installed (extra: parity)")
+torch = pytest.importorskip("torch", reason="torch is not installed (extra: peers)")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from tests.interop import make_fixture  # noqa: E402

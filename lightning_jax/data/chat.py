@@ -1,0 +1,301 @@
+"""Chat templates: from a list of messages to the one text that a model was taught to answer.
+
+A template is a Jinja program that comes with a tokenizer's folder. It runs in Jinja's sandbox, with
+what `transformers` gives it: `raise_exception`, `strftime_now`, `tojson`, loop controls, the
+`generation` block (whose marks are dropped) and the spelling of every special token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import importlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from lightning_jax.errors import UserError
+from lightning_jax.fields import suggest
+
+Message = Mapping[str, Any]
+
+DEFAULT, TOOL_USE = "default", "tool_use"
+TEMPLATE_FILE, TEMPLATE_JSON, TEMPLATE_FOLDER = (
+    "chat_template.jinja",
+    "chat_template.json",
+    "chat_templates",
+)
+# Private characters around what looks like a special token in a message, and where one continues.
+_OPEN, _CLOSE, _CUT = "\U000f0000", "\U000f0001", "\U000f0002"
+
+
+class _SpecialEncoder(Protocol):
+    specials: Mapping[str, int]
+
+    def encode(self, text: str, *, specials: bool = False) -> list[int]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """The templates of one tokenizer by name, and the variables that they may use.
+
+    `variables` are spellings such as `bos_token`; a template sees those that its folder does not
+    name as undefined.
+    """
+
+    templates: Mapping[str, str]
+    variables: Mapping[str, str]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ChatTemplate | None:
+        """Reads the templates of a Hugging Face folder; None where it has none.
+
+        `chat_template.jinja` (and `chat_templates/<name>.jinja`) go before `chat_template.json`,
+        which goes before `chat_template` of `tokenizer_config.json`.
+
+        Raises:
+          UserError: a file that cannot be read, or a template that is no string.
+        """
+        folder = Path(folder)
+        templates = _from_files(folder)
+        for name in (TEMPLATE_JSON, "tokenizer_config.json"):
+            templates = templates or _named(read_json(folder / name), folder / name)
+        return cls(templates, token_spellings(folder)) if templates else None
+
+    def source(self, name: str | None = None, *, tools: bool = False) -> str:
+        """Returns the template of that name; None is `tool_use` with tools, else `default`.
+
+        Raises:
+          UserError: there is no template of that name.
+        """
+        if name is None:
+            name = TOOL_USE if tools and TOOL_USE in self.templates else DEFAULT
+        if name not in self.templates:
+            raise UserError(f"chat template {name!r}: must be {suggest(name, [*self.templates])}")
+        return self.templates[name]
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        continue_final: bool = False,
+        template: str | None = None,
+        **extra: Any,
+    ) -> str:
+        """Returns the text of a conversation.
+
+        Args:
+          messages: `{"role": ..., "content": ...}` and whatever else the template reads; entries
+            that are None count as absent.
+          add_generation_prompt: end with the header of the assistant's answer.
+          continue_final: leave the last message open, for the model to go on with it.
+          template: the name of a template; see `source`.
+          **extra: variables of the template, such as `tools` or `enable_thinking`.
+
+        Raises:
+          UserError: no message, both kinds of ending asked for, or what the template itself raises.
+        """
+        if not messages:
+            raise UserError("chat messages = []: must be at least one message")
+        if continue_final and add_generation_prompt:
+            raise UserError("continue_final = True: must be False with add_generation_prompt")
+        plain = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        if continue_final:
+            plain[-1] = _left_open(plain[-1])
+        program = _compiled(self.source(template, tools=bool(extra.get("tools"))))
+        values: dict[str, Any] = {"tools": None, "documents": None, **self.variables, **extra}
+        try:
+            text = program.render(
+                messages=plain, add_generation_prompt=add_generation_prompt, **values
+            )
+        except Exception as error:  # Whatever goes wrong inside, the template or its input did it.
+            reason = " ".join(str(error).split())
+            raise UserError(f"chat template: {type(error).__name__}: {reason}") from error
+        return _cut_open(text) if continue_final else text
+
+    def encode(
+        self, tokenizer: _SpecialEncoder, messages: Sequence[Message], **options: Any
+    ) -> list[int]:
+        """Returns the token ids of a conversation; `options` are those of `render`.
+
+        Special tokens that the template writes are tokens; those that a message spells stay text,
+        so that no message can end itself or speak for another role.
+        """
+        names = sorted(tokenizer.specials, key=len, reverse=True)
+        special = "|".join(map(re.escape, names)) or "(?!)"
+        text = self.render([_marked(message, special) for message in messages], **options)
+        # [text, special spelled by a message or None for a mark without its pair, text, ...]
+        parts = re.split(f"{_OPEN}({special}){_CLOSE}|[{_OPEN}{_CLOSE}]", text)
+        ids = tokenizer.encode(parts[0], specials=True)
+        for index, part in enumerate(parts[1:], 1):
+            if part:
+                ids += encode_inside(tokenizer, part, specials=index % 2 == 0)
+        return ids
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file, empty where there is no such file.
+
+    Raises:
+      UserError: it cannot be read, or is no JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({' '.join(str(error).split())})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def token_spellings(folder: Path) -> dict[str, str]:
+    """Returns what the configs of a folder call its special tokens: `{"bos_token": "<s>", ...}`.
+
+    As in `transformers`, `special_tokens_map.json` counts only beside a `tokenizer_config.json`
+    without `added_tokens_decoder`, and then it goes first.
+    """
+    found = read_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in found:
+        found = {**found, **read_json(folder / "special_tokens_map.json")}
+    spellings = {}
+    for key, value in found.items():
+        # An entry is a string, or an object with its `content` and how to match it.
+        content = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(content, str):
+            spellings[key] = content
+    return spellings
+
+
+def encode_inside(tokenizer: _SpecialEncoder, text: str, *, specials: bool) -> list[int]:
+    """Encodes what is not the start of a text, where SentencePiece would put a space before it."""
+    line, ids = tokenizer.encode("\n"), tokenizer.encode("\n" + text, specials=specials)
+    if ids[: len(line)] == line:
+        return ids[len(line) :]
+    return tokenizer.encode(text, specials=specials)
+
+
+def _from_files(folder: Path) -> dict[str, str]:
+    paths = {DEFAULT: folder / TEMPLATE_FILE}
+    paths |= {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
+    templates = {}
+    for name, path in paths.items():
+        if path.is_file():
+            try:
+                templates[name] = path.read_text(encoding="utf-8")
+            except (UnicodeDecodeError, OSError) as error:
+                raise UserError(f"{path}: not UTF-8 text ({error})") from error
+    return templates
+
+
+def _named(config: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """The `chat_template` of a config: a string, an object by name, or a list of named ones."""
+    value = config.get("chat_template")
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {DEFAULT: value}
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        value = {entry.get("name"): entry.get("template") for entry in value}
+    if not isinstance(value, dict) or not all(
+        isinstance(part, str) for pair in value.items() for part in pair
+    ):
+        raise UserError(f"{path}: chat_template must be a string, or strings by name")
+    return value
+
+
+def _left_open(message: Message) -> Message:
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise UserError("continue_final = True: must end with a message whose content is a string")
+    # The space shows whether the template trims its messages.
+    return {**message, "content": f"{content}{_CUT} "}
+
+
+def _cut_open(text: str) -> str:
+    before, mark, after = text.rpartition(_CUT)
+    if not mark:
+        raise UserError("continue_final = True: the chat template leaves out the last message")
+    return before if after.startswith(" ") else before.rstrip()
+
+
+def _marked(value: Any, special: str) -> Any:
+    """Puts marks around the special tokens in every string of a message."""
+    if isinstance(value, str):
+        clean = re.sub(f"[{_OPEN}{_CLOSE}{_CUT}]", "", value)
+        return re.sub(special, lambda found: f"{_OPEN}{found[0]}{_CLOSE}", clean)
+    if isinstance(value, Mapping):
+        return {key: _marked(entry, special) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_marked(entry, special) for entry in value]
+    return value
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            "package jinja2, which chat templates need, is missing: "
+            "pip install lightning_jax[interop]"
+        ) from error
+
+
+@functools.cache
+def _environment() -> Any:
+    jinja2, sandbox = _import("jinja2"), _import("jinja2.sandbox")
+    extension, nodes = _import("jinja2.ext"), _import("jinja2.nodes")
+
+    class Generation(extension.Extension):
+        """`{% generation %}...{% endgeneration %}` marks what the assistant said; read as is."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def strftime_now(style: str) -> str:
+        return datetime.datetime.now().strftime(style)
+
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, extension.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter would escape `<`, `>`, `&` and quotes for HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(source: str) -> Any:
+    compile_template: Callable[[str], Any] = _environment().from_string
+    try:
+        return compile_template(source)
+    except _import("jinja2").TemplateSyntaxError as error:
+        raise UserError(f"chat template, line {error.lineno}: {error.message}") from error
