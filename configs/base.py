@@ -82,7 +82,7 @@ def get_config() -> ConfigDict:
     scaling.attention_factor = 1.0  # yarn: factor of queries and keys
     attention.output_gate = False  # one sigmoid gate a head on the attention output
     attention.sinks = False  # one learned logit a head that takes attention from all keys
-    attention.implementation = ""  # reference or xla_banded; "": chosen by device and shape
+    attention.implementation = ""  # name in ops.attention; "": chosen by device and shape
 
     moe = model.moe = ConfigDict()
     moe.num_experts = 16  # E routed experts a layer; 0: dense MLPs

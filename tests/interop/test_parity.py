@@ -3,10 +3,12 @@
 The stored outputs lie outside of this repository; without them these tests skip.
 """
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.interop import parity
 
@@ -78,4 +80,19 @@ def test_the_selection_bias_matters():
     fixture.imported = fixture.imported._replace(
         router=type(router)(router.bias_URE * 0, router.top_p)
     )
+    assert np.abs(fixture.logits() - fixture.io["logits"]).max() > 2 * parity.LOGITS
+
+
+@pytest.mark.slow
+def test_whose_keys_a_layer_reads_matters(tmp_path):
+    """Layer 1 projects its own keys and values by layer 0's weights instead of reading layer 0's."""
+    source = FOLDER / "x_mistral_cla2"
+    tensors = load_file(source / "model.safetensors")
+    for name in ("k_proj", "v_proj"):
+        copied = tensors[f"model.layers.0.self_attn.{name}.weight"]
+        tensors[f"model.layers.1.self_attn.{name}.weight"] = copied
+    save_file(tensors, tmp_path / "model.safetensors")
+    for name in ("config.json", "io.npz"):
+        shutil.copyfile(source / name, tmp_path / name)
+    fixture = parity.Fixture.open(tmp_path, (0, 1, 2, 2, 4, 4))
     assert np.abs(fixture.logits() - fixture.io["logits"]).max() > 2 * parity.LOGITS
