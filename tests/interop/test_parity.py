@@ -85,7 +85,7 @@ def test_the_selection_bias_matters():
 
 @pytest.mark.slow
 def test_whose_keys_a_layer_reads_matters(tmp_path):
-    """Layer 1 projects its own keys and values by layer 0's weights instead of reading layer 0's."""
+    """Layer 1 projects keys and values by layer 0's weights instead of reading layer 0's."""
     source = FOLDER / "x_mistral_cla2"
     tensors = load_file(source / "model.safetensors")
     for name in ("k_proj", "v_proj"):
