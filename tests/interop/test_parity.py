@@ -26,7 +26,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+QUICK = "mistral_swa"
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(f, marks=() if f == QUICK else pytest.mark.slow) for f in FAMILIES],
+)
 def fixture(request):
     return parity.Fixture.open(FOLDER / request.param, FAMILIES[request.param])
 
