@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
+import importlib
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lightning_jax.ops.kernels import xla_banded
 from lightning_jax.ops.mask import Mask
 
 _logger = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = ("reference", "xla_banded")
+SEGMENTS, SINKS, SOFTCAP = "segments", "sinks", "logit_softcap"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """A function for causal masks without positions, and which features it honours.
+
+    Imported when first used: Pallas takes a second, and its GPU half is not there everywhere.
+    """
+
+    module: str
+    function: str
+    honours: frozenset[str]
+
+    def load(self) -> Any:
+        return getattr(importlib.import_module(self.module), self.function)
+
+
+_ALL = frozenset({SEGMENTS, SINKS, SOFTCAP})
+_FOLDER = "lightning_jax.ops.kernels"
+_KERNELS = {
+    "xla_banded": _Kernel(f"{_FOLDER}.xla_banded", "banded_attention", _ALL),
+    "pallas_tpu": _Kernel(f"{_FOLDER}.tpu_attention", "sliding_window_attention", _ALL),
+    "pallas_gpu": _Kernel(f"{_FOLDER}.gpu_attention", "sliding_window_attention", _ALL),
+    "splash": _Kernel(f"{_FOLDER}.peers", "splash_attention", frozenset({SOFTCAP})),
+    "cudnn": _Kernel(f"{_FOLDER}.peers", "cudnn_attention", frozenset()),
+}
+IMPLEMENTATIONS = ("reference", *_KERNELS)
 
 # From this length on xla_banded is the faster of the two on a CPU, with and without gradients: 1.3
 # to 4 times at 256 (no window to window 32); at 128 without a window gradients are slower by 1.6.
@@ -33,6 +62,7 @@ def dot_product_attention(
     *,
     sinks_N: jax.Array | None = None,
     scale: float | None = None,
+    logit_softcap: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """softmax(scale x query . key) . value over the keys that `mask` shows.
@@ -48,52 +78,58 @@ def dot_product_attention(
         sinks_N: per head logit that joins the softmax denominator only, so a head may attend to
             nothing (OpenAI, "gpt-oss model card", arXiv:2508.10925).
         scale: factor of the scores, H**-0.5 by default.
-        implementation: "reference" (all pairs at once, any mask), "xla_banded" (blocks of pairs in
-            plain XLA, causal masks without positions), or None to choose by mask and length.
+        logit_softcap: c in c x tanh(score / c), which bounds the scaled scores, not the sinks
+            (Gemma 2, arXiv:2408.00118); None for none.
+        implementation: "reference" (all pairs at once, any mask); for causal masks without
+            positions "xla_banded" (blocks of pairs in plain XLA), "pallas_tpu" and "pallas_gpu"
+            (our kernels), "splash" and "cudnn" (JAX's TPU kernel and NVIDIA's, for comparison);
+            None to choose by device, mask and length.
 
     Returns:
         out_BTNH in the queries' dtype. A query that sees nothing gets exactly 0, and sends no
         gradient anywhere, sinks included.
 
     Raises:
-        ValueError: shapes that do not fit; an unknown implementation; one that cannot honour a
-            feature of the mask.
+        ValueError: shapes that do not fit; a soft-cap that is not positive; an unknown
+            implementation; one that cannot honour a feature of the call.
     """
     _check_shapes(query_BTNH, key_BSKH, value_BSKH, mask, sinks_N)
+    if logit_softcap is not None and not logit_softcap > 0:
+        raise ValueError(f"logit_softcap={logit_softcap}: must be positive, or None")
     T, S, H = query_BTNH.shape[1], key_BSKH.shape[1], query_BTNH.shape[-1]
     if scale is None:
         scale = H**-0.5
+    options = {
+        SEGMENTS: {
+            "query_segments_BT": mask.query_segments_BT,
+            "key_segments_BT": mask.key_segments_BS,
+        },
+        SINKS: {"sinks_N": sinks_N},
+        SOFTCAP: {"logit_softcap": logit_softcap},
+    }
+    # Only what is asked for is passed on: a kernel need not know the names of what it lacks.
+    used = {name: part for name, part in options.items() if next(iter(part.values())) is not None}
     if implementation is None:
-        implementation = _choose(mask.aligned, mask.causal, T, mask.window)
+        implementation = _choose(
+            jax.default_backend(), mask.aligned, mask.causal, T, mask.window, H, frozenset(used)
+        )
     if implementation == "reference":
         mask_BTS = mask.as_array(T, S)
-        return _reference(query_BTNH, key_BSKH, value_BSKH, mask_BTS, sinks_N, scale)
-    if implementation == "xla_banded":
-        _check_banded(mask)
-        return xla_banded.banded_attention(
-            query_BTNH,
-            key_BSKH,
-            value_BSKH,
-            window=mask.window,
-            query_segments_BT=mask.query_segments_BT,
-            key_segments_BT=mask.key_segments_BS,
-            sinks_N=sinks_N,
-            scale=scale,
-        )
-    close = difflib.get_close_matches(str(implementation), IMPLEMENTATIONS, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(
-        f"implementation={implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}{hint}"
-    )
+        return _reference(query_BTNH, key_BSKH, value_BSKH, mask_BTS, sinks_N, scale, logit_softcap)
+    attend = _checked(implementation, mask, used).load()
+    arguments = {name: value for part in used.values() for name, value in part.items()}
+    return attend(query_BTNH, key_BSKH, value_BSKH, window=mask.window, scale=scale, **arguments)
 
 
-def _reference(query_BTNH, key_BSKH, value_BSKH, mask_BTS, sinks_N, scale):
+def _reference(query_BTNH, key_BSKH, value_BSKH, mask_BTS, sinks_N, scale, logit_softcap):
     """All scores at once; the definition that every other implementation is tested against."""
     B, T, N, H = query_BTNH.shape
     K = key_BSKH.shape[2]
     query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H)
     visible = mask_BTS[:, None, None]
     scores_BKGTS = scale * _dot("BTKGH,BSKH->BKGTS", query_BTKGH, key_BSKH)
+    if logit_softcap is not None:
+        scores_BKGTS = logit_softcap * jnp.tanh(scores_BKGTS / logit_softcap)
     scores_BKGTS = jnp.where(visible, scores_BKGTS, _HIDDEN)
     top_BKGT1 = jnp.max(scores_BKGTS, axis=-1, keepdims=True)
     if sinks_N is not None:
@@ -115,13 +151,28 @@ def _dot(spec, left, right):
 
 
 @functools.cache
-def _choose(aligned: bool, causal: bool, length: int, window: int | None) -> str:
+def _choose(
+    backend: str,
+    aligned: bool,
+    causal: bool,
+    length: int,
+    window: int | None,
+    head_size: int,
+    features: frozenset[str],
+) -> str:
     # Cached so that each kind of call is logged once, however often it is traced.
-    banded = aligned and causal and length >= _BANDED_FROM_LENGTH
-    choice = "xla_banded" if banded else "reference"
+    choice = "reference"
+    if aligned and causal:
+        if backend == "tpu":
+            choice = "pallas_tpu"
+        elif backend == "gpu" and head_size in (16, 32, 64, 128, 256):
+            choice = "pallas_gpu"
+        elif length >= _BANDED_FROM_LENGTH and features <= _KERNELS["xla_banded"].honours:
+            choice = "xla_banded"
     _logger.info(
-        "attention: %s for %s %s queries, length %d, window %s",
+        "attention: %s on %s for %s %s queries, length %d, window %s",
         choice,
+        backend,
         "causal" if causal else "bidirectional",
         "aligned" if aligned else "positioned",
         length,
@@ -130,13 +181,25 @@ def _choose(aligned: bool, causal: bool, length: int, window: int | None) -> str
     return choice
 
 
-def _check_banded(mask: Mask) -> None:
+def _checked(implementation: str, mask: Mask, used: dict[str, Any]) -> _Kernel:
+    """Raises a ValueError for an unknown kernel, or one that lacks what the call uses."""
+    if implementation not in _KERNELS:
+        close = difflib.get_close_matches(str(implementation), IMPLEMENTATIONS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        expected = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"implementation={implementation!r}: expected one of {expected}{hint}")
+    kernel = _KERNELS[implementation]
+    lacks = [name for name in used if name not in kernel.honours]
     if not mask.aligned:
-        raise ValueError(
-            "implementation='xla_banded' cannot honour explicit positions: use 'reference'"
-        )
+        lacks.append("explicit positions")
     if not mask.causal:
-        raise ValueError("implementation='xla_banded' cannot honour causal=False: use 'reference'")
+        lacks.append("causal=False")
+    if lacks:
+        raise ValueError(
+            f"implementation={implementation!r} cannot honour {' and '.join(lacks)}:"
+            " use 'reference'"
+        )
+    return kernel
 
 
 def _check_shapes(query_BTNH, key_BSKH, value_BSKH, mask, sinks_N) -> None:

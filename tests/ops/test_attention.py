@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lightning_jax.ops.attention import dot_product_attention
+from lightning_jax.ops import attention
+from lightning_jax.ops.attention import IMPLEMENTATIONS, dot_product_attention
+from lightning_jax.ops.kernels import gpu_attention, peers, tpu_attention
 from lightning_jax.ops.mask import EMPTY_POSITION, Mask
 
 
@@ -17,7 +19,7 @@ def _inputs(B=2, T=6, S=6, N=4, K=2, H=8, dtype=jnp.float32):
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def _loop(query, key, value, visible, sinks, scale=None):
+def _loop(query, key, value, visible, sinks, scale=None, softcap=None):
     """float64, one query and head at a time."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     B, T, N, H = query.shape
@@ -27,6 +29,8 @@ def _loop(query, key, value, visible, sinks, scale=None):
         if seen.size:
             k = n // (N // key.shape[2])
             scores = key[b, seen, k] @ query[b, t, n] * (scale or 1 / math.sqrt(H))
+            if softcap is not None:
+                scores = softcap * np.tanh(scores / softcap)
             weights = np.exp(scores)
             total = weights.sum() + (0 if sinks is None else np.exp(float(sinks[n])))
             out[b, t, n] = weights @ value[b, seen, k] / total
@@ -53,15 +57,18 @@ MASKS = {
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("softcap", [None, 0.5])
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
-def test_reference_matches_loop(name, with_sinks, dtype, tolerance):
+def test_reference_matches_loop(name, with_sinks, softcap, dtype, tolerance):
     T, S = (3, 8) if name == "cache" else (6, 6)
     arrays = _inputs(T=T, S=S, dtype=dtype)
     sinks = jnp.array([0.5, -1.0, 3.0, 0.0]) if with_sinks else None
-    attend = functools.partial(dot_product_attention, implementation="reference")
+    attend = functools.partial(
+        dot_product_attention, implementation="reference", logit_softcap=softcap
+    )
     out = jax.jit(attend)(*arrays, MASKS[name], sinks_N=sinks)
     assert out.dtype == dtype
-    expected = _loop(*arrays, MASKS[name].as_array(T, S), sinks)
+    expected = _loop(*arrays, MASKS[name].as_array(T, S), sinks, softcap=softcap)
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, tolerance, tolerance)
 
 
@@ -116,18 +123,62 @@ def test_blind_queries_are_exactly_zero_with_zero_gradients(implementation, with
     assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(both(*arrays, sinks)))
 
 
-@pytest.mark.parametrize("name", ["causal", "window", "packed"])
-def test_implementations_agree(name):
-    arrays, sinks = _inputs(), jnp.array([0.5, -1.0, 3.0, 0.0])
-    banded, reference = (
-        dot_product_attention(
-            *arrays, MASKS[name], sinks_N=sinks, scale=0.7, implementation=implementation
+def _interpreted(monkeypatch):
+    """Kernels of devices that are not here run as plain JAX."""
+    for module, name in (
+        (tpu_attention, "sliding_window_attention"),
+        (gpu_attention, "sliding_window_attention"),
+        (peers, "splash_attention"),
+    ):
+        function = functools.partial(getattr(module, name), interpret=True)
+        monkeypatch.setattr(module, name, function)
+
+
+@pytest.mark.parametrize(
+    "name, implementation",
+    [
+        ("causal", "xla_banded"),
+        ("window", "xla_banded"),
+        ("packed", "xla_banded"),
+        ("packed", "pallas_tpu"),
+        ("packed", "pallas_gpu"),
+        ("window", "splash"),
+    ],
+)
+def test_implementations_agree(name, implementation, monkeypatch):
+    _interpreted(monkeypatch)
+    ours = implementation != "splash"
+    arrays, mask = _inputs(H=16), MASKS[name]
+    sinks = jnp.array([0.5, -1.0, 3.0, 0.0]) if ours else None
+
+    def outcome(implementation):
+        attend = functools.partial(
+            dot_product_attention, mask=mask, scale=0.7, implementation=implementation
         )
-        for implementation in ("xla_banded", "reference")
+        out, pull = jax.vjp(lambda *a: attend(*a[:3], sinks_N=a[3]), *arrays, sinks)
+        return jax.tree.leaves((out, pull(jnp.cos(out))))
+
+    expected = outcome("reference")
+    for left, right in zip(
+        jax.jit(outcome, static_argnums=0)(implementation), expected, strict=True
+    ):
+        np.testing.assert_allclose(left, right, 3e-5, 3e-5)
+    exact = _loop(*arrays, mask.as_array(6, 6), sinks, scale=0.7)
+    np.testing.assert_allclose(expected[0], exact, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["xla_banded", "pallas_tpu", "pallas_gpu", "splash"])
+def test_softcap_agrees(implementation, monkeypatch):
+    _interpreted(monkeypatch)
+    arrays = _inputs(H=16)
+    attend = functools.partial(
+        dot_product_attention, mask=Mask(window=3), scale=0.7, logit_softcap=0.5
     )
-    np.testing.assert_allclose(banded, reference, 1e-5, 1e-5)
-    expected = _loop(*arrays, MASKS[name].as_array(6, 6), sinks, scale=0.7)
-    np.testing.assert_allclose(reference, expected, 1e-5, 1e-5)
+    out, expected = (
+        jax.jit(functools.partial(attend, implementation=name))(*arrays)
+        for name in (implementation, "reference")
+    )
+    np.testing.assert_allclose(out, expected, 1e-5, 1e-5)
 
 
 def test_choice_follows_mask_and_length_and_is_logged_once(caplog):
@@ -139,7 +190,7 @@ def test_choice_follows_mask_and_length_and_is_logged_once(caplog):
         assert has_loop(1024, Mask(window=9))
         assert has_loop(1024, Mask(window=9))
     assert [record.getMessage() for record in caplog.records] == [
-        "attention: xla_banded for causal aligned queries, length 1024, window 9"
+        "attention: xla_banded on cpu for causal aligned queries, length 1024, window 9"
     ]
     assert not has_loop(16, Mask(window=9))
     assert not has_loop(1024, Mask(causal=False))
@@ -147,16 +198,42 @@ def test_choice_follows_mask_and_length_and_is_logged_once(caplog):
     assert not has_loop(1024, Mask(positions, positions))
 
 
-def test_features_that_banded_lacks_are_named():
+@pytest.mark.parametrize("backend, kernel", [("tpu", "pallas_tpu"), ("gpu", "pallas_gpu")])
+def test_choice_follows_device(backend, kernel):
+    choose = functools.partial(attention._choose, backend)
+    assert choose(True, True, 64, None, 64, frozenset()) == kernel
+    assert choose(False, True, 64, None, 64, frozenset()) == "reference"
+    assert choose(True, False, 64, None, 64, frozenset()) == "reference"
+    assert attention._choose("gpu", True, True, 512, None, 96, frozenset()) == "xla_banded"
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+def test_features_that_an_implementation_lacks_are_named(implementation):
     arrays, positions = _inputs(), jnp.arange(6)[None]
-    with pytest.raises(ValueError, match="explicit positions"):
-        dot_product_attention(*arrays, Mask(positions, positions), implementation="xla_banded")
+    attend = functools.partial(dot_product_attention, *arrays, implementation=implementation)
+    with pytest.raises(ValueError, match=f"{implementation}' cannot honour explicit positions"):
+        attend(Mask(positions, positions))
     with pytest.raises(ValueError, match="causal=False"):
-        dot_product_attention(*arrays, Mask(causal=False), implementation="xla_banded")
+        attend(Mask(causal=False))
+    lacks = attention._ALL - attention._KERNELS[implementation].honours
+    if attention.SEGMENTS in lacks:
+        with pytest.raises(ValueError, match="segments"):
+            attend(MASKS["packed"])
+    if attention.SINKS in lacks:
+        with pytest.raises(ValueError, match="sinks"):
+            attend(Mask(), sinks_N=jnp.zeros(4))
+    if attention.SOFTCAP in lacks:
+        with pytest.raises(ValueError, match="logit_softcap"):
+            attend(Mask(), logit_softcap=1.0)
+
+
+def test_softcap_must_be_positive():
+    with pytest.raises(ValueError, match=r"logit_softcap=0\.0"):
+        dot_product_attention(*_inputs(), Mask(), logit_softcap=0.0)
 
 
 def test_unknown_implementation_suggests_a_name():
-    with pytest.raises(ValueError, match="reference, xla_banded; did you mean 'xla_banded'"):
+    with pytest.raises(ValueError, match="reference, xla_banded, .*; did you mean 'xla_banded'"):
         dot_product_attention(*_inputs(), Mask(), implementation="xla_band")
 
 

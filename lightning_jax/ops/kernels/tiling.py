@@ -7,7 +7,7 @@ import dataclasses
 # Blocks are whole vector registers wide, so that no row ends in a scalar remainder.
 _LANES = 16
 # Keys of one visit, and the longest span of keys that short query blocks serve best.
-_SHORT_QUERY, _SHORT_KEYS, _SHORT_SPAN = 64, 640, 1280
+_SHORT_QUERY, _SHORT_KEYS, _SHORT_SPAN = 64, 224, 1280
 _LONG_QUERY, _LONG_KEYS = 128, 256
 
 
@@ -36,15 +36,18 @@ def block_sizes(length: int, window: int | None, head_dim: int) -> BlockSizes:
     """Block sizes for rows of `length` tokens and `window` visible keys (None for all).
 
     A query block of P positions computes window + P - 1 scores a query, so short blocks waste
-    least; long ones reuse each key more. Either way the scores of one visit and of a group of four
-    query heads stay near half a megabyte: they are written and read several times, and the second
-    level cache holds one or two.
+    least; long ones reuse each key more. Either way the scores of one visit and of eight query
+    heads stay below half a megabyte: they are written and read several times, and the second level
+    cache holds one or two such arrays.
 
-    Measured on two AVX2 cores, float32, 8 query and 2 key/value heads of 64, length 4096; seconds
-    of processor time forward, and forward with backward:
+    Measured on an AVX2 core, float32, 8 query and 2 key/value heads of 64, length 4096;
+    milliseconds of processor time forward, and forward with backward:
 
-        window   64 x 576     64 x 288     128 x 640    128 x 320    256 x 384
-        512      0.12, 0.35   0.12, 0.35   0.13, 0.50   0.13, 0.38   0.16, 0.56
+        window   128 x 640    64 x 576     64 x 288     64 x 192     64 x 144     32 x 272
+        512      110, 329     91, 284      87, 272      87, 269      89, 275      84, 267
+
+    and on two such cores, seconds:
+
         window   64 x 256     64 x 512     64 x 1024    128 x 256    256 x 256
         None     0.46, 1.23   0.46, 1.37   0.49, 1.40   0.44, 1.21   0.40, 1.29
     """

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lightning_jax.ops.kernels import narrow
 from lightning_jax.ops.kernels.tiling import BlockSizes, block_sizes
 
 # Hidden scores are HIDDEN, running maxima never fall below FLOOR: the exponential of their
@@ -30,6 +31,7 @@ class _Layout(NamedTuple):
 
     window: int
     scale: float
+    softcap: float | None
     blocks: BlockSizes
 
 
@@ -43,6 +45,7 @@ def banded_attention(
     key_segments_BT: jax.Array | None = None,
     sinks_N: jax.Array | None = None,
     scale: float | None = None,
+    logit_softcap: float | None = None,
     blocks: BlockSizes | None = None,
 ) -> jax.Array:
     """Causal grouped-query attention over aligned rows: query t sees keys t-window+1 .. t.
@@ -58,6 +61,8 @@ def banded_attention(
         key_segments_BT: document of each key; 0 is padding, which nobody sees.
         sinks_N: per head logit that joins the softmax denominator only.
         scale: factor of the scores; H**-0.5 by default.
+        logit_softcap: c of c * tanh(score / c), applied to scaled scores (Gemma Team, "Gemma 2",
+            arXiv:2408.00118, section 2); None for none.
         blocks: block sizes; `tiling.block_sizes` by default.
 
     Returns:
@@ -68,6 +73,7 @@ def banded_attention(
     layout = _Layout(
         window=min(window or length, length),
         scale=head_dim**-0.5 if scale is None else float(scale),
+        softcap=None if logit_softcap is None else float(logit_softcap),
         blocks=blocks or block_sizes(length, window, head_dim),
     )
     segments = None if query_segments_BT is None else (query_segments_BT, key_segments_BT)
@@ -88,19 +94,20 @@ def _banded(layout, query_BTNH, key_BTKH, value_BTKH, sinks_N, segments):
 
 def _forward(layout, query_BTNH, key_BTKH, value_BTKH, sinks_N, segments):
     """Returns the output and what the backward pass needs."""
-    T, K = key_BTKH.shape[1:3]
+    K, dtype = key_BTKH.shape[2], query_BTNH.dtype
     queries = _pad_queries(query_BTNH, layout)
     key_BKLH = _pad_keys(key_BTKH, layout)
-    value_BKHL = _pad_keys(value_BTKH, layout).swapaxes(2, 3)
+    value_BKHL = _pad_keys_last(value_BTKH, layout)
     segments = _pad_segments(segments, layout)
 
-    def one_block(block):
+    def one_block(out_bits, block):
         query_BKGPH = _rows(queries, block, K, layout)
 
         def visit(index, state):
             top_BKGP, total_BKGP, sum_BKHGP = state
             start = _start(block, index, layout)
-            scores_BKSGP = _scores(layout, block, start, query_BKGPH, key_BKLH, segments)
+            scores_BKSGP = _scores(layout, start, query_BKGPH, key_BKLH)
+            scores_BKSGP += _hidden(layout, block, start, segments)
             new_top_BKGP = jnp.maximum(top_BKGP, jnp.max(scores_BKSGP, axis=2))
             weights_BKSGP = jnp.exp(scores_BKSGP - new_top_BKGP[:, :, None])
             decay_BKGP = jnp.exp(top_BKGP - new_top_BKGP)
@@ -118,21 +125,23 @@ def _forward(layout, query_BTNH, key_BTKH, value_BTKH, sinks_N, segments):
         rows = (B, K, G, P)
         state = _full(rows, _FLOOR), _full(rows, 0.0), _full((B, K, H, G, P), 0.0)
         out_BKHGP, lse_BKGP = _normalise(*_visit_all(layout, block, visit, state), sinks_N)
-        return _heads(out_BKHGP).astype(query_BTNH.dtype), lse_BKGP
+        return _put_rows(out_bits, out_BKHGP, block, layout, dtype), lse_BKGP
 
-    out, lse = lax.map(one_block, jnp.arange(queries.shape[1] // layout.blocks.query))
-    out_BTNH = _join(out, T)
+    blocks = jnp.arange(queries.shape[1] // layout.blocks.query)
+    out_bits, lse = lax.scan(one_block, _no_rows(queries, dtype), blocks)
+    out_BTNH = narrow.from_bits(out_bits[:, : query_BTNH.shape[1]], dtype)
     return out_BTNH, (query_BTNH, key_BTKH, value_BTKH, sinks_N, segments, out_BTNH, lse)
 
 
 def _backward(layout, saved, dout_BTNH):
     query_BTNH, key_BTKH, value_BTKH, sinks_N, segments, out_BTNH, lse = saved
-    T, K = key_BTKH.shape[1:3]
+    (T, K), dtype = key_BTKH.shape[1:3], query_BTNH.dtype
     queries, outs, douts = (_pad_queries(x, layout) for x in (query_BTNH, out_BTNH, dout_BTNH))
     key_BKLH, value_BKLH = (_pad_keys(x, layout) for x in (key_BTKH, value_BTKH))
-    key_BKHL = key_BKLH.swapaxes(2, 3)
+    key_BKHL = _pad_keys_last(key_BTKH, layout)
 
-    def one_block(dkey_dvalue, block_and_lse):
+    def one_block(carry, block_and_lse):
+        dquery_bits, *dkey_dvalue = carry
         block, lse_BKGP = block_and_lse
         query_BKGPH, out_BKGPH, dout_BKGPH = (
             _rows(x, block, K, layout) for x in (queries, outs, douts)
@@ -144,11 +153,14 @@ def _backward(layout, saved, dout_BTNH):
         def visit(index, state):
             dquery_BKHGP, dkey_BKLH, dvalue_BKLH = state
             start = _start(block, index, layout)
-            scores_BKSGP = _scores(layout, block, start, query_BKGPH, key_BKLH, segments)
-            weights_BKSGP = jnp.exp(scores_BKSGP - lse_BKGP[:, :, None])
+            scores_BKSGP = _scores(layout, start, query_BKGPH, key_BKLH)
+            hidden_B1S1P = _hidden(layout, block, start, segments)
+            weights_BKSGP = jnp.exp(scores_BKSGP + hidden_B1S1P - lse_BKGP[:, :, None])
             value_BKSH = _keys_at(value_BKLH, start, layout, axis=2)
             dweights_BKSGP = _dot("BKSH,BKGPH->BKSGP", value_BKSH, dout_BKGPH)
             dscores_BKSGP = layout.scale * weights_BKSGP * (dweights_BKSGP - delta_BKGP[:, :, None])
+            if layout.softcap is not None:
+                dscores_BKSGP *= 1 - jnp.square(scores_BKSGP / layout.softcap)
             dscores_BKSGP = dscores_BKSGP.astype(query_BKGPH.dtype)
             weights_BKSGP = weights_BKSGP.astype(dout_BKGPH.dtype)
             key_BKHS = _keys_at(key_BKHL, start, layout, axis=3)
@@ -162,15 +174,15 @@ def _backward(layout, saved, dout_BTNH):
 
         state = (_full(jnp.moveaxis(query_BKGPH, -1, 2).shape, 0.0), *dkey_dvalue)
         dquery_BKHGP, *dkey_dvalue = _visit_all(layout, block, visit, state)
-        dquery = _heads(dquery_BKHGP).astype(query_BTNH.dtype)
-        return tuple(dkey_dvalue), (dquery, delta_BKGP)
+        dquery_bits = _put_rows(dquery_bits, dquery_BKHGP, block, layout, dtype)
+        return (dquery_bits, *dkey_dvalue), delta_BKGP
 
     zeros = _full(key_BKLH.shape, 0.0), _full(value_BKLH.shape, 0.0)
-    (dkey_BKLH, dvalue_BKLH), (dquery, delta) = lax.scan(
-        one_block, zeros, (jnp.arange(lse.shape[0]), lse)
+    (dquery_bits, dkey_BKLH, dvalue_BKLH), delta = lax.scan(
+        one_block, (_no_rows(queries, dtype), *zeros), (jnp.arange(lse.shape[0]), lse)
     )
     return (
-        _join(dquery, T),
+        narrow.from_bits(dquery_bits[:, :T], dtype),
         _unpad_keys(dkey_BKLH, key_BTKH, layout),
         _unpad_keys(dvalue_BKLH, value_BTKH, layout),
         _sink_gradient(sinks_N, lse, delta),
@@ -195,11 +207,18 @@ def _visit_all(layout, block, visit, state):
     return lax.fori_loop(0, jnp.minimum(visits, -(-(block + 1) * P // S)), visit, state)
 
 
-def _scores(layout, block, start, query_BKGPH, key_BKLH, segments):
-    """Scaled scores of one visit, hidden pairs at _HIDDEN."""
-    P, S = layout.blocks.query, layout.blocks.key
+def _scores(layout, start, query_BKGPH, key_BKLH):
+    """Scaled and capped scores of one visit, hidden pairs too."""
     key_BKSH = _keys_at(key_BKLH, start, layout, axis=2)
     scores_BKSGP = layout.scale * _dot("BKSH,BKGPH->BKSGP", key_BKSH, query_BKGPH)
+    if layout.softcap is None:
+        return scores_BKSGP
+    return layout.softcap * jnp.tanh(scores_BKSGP / layout.softcap)
+
+
+def _hidden(layout, block, start, segments):
+    """What to add to the scores of one visit: 0 to visible pairs, _HIDDEN to hidden ones."""
+    P, S = layout.blocks.query, layout.blocks.key
     key_S = start - S + jnp.arange(S)
     distance_SP = block * P + jnp.arange(P)[None] - key_S[:, None]
     visible_SP = (distance_SP >= 0) & (distance_SP < layout.window) & (key_S >= 0)[:, None]
@@ -210,7 +229,9 @@ def _scores(layout, block, start, query_BKGPH, key_BKLH, segments):
         key_BS = _keys_at(key_BL, start, layout, axis=1)
         same_BSP = key_BS[:, :, None] == query_BP[:, None]
         visible_BSP = visible_BSP & same_BSP & (key_BS != 0)[:, :, None]
-    return jnp.where(visible_BSP[:, None, :, None], scores_BKSGP, _HIDDEN)
+    hidden_BSP = jnp.where(visible_BSP, 0.0, _HIDDEN).astype(jnp.float32)
+    # Written out once: fused, the comparisons would be made again for every head and every reader.
+    return lax.optimization_barrier(hidden_BSP)[:, None, :, None]
 
 
 def _normalise(top_BKGP, total_BKGP, sum_BKHGP, sinks_N):
@@ -248,30 +269,46 @@ def _pad_queries(x_BTNH, layout):
 
 
 def _rows(x_BTNH, block, K, layout):
-    """One block of a padded query-side array as x_BKGPH."""
+    """One block of a padded query-side array as x_BKGPH, as products take it."""
     P = layout.blocks.query
     x_BPNH = lax.dynamic_slice_in_dim(x_BTNH, block * P, P, 1)
+    x_BPNH = narrow.operand(x_BPNH, x_BPNH.dtype)
     B, _, N, H = x_BPNH.shape
     x_BPKGH = x_BPNH.reshape(B, P, K, N // K, H)
     return x_BPKGH.transpose(0, 2, 3, 1, 4)
 
 
-def _heads(x_BKHGP):
-    """One block of results as x_BPNH."""
+def _no_rows(queries_BTNH, dtype):
+    """A buffer for results of the shape of the padded queries."""
+    return narrow.to_bits(jnp.zeros(queries_BTNH.shape, dtype))
+
+
+def _put_rows(bits_BTNH, x_BKHGP, block, layout, dtype):
+    """Writes one block of results."""
     B, K, H, G, P = x_BKHGP.shape
-    return x_BKHGP.transpose(0, 4, 1, 3, 2).reshape(B, P, K * G, H)
-
-
-def _join(blocks, T):
-    """Stacked blocks of x_BPNH as x_BTNH, without the padding."""
-    J, B, P, N, H = blocks.shape
-    return blocks.swapaxes(0, 1).reshape(B, J * P, N, H)[:, :T]
+    x_BPNH = x_BKHGP.transpose(0, 4, 1, 3, 2).reshape(B, P, K * G, H)
+    return narrow.put(bits_BTNH, x_BPNH, block * layout.blocks.query, dtype, axis=1)
 
 
 def _pad_keys(x_BTKH, layout):
     """To x_BKLH: S positions in front, so that every slice stays inside, and whole blocks."""
-    back = -x_BTKH.shape[1] % layout.blocks.query
-    return jnp.pad(x_BTKH.swapaxes(1, 2), ((0, 0), (0, 0), (layout.blocks.key, back), (0, 0)))
+    x_BKTH = narrow.operand(x_BTKH, x_BTKH.dtype).swapaxes(1, 2)
+    return jnp.pad(x_BKTH, ((0, 0), (0, 0), _key_padding(x_BTKH, layout), (0, 0)))
+
+
+def _pad_keys_last(x_BTKH, layout):
+    """The same as x_BKHL."""
+    B, T, K, H = x_BTKH.shape
+    # Written out before it is padded: XLA's padding of a transposed array goes by single elements.
+    x_BXT = lax.optimization_barrier(
+        narrow.operand(x_BTKH, x_BTKH.dtype).reshape(B, T, K * H).swapaxes(1, 2)
+    )
+    x_BXL = jnp.pad(x_BXT, ((0, 0), (0, 0), _key_padding(x_BTKH, layout)))
+    return x_BXL.reshape(B, K, H, x_BXL.shape[2])
+
+
+def _key_padding(x_BTKH, layout):
+    return layout.blocks.key, -x_BTKH.shape[1] % layout.blocks.query
 
 
 def _unpad_keys(dx_BKLH, x_BTKH, layout):

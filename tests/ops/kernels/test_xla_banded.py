@@ -8,6 +8,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lightning_jax.ops.kernels import narrow
 from lightning_jax.ops.kernels.tiling import BlockSizes, block_sizes
 from lightning_jax.ops.kernels.xla_banded import banded_attention
 
@@ -15,7 +16,7 @@ BLOCKS = BlockSizes(query=16, key=32)
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
-def _dense(query, key, value, dout, window, segments, sinks):
+def _dense(query, key, value, dout, window, segments, sinks, softcap=None):
     """Output and gradients of q, k, v, sinks in float64 from the dense softmax."""
     query, key, value, dout = (np.asarray(x, np.float64) for x in (query, key, value, dout))
     T, N, H = query.shape[1:]
@@ -26,7 +27,12 @@ def _dense(query, key, value, dout, window, segments, sinks):
     if segments is not None:
         same = (segments[:, :, None] == segments[:, None]) & (segments != 0)[:, None]
         visible = visible & same[:, None]
-    scores = np.where(visible, np.einsum("btnh,bsnh->bnts", query, key) / math.sqrt(H), -np.inf)
+    scores = np.einsum("btnh,bsnh->bnts", query, key) / math.sqrt(H)
+    slope = 1.0
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+        slope = 1 - (scores / softcap) ** 2
+    scores = np.where(visible, scores, -np.inf)
     column = np.full((*scores.shape[:3], 1), -np.inf)
     if sinks is not None:
         column[:] = np.asarray(sinks, np.float64)[None, :, None, None]
@@ -38,7 +44,7 @@ def _dense(query, key, value, dout, window, segments, sinks):
     out = np.einsum("bnts,bsnh->btnh", weights, value)
     delta = np.einsum("btnh,btnh->bnt", dout, out)
     dscores = weights * (np.einsum("btnh,bsnh->bnts", dout, value) - delta[..., None])
-    dscores /= math.sqrt(H)
+    dscores *= slope / math.sqrt(H)
 
     def per_key_head(x):
         return x.reshape(*x.shape[:2], N // G, G, H).sum(3)
@@ -65,7 +71,7 @@ def _packed(T):
     return np.stack([row, np.zeros(T, np.int64)]).astype(np.int32)
 
 
-def _run(query, key, value, dout, window, segments, sinks, blocks=BLOCKS):
+def _run(query, key, value, dout, window, segments, sinks, blocks=BLOCKS, softcap=None):
     @jax.jit
     def both(query, key, value, sinks, dout):
         def attend(query, key, value, sinks):
@@ -77,6 +83,7 @@ def _run(query, key, value, dout, window, segments, sinks, blocks=BLOCKS):
                 query_segments_BT=segments,
                 key_segments_BT=segments,
                 sinks_N=sinks,
+                logit_softcap=softcap,
                 blocks=blocks,
             )
 
@@ -87,9 +94,9 @@ def _run(query, key, value, dout, window, segments, sinks, blocks=BLOCKS):
     return out, [gradient for gradient in gradients if gradient is not None]
 
 
-def _check(inputs, window, segments, sinks, tolerance, blocks=BLOCKS):
-    expected, expected_gradients = _dense(*inputs, window, segments, sinks)
-    out, gradients = _run(*inputs, window, segments, sinks, blocks)
+def _check(inputs, window, segments, sinks, tolerance, blocks=BLOCKS, softcap=None):
+    expected, expected_gradients = _dense(*inputs, window, segments, sinks, softcap)
+    out, gradients = _run(*inputs, window, segments, sinks, blocks, softcap)
     assert out.dtype == inputs[0].dtype
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, tolerance, tolerance)
     assert len(gradients) == len(expected_gradients)
@@ -128,10 +135,19 @@ def test_packed_rows_and_padding(window, with_sinks):
         assert (np.asarray(array)[segments == 0] == 0).all()
 
 
+@pytest.mark.parametrize("multiplied", [True, False])
 @pytest.mark.parametrize("window", [20, slow(None)])
-def test_bfloat16(window):
+def test_bfloat16(window, multiplied, monkeypatch):
+    monkeypatch.setattr(narrow, "multiplies_bfloat16", lambda: multiplied)
     inputs = _inputs(70, 8, 2, jnp.bfloat16)
     _check(inputs, window, _packed(70), jnp.zeros(8), 4e-2)
+
+
+@pytest.mark.parametrize("window, softcap", [(20, 0.7), slow(None, 0.7), slow(20, 50.0)])
+def test_softcap(window, softcap):
+    query, *rest = _inputs(70, 4, 2)
+    inputs = 3 * query, *rest
+    _check(inputs, window, _packed(70), jnp.linspace(-1.0, 1.0, 4), 2e-5, softcap=softcap)
 
 
 @pytest.mark.parametrize("window", [24, slow(None)])
