@@ -22,9 +22,11 @@ def main() -> None:
         import jax
 
         jax.distributed.initialize()
+    from lightning_jax import compiler
     from lightning_jax.infer.text import sample
     from lightning_jax.train import loop
 
+    compiler.cache_in(f"{_WORKDIR.value}/compiled")
     results = loop.run(config, _WORKDIR.value, sampler=sample, profile=_PROFILE.value)
     program.emit_json(results)
 

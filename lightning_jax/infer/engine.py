@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lightning_jax import compiler, sharding
 from lightning_jax import model as lm
-from lightning_jax import sharding
 from lightning_jax.config import ModelConfig
 from lightning_jax.fields import require
 from lightning_jax.infer.sampling import Sampling, sample
@@ -66,7 +66,9 @@ def _empty_cache(config: ModelConfig, batch: int, length: int) -> lm.Cache:
     return lm.init_cache(config, batch, length)
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache", "logits_BV"))
+@functools.partial(
+    compiler.jit, static_argnames=("config",), donate_argnames=("cache", "logits_BV")
+)
 def _prefill_chunk(
     config: ModelConfig,
     weights: Weights,
@@ -118,7 +120,7 @@ def _choose(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "sampling", "valid_vocab"), donate_argnames=("cache",)
+    compiler.jit, static_argnames=("config", "sampling", "valid_vocab"), donate_argnames=("cache",)
 )
 def _decode(
     config: ModelConfig,

@@ -121,7 +121,9 @@ def _backward(chunk, valid_vocab, saved, cotangents):
         dlogits -= jnp.where(_is_target(logits, targets), dnll[:, None], 0)
         dlogits = dlogits.astype(hidden.dtype)
         dhidden = jnp.einsum("MV,DV->MD", dlogits, head, preferred_element_type=jnp.float32)
-        dhead += jnp.einsum("MD,MV->DV", hidden, dlogits, preferred_element_type=jnp.float32)
+        # Transposed by hand: of two operands summed over their rows XLA's CPU product makes half.
+        hidden_DM = jax.lax.optimization_barrier(hidden.T)
+        dhead += jnp.einsum("DM,MV->DV", hidden_DM, dlogits, preferred_element_type=jnp.float32)
         return dhead, dhidden.astype(hidden.dtype)
 
     tokens = (hidden_MD, targets_M, logsumexp_M, *cotangents)

@@ -10,8 +10,8 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from lightning_jax import compiler, sharding
 from lightning_jax import model as lm
-from lightning_jax import sharding
 from lightning_jax.config import RunConfig
 from lightning_jax.train import step
 
@@ -88,5 +88,6 @@ class TrainSteps:
                 in_shardings=(self.shardings, sharding.batch_sharding(self._mesh)),
                 out_shardings=(self.shardings, sharding.replicated(self._mesh)),
                 donate_argnums=(0,),
+                compiler_options=compiler.options(),
             )
         return self._jitted[key]

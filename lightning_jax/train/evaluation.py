@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from lightning_jax import compiler, sharding
 from lightning_jax import model as lm
-from lightning_jax import sharding
 from lightning_jax.checkpoint import load_run
 from lightning_jax.config import DataConfig, MeshConfig, RunConfig, SourceConfig
 from lightning_jax.data.mixture import EvalBatches, eval_batches, open_eval_sources
@@ -50,7 +50,9 @@ def make_eval_step(config: RunConfig, mesh: Mesh, rope_base_global: float) -> Ca
     def run(params: Any, router: lm.Router, batch: dict[str, jax.Array]) -> Any:
         return steps.eval_step(config, params, router, batch, rope_base_global)
 
-    return jax.jit(run, out_shardings=sharding.replicated(mesh))
+    return jax.jit(
+        run, out_shardings=sharding.replicated(mesh), compiler_options=compiler.options()
+    )
 
 
 def position_buckets(seq_len: int) -> list[tuple[int, int]]:
@@ -167,6 +169,7 @@ def evaluate_run(workdir: str, options: EvalOptions) -> dict[str, Any]:
     Raises:
       UserError: no such run, checkpoint or data, or an option that the run's model cannot take.
     """
+    compiler.keep_freed_memory()
     loaded = load_run(workdir, step=options.step)
     config, router = with_eval_routing(loaded.config, loaded.router, options)
     data = config.data

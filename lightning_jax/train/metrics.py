@@ -7,6 +7,7 @@ lines that it is about to write again.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -43,7 +44,12 @@ class MetricsWriter:
         self._path = workdir / "metrics.jsonl"
         _drop_rows_after(self._path, resume_step)
         self._file = open(self._path, "a", encoding="utf-8")
-        self._events = _EventFile(workdir / "tensorboard", purge_step=resume_step + 1)
+        self._directory, self._purge_step = workdir / "tensorboard", resume_step + 1
+
+    @functools.cached_property
+    def _events(self) -> _EventFile:
+        # Opened by the first row: what it imports must not delay the first step.
+        return _EventFile(self._directory, purge_step=self._purge_step)
 
     def write(self, row: dict[str, Any]) -> None:
         """Writes one row; it must have a `step`. The line is on disk when this returns."""
@@ -64,7 +70,8 @@ class MetricsWriter:
     def close(self) -> None:
         """Flushes and closes both files."""
         self._file.close()
-        self._events.close()
+        if "_events" in vars(self):
+            self._events.close()
 
 
 def _flat_scalars(row: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

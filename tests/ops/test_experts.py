@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lightning_jax.ops.experts import IMPLEMENTATIONS, routed_experts
+from lightning_jax.ops.kernels import narrow
 from lightning_jax.ops.routing import Routing, route
 
 D, F = 12, 10
@@ -140,10 +141,17 @@ def test_nan_padding_reaches_nothing(implementation):
 
 
 @pytest.mark.parametrize(
-    ("implementation", "weight_dtype"),
-    [("blocked", jnp.bfloat16), ("blocked", jnp.float32), ("ragged_dot", jnp.bfloat16)],
+    ("implementation", "weight_dtype", "multiplied"),
+    [
+        ("blocked", jnp.bfloat16, False),
+        ("blocked", jnp.bfloat16, True),
+        ("blocked", jnp.float32, False),
+        ("ragged_dot", jnp.bfloat16, False),
+    ],
 )
-def test_bfloat16(implementation, weight_dtype):
+def test_bfloat16(implementation, weight_dtype, multiplied, monkeypatch):
+    monkeypatch.setattr(narrow, "multiplies_bfloat16", lambda: multiplied)
+    output_and_grads.clear_cache()
     index = assignment("ragged", M, E, C)
     x, *w = (jnp.asarray(a, jnp.bfloat16) for a in (tokens(M), *weights(E)))
     gate = gates(index, E)

@@ -3,14 +3,13 @@
 The filled slots, sorted by expert, are walked one expert at a time and, inside an expert, one
 block of rows at a time; both loops run a dynamic number of times, so an empty expert, an empty
 slot or a padded token costs nothing, and cost does not grow with E. A block gathers its rows,
-runs SwiGLU on its expert's weights and stores its output in sorted order. The backward pass
-recomputes the hidden values block by block (2 of its 8 matmuls) rather than storing them.
+runs SwiGLU on its expert's weights and stores its output in sorted order. Differentiated, it keeps
+the projections too: on a CPU writing them costs a fifth of computing them again (2 of 8 products).
 
 XLA CPU turns `jax.lax.ragged_dot` into E masked dense matmuls, which this replaces.
 
-With bfloat16 weights on CPU, XLA's while-loop-invariant-code-motion hoists the float32 upcast of
-the whole expert stack out of the loop, on every call. Compile such programs with
-`{"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}`, or keep float32 weights there.
+With bfloat16 weights on CPU, XLA moves the conversion of the weights of all experts out of the
+loop, on every call, unless compiled with `lightning_jax.compiler.options`.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from lightning_jax.ops.activation import gated_unit
+from lightning_jax.ops.kernels import narrow
 from lightning_jax.ops.routing import ordered_sum, sort_slots
 
 
@@ -36,7 +36,7 @@ def block_sizes(slots: int, experts: int) -> tuple[int, ...]:
     mean = slots / experts
     if mean < 64:
         return (min(32, _power_of_two_from(mean)),)
-    return (256, 64) if mean >= 256 else (128, 32)
+    return (256, 64, 16) if mean >= 256 else (128, 32)
 
 
 def _power_of_two_from(value: float) -> int:
@@ -71,46 +71,69 @@ def blocked_experts(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _blocked(sizes, clamp, x_MD, expert_index_MC, gate_MC, weights, biases):
-    return _forward(sizes, clamp, x_MD, expert_index_MC, gate_MC, weights, biases)[0]
+    return _run(sizes, clamp, x_MD, expert_index_MC, gate_MC, weights, biases, keep=False)[0]
+
+
+# J is 2 F: gate and up projections side by side, one product instead of two. Going forward two are
+# as fast, and few rows would not pay for laying the weights side by side.
 
 
 def _forward(sizes, clamp, x_MD, expert_index_MC, gate_MC, weights, biases):
+    arguments = (x_MD, expert_index_MC, gate_MC, weights, biases)
+    y_MD, order, hidden_RJ = _run(sizes, clamp, *arguments, keep=True)
+    return y_MD, (*arguments, order, hidden_RJ)
+
+
+def _run(sizes, clamp, x_MD, expert_index_MC, gate_MC, weights, biases, *, keep):
+    """The output, the order of the slots and, to keep, the projections of each sorted row."""
     order = sort_slots(expert_index_MC, weights[0].shape[0])
-    token_S = order.token_S
+    token_S, dtype = order.token_S, x_MD.dtype
+    x_bits_MD = narrow.to_bits(x_MD)
 
-    def expert(e, end, rows_RD):
-        weights_e = _of_expert(weights, e, x_MD.dtype)
-        biases_e = _of_expert(biases, e, jnp.float32)
+    def expert(e, end, buffers):
+        *into_DF, down_FD = _weights_of(weights, e, dtype)
+        biases_e = _biases_of(biases, e)
 
-        def block(start, size, rows_RD):
+        def block(start, size, buffers):
             token_R = _take_block(token_S, start, size, end)
-            hidden = _projected(x_MD[token_R], weights_e, biases_e)
-            act_RF = gated_unit(*hidden, clamp=clamp)
-            y_RD = _dot(act_RF.astype(x_MD.dtype), weights_e[2])
+            x_RD = _rows(x_bits_MD, token_R, dtype)
+            hidden_RF = [narrow.dot(x_RD, w_DF) for w_DF in into_DF]
+            if biases_e:
+                hidden_RF = [
+                    h_RF + b_F[None] for h_RF, b_F in zip(hidden_RF, biases_e, strict=False)
+                ]
+            y_RD = narrow.dot(narrow.operand(gated_unit(*hidden_RF, clamp=clamp), dtype), down_FD)
             if biases_e:
                 y_RD += biases_e[2][None]
-            return _put(rows_RD, y_RD, start)
+            rows = (y_RD, jnp.concatenate(hidden_RF, axis=1))
+            return tuple(
+                narrow.put(a, b, start, dtype) for a, b in zip(buffers, rows, strict=False)
+            )
 
-        return _for_each_block(sizes, end - order.size_E[e], end, block, rows_RD)
+        return _for_each_block(sizes, end - order.size_E[e], end, block, buffers)
 
-    rows_RD = _for_each_expert(order, expert, _row_buffer(order, sizes, x_MD))
-    filled_MC = expert_index_MC < weights[0].shape[0]
-    y_MD = ordered_sum(rows_RD, order.position_MC, jnp.where(filled_MC, gate_MC, 0.0))
-    residuals = (x_MD, order, filled_MC, gate_MC, weights, biases)
-    return y_MD.astype(x_MD.dtype), residuals
+    widths = (x_MD.shape[1], 2 * weights[0].shape[2]) if keep else (x_MD.shape[1],)
+    buffers = tuple(_row_buffer(order, sizes, width, dtype) for width in widths)
+    rows_RD, *kept = _for_each_expert(order, expert, buffers)
+    gates_MC = jnp.where(expert_index_MC < weights[0].shape[0], gate_MC, 0.0)
+    y_MD = ordered_sum(narrow.from_bits(rows_RD, dtype), order.position_MC, gates_MC)
+    return y_MD.astype(dtype), order, kept[0] if keep else None
 
 
 def _backward(sizes, clamp, residuals, dy_MD):
-    x_MD, order, filled_MC, gate_MC, weights, biases = residuals
+    x_MD, expert_index_MC, gate_MC, weights, biases, order, hidden_bits_RJ = residuals
     dtype = x_MD.dtype
     wide = jnp.promote_types(dtype, jnp.float32)
     token_S = order.token_S
     gate_S = gate_MC.reshape(-1)[order.slot_S]
-    parameters = (weights, biases)
+    x_bits_MD, dy_bits_MD = narrow.to_bits(x_MD), narrow.to_bits(dy_MD)
+    gradients_of = functools.partial(_block_gradients, dtype=dtype, clamp=clamp)
 
     def expert(e, end, carry):
-        weights_e = _of_expert(weights, e, dtype)
-        biases_e = _of_expert(biases, e, jnp.float32)
+        *into_DF, down_FD = _weights_of(weights, e, dtype)
+        biases_e = _biases_of(biases, e)
+        into_DJ = jnp.concatenate(into_DF, axis=1)
+        into_JD, down_DF = narrow.transposed(into_DJ), narrow.transposed(down_FD)
 
         def block(start, size, carry):
             sums, dx_RD, dgate_R = carry
@@ -118,64 +141,78 @@ def _backward(sizes, clamp, residuals, dy_MD):
             # Rows past the group's end repeat its last one: a zero gate keeps them out.
             valid_R = start + jnp.arange(size) < end
             gate_R = jnp.where(valid_R, _take_block(gate_S, start, size, end), 0.0)
-            rows = (x_MD[token_R], gate_R, dy_MD[token_R])
-            gradients, *drows = _block_gradients(*rows, weights_e, biases_e, clamp)
+            x_RD, dy_RD = (_rows(bits, token_R, dtype) for bits in (x_bits_MD, dy_bits_MD))
+            hidden_RJ = jax.lax.dynamic_slice_in_dim(hidden_bits_RJ, start, size, axis=0)
+            hidden_RJ = narrow.from_bits(hidden_RJ, dtype).astype(wide)
+            rows = (x_RD, gate_R, dy_RD, hidden_RJ)
+            gradients, *drows = gradients_of(*rows, into_JD, down_DF, biases_e)
             sums = jax.tree.map(jnp.add, sums, gradients)
-            return sums, _put(dx_RD, drows[0], start), _put(dgate_R, drows[1], start)
+            dx_RD = narrow.put(dx_RD, drows[0], start, dtype)
+            return sums, dx_RD, narrow.put(dgate_R, drows[1], start, wide)
 
         # One expert's weight gradients stay in cache; the full ones are written once each.
         full, dx_RD, dgate_R = carry
-        sums = jax.tree.map(lambda p: jnp.zeros(p.shape[1:], wide), parameters)
+        shapes = into_DJ.shape, down_FD.shape, *(bias.shape for bias in biases_e)
+        sums = tuple(jnp.zeros(shape, wide) for shape in shapes)
         start = end - order.size_E[e]
         sums, *rows = _for_each_block(sizes, start, end, block, (sums, dx_RD, dgate_R))
-        return jax.tree.map(lambda all_E, one: _put(all_E, one[None], e), full, sums), *rows
+        sums = (*jnp.split(sums[0], 2, axis=1), *sums[1:])
+        parts = zip(full, sums, (*weights, *biases), strict=True)
+        return tuple(narrow.put(buf, one[None], e, p.dtype) for buf, one, p in parts), *rows
 
-    dx_RD = _row_buffer(order, sizes, x_MD)
-    zeros = (jax.tree.map(jnp.zeros_like, parameters), dx_RD, jnp.zeros(dx_RD.shape[0], wide))
-    gradients, dx_RD, dgate_R = _for_each_expert(order, expert, zeros)
-    dx_MD = ordered_sum(dx_RD, order.position_MC, filled_MC)
+    dx_RD = _row_buffer(order, sizes, x_MD.shape[1], dtype)
+    zeros = tuple(jnp.zeros_like(narrow.to_bits(p)) for p in (*weights, *biases))
+    carry = (zeros, dx_RD, jnp.zeros(dx_RD.shape[0], wide))
+    bits, dx_RD, dgate_R = _for_each_expert(order, expert, carry)
+    filled_MC = expert_index_MC < weights[0].shape[0]
+    dx_MD = ordered_sum(narrow.from_bits(dx_RD, dtype), order.position_MC, filled_MC)
     dgate_MC = jnp.where(filled_MC, dgate_R[order.position_MC], 0.0).astype(gate_MC.dtype)
-    return dx_MD.astype(dtype), None, dgate_MC, *gradients
+    gradients = tuple(
+        narrow.from_bits(a, p.dtype) for a, p in zip(bits, (*weights, *biases), strict=True)
+    )
+    return dx_MD.astype(dtype), None, dgate_MC, gradients[:3], gradients[3:]
 
 
 _blocked.defvjp(_forward, _backward)
 
 
-def _of_expert(parameters, e, dtype):
-    return tuple(parameter[e].astype(dtype) for parameter in parameters)
+def _weights_of(weights, e, dtype):
+    """gate_DF, up_DF and down_FD of one expert, as its products take them."""
+    return tuple(
+        narrow.operand(narrow.from_bits(narrow.to_bits(w)[e], w.dtype), dtype) for w in weights
+    )
 
 
-def _projected(x_RD, weights, biases):
-    """Gate and up projections of a block of rows, in at least float32."""
-    gate_RF, up_RF = _dot(x_RD, weights[0]), _dot(x_RD, weights[1])
-    if biases:
-        gate_RF, up_RF = gate_RF + biases[0][None], up_RF + biases[1][None]
-    return gate_RF, up_RF
+def _biases_of(biases, e):
+    return tuple(bias[e].astype(jnp.float32) for bias in biases)
 
 
-def _block_gradients(x_RD, gate_R, dy_RD, weights, biases, clamp):
-    """Gradients of gate_R * expert(x_RD): for (weights, biases), x and gate."""
-    dtype = x_RD.dtype
-    gate_DF, up_DF, down_FD = weights
+def _rows(bits_MD, token_R, dtype):
+    rows_RD = bits_MD.at[token_R].get(mode="promise_in_bounds")
+    return narrow.operand(narrow.from_bits(rows_RD, dtype), dtype)
+
+
+def _block_gradients(x_RD, gate_R, dy_RD, hidden_RJ, into_JD, down_DF, biases, *, dtype, clamp):
+    """Gradients of gate_R * expert(x_RD): of (into, down, *biases), of x and of gate."""
     unit = functools.partial(gated_unit, clamp=clamp)
-    act_RF, unit_gradient = jax.vjp(unit, *_projected(x_RD, weights, biases))
-    dact_RF = _dot(dy_RD, down_FD.T)
+    act_RF, unit_gradient = jax.vjp(unit, *jnp.split(hidden_RJ, 2, axis=1))
+    dact_RF = narrow.dot(dy_RD, down_DF)
     # <dy, act down> = <dy down', act>: the gate's gradient needs no second down matmul.
     dgate_R = jnp.sum(dact_RF * act_RF, axis=-1)
     wide_RF = unit_gradient(dact_RF * gate_R[:, None])
-    dhidden_RF, dup_RF = (d_RF.astype(dtype) for d_RF in wide_RF)
-    dweights = (
-        _dot(x_RD.T, dhidden_RF),
-        _dot(x_RD.T, dup_RF),
-        _dot((act_RF * gate_R[:, None]).astype(dtype).T, dy_RD),
-    )
+    dhidden_RJ = narrow.operand(jnp.concatenate(wide_RF, axis=1), dtype)
+    gated_RF = narrow.operand(act_RF * gate_R[:, None], dtype)
     dbiases = ()
     if biases:
-        dy_RD = dy_RD.astype(wide_RF[0].dtype)
-        dbiases = (*(d_RF.sum(0) for d_RF in wide_RF), gate_R @ dy_RD)
-        dgate_R += dy_RD @ biases[2]
-    dx_RD = _dot(dhidden_RF, gate_DF.T) + _dot(dup_RF, up_DF.T)
-    return (dweights, dbiases), dx_RD, dgate_R
+        wide_dy_RD = dy_RD.astype(wide_RF[0].dtype)
+        dbiases = (*(d_RF.sum(0) for d_RF in wide_RF), gate_R @ wide_dy_RD)
+        dgate_R += wide_dy_RD @ biases[2]
+    gradients = (
+        narrow.dot(narrow.transposed(x_RD), dhidden_RJ),
+        narrow.dot(narrow.transposed(gated_RF), dy_RD),
+        *dbiases,
+    )
+    return gradients, narrow.dot(dhidden_RJ, into_JD), dgate_R
 
 
 def _for_each_expert(order, body, carry):
@@ -203,20 +240,13 @@ def _for_each_block(sizes, start, end, body, carry):
     return state[1]
 
 
-def _row_buffer(order, sizes, x_MD):
+def _row_buffer(order, sizes, width, dtype):
     # Blocks run in row order, so what a partial one writes past its group is then overwritten by
     # the next group; only the last group needs room to spill into.
-    return jnp.zeros((order.slot_S.shape[0] + sizes[0], x_MD.shape[1]), x_MD.dtype)
+    return narrow.to_bits(jnp.zeros((order.slot_S.shape[0] + sizes[0], width), dtype))
 
 
 def _take_block(values_S, start, size, end):
     """values_S[start : start + size], the last valid one repeated from `end` on."""
-    return values_S[jnp.minimum(start + jnp.arange(size), end - 1)]
-
-
-def _put(buffer, rows, start):
-    return jax.lax.dynamic_update_slice_in_dim(buffer, rows.astype(buffer.dtype), start, axis=0)
-
-
-def _dot(a, b):
-    return jnp.dot(a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+    row_R = jnp.minimum(start + jnp.arange(size), end - 1)
+    return values_S.at[row_R].get(mode="promise_in_bounds")

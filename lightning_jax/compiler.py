@@ -1,0 +1,96 @@
+"""How programs are compiled and run on a machine, and why: the one place for it.
+
+Every `jax.jit` of a model takes `options()`, or is `jit`; every program calls `keep_freed_memory`,
+and `cache_in` where it has a folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+logger = logging.getLogger(__name__)
+
+# Programs that take less to compile are not worth a file.
+_CACHED_FROM_SECONDS = 0.2
+# Parameters of glibc's mallopt (malloc.h).
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+
+
+def options() -> dict[str, str | int]:
+    """What to pass to `jax.jit(..., compiler_options=...)` on this backend: a top-level jit.
+
+    On a CPU, XLA computes a bfloat16 product of a loop in float32 and then moves the conversion of
+    what the loop does not change, such as the weights of *all* experts, out of the loop: a decode
+    step that reads 4 experts of 32 converts them all, every time. Without
+    `while-loop-invariant-code-motion` it converts what it reads.
+
+    Our time goes to library products and to loops that LLVM vectorises at its first level already:
+    higher levels take a fifth longer to compile and make nothing faster.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    return {
+        "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
+        "xla_backend_optimization_level": 1,
+    }
+
+
+class jit:
+    """`jax.jit` with `options()` for a function of a module, which asks for them when first used.
+
+    Asked for at import, they would choose the backend before the program can. Has the attributes
+    of the jitted function.
+    """
+
+    def __init__(self, function: Callable[..., Any], **arguments: Any):
+        self._function, self._arguments = function, arguments
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._jitted(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._jitted, name)
+
+    @functools.cached_property
+    def _jitted(self) -> Callable[..., Any]:
+        return jax.jit(self._function, compiler_options=options(), **self._arguments)
+
+
+def cache_in(folder: str | os.PathLike[str]) -> None:
+    """Keeps compiled programs in `folder`, for the next process, unless jax has a cache already.
+
+    Call it before anything is compiled: in a program, not in a library.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _CACHED_FROM_SECONDS)
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Tells the C library of this process to keep freed memory for the next call.
+
+    XLA on a CPU allocates the temporaries of a program anew on every call, and glibc gives large
+    blocks back to Linux, which clears each page before it hands it out again: a tenth of the time
+    of a layer of experts. Only glibc has these settings; elsewhere nothing changes.
+    """
+    if jax.default_backend() != "cpu" or sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    settings = (
+        (_M_MMAP_MAX, 0),  # no block gets pages of its own, which end with it
+        (_M_TRIM_THRESHOLD, 2**31 - 1),  # the heap does not shrink
+        (_M_TOP_PAD, 2**28),  # and grows by so many bytes
+        (_M_ARENA_MAX, 1),  # one heap for all threads: others cannot hold large blocks
+    )
+    if mallopt and not all([mallopt(*setting) for setting in settings]):
+        logger.warning("mallopt refused a setting: memory is cleared anew on every step")

@@ -1,0 +1,71 @@
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lightning_jax import compiler
+
+
+def test_options_are_for_the_cpu_alone(monkeypatch):
+    assert "while-loop-invariant-code-motion" in compiler.options()["xla_disable_hlo_passes"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert compiler.options() == {}
+
+
+def test_a_loop_converts_the_weights_that_it_reads_and_no_others():
+    def rows(x_MD, weight_EDD, index_M):
+        product = lambda x, e: jnp.dot(x, weight_EDD[e], preferred_element_type=jnp.float32)  # noqa: E731
+        return jax.lax.map(lambda row: product(row[0][None], row[1])[0], (x_MD, index_M))
+
+    shapes = ((4, 64), jnp.bfloat16), ((64, 64, 64), jnp.bfloat16), ((4,), jnp.int32)
+    arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    jitted = jax.jit(rows, compiler_options=compiler.options())
+    temporary = jitted.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 64 * 64 * 64 * 4
+
+
+def test_jit_chooses_its_options_when_first_called(monkeypatch):
+    asked = []
+    monkeypatch.setattr(compiler, "options", lambda: asked.append(1) or {})
+    double = compiler.jit(lambda x, by: by * x, static_argnames=("by",))
+    assert not asked
+    np.testing.assert_array_equal(double(jnp.arange(3), by=2), [0, 2, 4])
+    double(jnp.arange(3), by=2)
+    assert len(asked) == 1 and double._cache_size() == 1
+
+
+def test_a_cache_of_the_user_is_kept(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compiler.cache_in(tmp_path / "ours")
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ours")
+        compiler.cache_in(tmp_path / "other")
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ours")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc only")
+def test_freed_memory_is_used_again():
+    program = """
+import ctypes, resource
+from lightning_jax import compiler
+compiler.keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+def touch():
+    size = 1 << 26
+    block = libc.malloc(size)
+    ctypes.memset(block, 1, size)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+first, again = touch(), touch()
+print(again - first)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 1000
