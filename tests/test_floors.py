@@ -39,9 +39,8 @@ MAY_IMPORT = {
     "infer": BELOW_TRAINING,
     "arena": BELOW_TRAINING,
     "interop": BELOW_TRAINING | {"train", "infer"},
-    "benchmark": BELOW_TRAINING | {"train", "infer", "interop"},
+    "benchmark": BELOW_TRAINING | {"train", "infer", "interop", "ops.kernels"},
     "ablation": BELOW_TRAINING | {"train"},
-    "benchmark": BELOW_TRAINING | {"train", "infer"},
     "program": {"config", "errors", "fields"},
 }
 # The values that kernels take; the ops that choose a kernel stand above it.

@@ -1,0 +1,33 @@
+"""Measure a suite on this machine: our code and, where installed, its peers.
+
+    python -m experiments.benchmark --suite=attention --out=benchmarks/results/attention.json
+
+Prints JSON on stdout (machine, versions, commit, rows) and tables on stderr. torch and transformers
+are optional (`pip install -e .[peers]`): without them their rows are skipped with a note.
+"""
+
+from absl import flags
+
+from lightning_jax import program
+
+_CONFIG = program.define_config("configs/mixtral_28m.py")
+_SUITE = flags.DEFINE_string("suite", None, "attention, moe, train, startup, …", required=True)
+_OUT = flags.DEFINE_string("out", None, "File for the JSON, besides standard output.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds; medians are reported.", 1)
+_ONLY = flags.DEFINE_list("only", [], "Parts of row names: measure only rows with one of these.")
+
+
+def main() -> None:
+    from lightning_jax.benchmark import report
+    from lightning_jax.benchmark.measure import Options
+
+    options = Options(_ROUNDS.value, tuple(_ONLY.value), program.load_config(_CONFIG.value))
+    found = report.run_suite(_SUITE.value, options)
+    if _OUT.value:
+        report.write(found, _OUT.value)
+    report.print_tables(found)
+    program.emit_json(found)
+
+
+if __name__ == "__main__":
+    program.run(main)
