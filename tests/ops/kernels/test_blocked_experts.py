@@ -88,7 +88,7 @@ def test_the_chosen_sizes_match_the_oracle_and_repeat_bit_for_bit():
 
 
 def test_block_sizes():
-    assert kernel.block_sizes(4096 * 4, 64) == (256, 64)
+    assert kernel.block_sizes(4096 * 4, 64) == (256, 64, 16)
     assert kernel.block_sizes(4096 * 4, 128) == (128, 32)
     assert kernel.block_sizes(4, 64) == (1,)
     assert kernel.block_sizes(64 * 4, 32) == (8,)
