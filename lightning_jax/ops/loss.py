@@ -12,6 +12,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from lightning_jax.ops.kernels import narrow
+
 
 def token_losses(
     hidden_MD: jax.Array,
@@ -97,10 +99,12 @@ def _token_losses(hidden_MD, head_DV, targets_M, chunk, valid_vocab):
 
 
 def _forward(hidden_MD, head_DV, targets_M, chunk, valid_vocab):
-    head = head_DV.astype(hidden_MD.dtype)
+    dtype = hidden_MD.dtype
+    head = narrow.operand(head_DV, dtype)
 
     def one_chunk(_, tokens):
         hidden, targets = tokens
+        hidden = narrow.operand(hidden, dtype)
         logits = _logits(hidden, head, valid_vocab)
         logsumexp = jax.nn.logsumexp(logits, axis=-1)
         target = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
@@ -112,19 +116,19 @@ def _forward(hidden_MD, head_DV, targets_M, chunk, valid_vocab):
 
 def _backward(chunk, valid_vocab, saved, cotangents):
     hidden_MD, head_DV, targets_M, logsumexp_M = saved
-    head = head_DV.astype(hidden_MD.dtype)
+    dtype = hidden_MD.dtype
+    head = narrow.operand(head_DV, dtype)
 
     def one_chunk(dhead, tokens):
         hidden, targets, logsumexp, dnll, dlogsumexp = tokens
+        hidden = narrow.operand(hidden, dtype)
         logits = _logits(hidden, head, valid_vocab)
         dlogits = jnp.exp(logits - logsumexp[:, None]) * (dnll + dlogsumexp)[:, None]
         dlogits -= jnp.where(_is_target(logits, targets), dnll[:, None], 0)
-        dlogits = dlogits.astype(hidden.dtype)
+        dlogits = narrow.operand(dlogits, dtype)
         dhidden = jnp.einsum("MV,DV->MD", dlogits, head, preferred_element_type=jnp.float32)
-        # Transposed by hand: of two operands summed over their rows XLA's CPU product makes half.
-        hidden_DM = jax.lax.optimization_barrier(hidden.T)
-        dhead += jnp.einsum("DM,MV->DV", hidden_DM, dlogits, preferred_element_type=jnp.float32)
-        return dhead, dhidden.astype(hidden.dtype)
+        dhead += narrow.dot(narrow.transposed(hidden), dlogits)
+        return dhead, dhidden.astype(dtype)
 
     tokens = (hidden_MD, targets_M, logsumexp_M, *cotangents)
     dhead, dhidden = _scan_chunks(one_chunk, jnp.zeros(head_DV.shape, jnp.float32), tokens, chunk)
