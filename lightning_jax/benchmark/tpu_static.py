@@ -216,8 +216,9 @@ def _schedule(path: Path, kernel: str) -> dict[str, Any]:
         "bundles": len(rows),
         "spills": sum(row[names.index("SPILL")] for row in rows),
         "block": end - start,
-        "slots": {
-            name: round(sum(column) / (end - start) / most, 3) for name, most, column in used
+        **{
+            f"{name.lower()}_slots": round(sum(column) / (end - start) / most, 3)
+            for name, most, column in used
         },
     }
 
