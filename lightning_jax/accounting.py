@@ -83,7 +83,7 @@ def parameters(config: ModelConfig, experts_per_token: float | None = None) -> P
     moe, D = config.moe, config.model_dim
     routed = sum(spec.routed for spec in config.layers)
     expert = 3 * D * moe.expert_dim
-    routed_expert = expert + moe.expert_bias * (2 * moe.expert_dim + D)
+    routed_expert = expert + _expert_vectors(config)
     used = nominal_experts(moe) if experts_per_token is None else experts_per_token
     return Parameters(
         embedding=config.vocab_size * D,
@@ -264,14 +264,18 @@ def _attention_vectors(config: ModelConfig, spec: LayerSpec) -> int:
     return count + attention.sinks * attention.num_heads
 
 
+def _expert_vectors(config: ModelConfig) -> int:
+    """Biases of one routed expert."""
+    return config.moe.expert_bias * (2 * config.moe.expert_dim + config.model_dim)
+
+
 def _matmul_parameters(config: ModelConfig, experts_per_token: float) -> float:
     """Parameters that multiply a token: a lookup does not, a tied head does, vectors do not."""
     size, moe = parameters(config, experts_per_token), config.moe
     routed = sum(spec.routed for spec in config.layers)
     vectors = sum(_attention_vectors(config, spec) for spec in config.layers)
     vectors += routed * moe.router_bias * moe.num_experts
-    biases = moe.expert_bias * (2 * moe.expert_dim + config.model_dim)
-    vectors += routed * experts_per_token * biases
+    vectors += routed * experts_per_token * _expert_vectors(config)
     return size.active - size.head - size.norms - vectors
 
 
