@@ -6,9 +6,15 @@ import dataclasses
 
 # Blocks are whole vector registers wide, so that no row ends in a scalar remainder.
 _LANES = 16
-# Keys of one visit, and the longest span of keys that short query blocks serve best.
-_SHORT_QUERY, _SHORT_KEYS, _SHORT_SPAN = 64, 224, 1280
-_LONG_QUERY, _LONG_KEYS = 128, 256
+# Scores of one product, those of a key head's queries in one visit, from which XLA computes it on
+# more than one core; the products of a batch run one after another.
+_SPREAD = 2**17
+# Query positions of short blocks, and the longest span of keys that they serve best.
+_SHORT_QUERY, _SHORT_SPAN = 64, 1280
+# Most keys of a visit of short blocks, and where few query heads share a key head.
+_SHORT_KEYS, _FEW_HEADS_KEYS = 640, 288
+# Rows of a product (positions x query heads of a key head) of long blocks, and their positions.
+_LONG_ROWS, _LONG_QUERY = 512, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,33 +38,39 @@ class BlockSizes:
                 raise ValueError(f"block size {name}={getattr(self, name)}: must be at least 1")
 
 
-def block_sizes(length: int, window: int | None, head_dim: int) -> BlockSizes:
+def block_sizes(length: int, window: int | None, head_dim: int, group: int) -> BlockSizes:
     """Block sizes for rows of `length` tokens and `window` visible keys (None for all).
 
     A query block of P positions computes window + P - 1 scores a query, so short blocks waste
-    least; long ones reuse each key more. Either way the scores of one visit and of eight query
-    heads stay below half a megabyte: they are written and read several times, and the second level
-    cache holds one or two such arrays.
+    least; long ones reuse each key more. A visit is as large as it takes for its products to use
+    several cores, where `group` query heads on a key head make that possible with short blocks.
+    Rows no longer than the window are a triangle, not a band: shorter visits waste less of it.
 
-    Measured on an AVX2 core, float32, 8 query and 2 key/value heads of 64, length 4096;
-    milliseconds of processor time forward, and forward with backward:
+    Measured on two AVX2 cores, float32, 8 query heads of 64, milliseconds forward, and forward
+    with backward (experiments.benchmark --suite=attention measures the shape of the first line):
 
-        window   128 x 640    64 x 576     64 x 288     64 x 192     64 x 144     32 x 272
-        512      110, 329     91, 284      87, 272      87, 269      89, 275      84, 267
-
-    and on two such cores, seconds:
-
-        window   64 x 256     64 x 512     64 x 1024    128 x 256    256 x 256
-        None     0.46, 1.23   0.46, 1.37   0.49, 1.40   0.44, 1.21   0.40, 1.29
+        length, window, group   64 x 192   64 x 288   64 x 576   128 x 256   128 x 640   256 x 256
+        4096, 512, 4            80, 249    76, 208    62, 169                69, 197
+        2048, 512, 2            45, 128    42, 130    44, 123                39, 103
+        2048, 512, 1            43, 138    43, 139    50, 160                48, 135
+        2048, 512, 8            30, 90     28, 76     28, 78                 31, 87
+        4 x 512, 512, 4         29, 91                           22, 64
+        2048, None, 4                                            54, 156                 54, 155
+        2048, None, 2                                            82, 253                 54, 153
     """
     span = min(length, window or length) - 1
-    short = span + _SHORT_QUERY <= _SHORT_SPAN
-    query, keys = (_SHORT_QUERY, _SHORT_KEYS) if short else (_LONG_QUERY, _LONG_KEYS)
     # Larger heads make larger slices of keys and values: the visit shrinks to keep them in cache.
-    keys = max(_LANES, keys * 64 // max(head_dim, 64))
-    query = min(query, _round_up(length, _LANES))
-    visits = -(-(span + query) // keys)
-    return BlockSizes(query=query, key=_round_up(-(-(span + query) // visits), _LANES))
+    shrink = max(head_dim, 64) / 64
+    if span + _SHORT_QUERY <= _SHORT_SPAN and 2 * span < length:
+        query = min(_SHORT_QUERY, _round_up(length, _LANES))
+        keys = min(_SPREAD // (query * group), _SHORT_KEYS if group >= 4 else _FEW_HEADS_KEYS)
+        visits = max(1, round((span + query) * shrink / keys))
+        keys = -(-(span + query) // visits)
+    else:
+        query = min(max(_LONG_ROWS // group, _SHORT_QUERY), _LONG_QUERY, length // 4)
+        query = _round_up(max(query, 1), _LANES)
+        keys = int(min(_SPREAD // (query * group), length // 2) / shrink)
+    return BlockSizes(query=query, key=_round_up(max(keys, 1), _LANES))
 
 
 def _round_up(size: int, multiple: int) -> int:

@@ -74,7 +74,8 @@ def banded_attention(
         window=min(window or length, length),
         scale=head_dim**-0.5 if scale is None else float(scale),
         softcap=None if logit_softcap is None else float(logit_softcap),
-        blocks=blocks or block_sizes(length, window, head_dim),
+        blocks=blocks
+        or block_sizes(length, window, head_dim, query_BTNH.shape[2] // key_BTKH.shape[2]),
     )
     segments = None if query_segments_BT is None else (query_segments_BT, key_segments_BT)
     return _banded(layout, query_BTNH, key_BTKH, value_BTKH, sinks_N, segments)

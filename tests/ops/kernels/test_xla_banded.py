@@ -239,11 +239,20 @@ def test_no_quadratic_array(window):
     assert temporary < 4 * L * L
 
 
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 64])
+@pytest.mark.parametrize("head_dim", [8, 64, 256])
 @pytest.mark.parametrize("length, window", [(1, None), (100, 7), (4096, 512), (65536, None)])
-def test_block_sizes_hold_the_span_in_few_visits(length, window):
-    blocks = block_sizes(length, window, 64)
+def test_block_sizes_fit_rows_and_cache(length, window, head_dim, group):
+    blocks = block_sizes(length, window, head_dim, group)
+    assert blocks.query % 16 == blocks.key % 16 == 0
     assert blocks.query * blocks.key <= 2**17
-    assert blocks.query <= max(16, 2 * length)
+    assert blocks.query <= max(16, length)
+
+
+def test_block_sizes_of_the_measured_shapes():
+    assert block_sizes(4096, 512, 64, 4) == BlockSizes(query=64, key=576)
+    assert block_sizes(512, 512, 64, 4) == BlockSizes(query=128, key=256)
+    assert block_sizes(2048, None, 64, 2) == BlockSizes(query=256, key=256)
 
 
 def test_bad_block_size_is_named():
