@@ -25,9 +25,8 @@ def token_losses(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes `-log p(target)` and the log-sum-exp of the logits of every token.
 
-    The matmuls run in the dtype of `hidden_MD` and accumulate in float32; the gradient of the head
-    is summed over chunks in float32. Softmax and logarithms are float32. Differentiable once, in
-    reverse mode, in `hidden_MD` and `head_DV`.
+    The matmul runs in the dtype of `hidden_MD` and accumulates in float32; softmax and logarithms
+    are float32. It is for evaluation: its gradient would keep all logits, `cross_entropy` does not.
 
     Args:
       hidden_MD: hidden states after the final norm.
@@ -43,9 +42,16 @@ def token_losses(
     Raises:
       ValueError: `chunk` is below 1.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk = {chunk}: must be at least 1")
-    return _token_losses(hidden_MD, head_DV, targets_M, chunk, valid_vocab)
+    _check(chunk)
+    dtype = hidden_MD.dtype
+    head = narrow.operand(head_DV, dtype)
+
+    def one_chunk(_, tokens):
+        hidden, targets = tokens
+        logits = _logits(narrow.operand(hidden, dtype), head, valid_vocab)
+        return _, _losses(logits, targets)
+
+    return _scan_chunks(one_chunk, None, (hidden_MD, targets_M), chunk)[1]
 
 
 def cross_entropy(
@@ -60,24 +66,33 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes sums over tokens, which add up over micro-batches and devices.
 
-    The mean loss is `(nll_sum + z_sum) / weight_sum`. The z-loss `z_weight * logsumexp ** 2` keeps
-    the softmax normaliser near 1 (PaLM, arXiv 2204.02311, section 5).
+    The z-loss `z_weight * logsumexp ** 2` keeps the softmax normaliser near 1 (PaLM, arXiv
+    2204.02311, section 5). Differentiable once, in reverse mode, in `hidden_MD` and `head_DV`. The
+    gradient is computed with the loss, from the same logits, so that none is computed twice (as in
+    Hsu et al., "Liger Kernel", arXiv 2410.10989). The gradient of the head is summed
+    over chunks in float32.
 
     Args:
       weights_M: weight of each token, 0 for padding.
-      z_weight: factor of the z-loss; it is in `z_sum` already.
+      z_weight: factor of the z-loss.
 
-    See `token_losses` for the other arguments.
+    See `token_losses` for the other arguments and the dtypes.
 
     Returns:
-      `(nll_sum, weight_sum, z_sum)`, float32 scalars.
+      `(loss_sum, nll_sum, z_sum)`, float32 scalars. `loss_sum` is the sum of the other two and the
+      only one with a gradient.
+
+    Raises:
+      ValueError: `chunk` is below 1.
     """
-    nll_M, logsumexp_M = token_losses(
-        hidden_MD, head_DV, targets_M, chunk=chunk, valid_vocab=valid_vocab
-    )
-    weights_M = weights_M.astype(jnp.float32)
-    z_sum = z_weight * jnp.sum(weights_M * jnp.square(logsumexp_M))
-    return jnp.sum(weights_M * nll_M), jnp.sum(weights_M), z_sum
+    _check(chunk)
+    sums = _sums(hidden_MD, head_DV, targets_M, weights_M, z_weight, chunk, valid_vocab)
+    return sums[0], *jax.lax.stop_gradient(sums[1:])
+
+
+def _check(chunk):
+    if chunk < 1:
+        raise ValueError(f"chunk = {chunk}: must be at least 1")
 
 
 def _logits(hidden_MD: jax.Array, head_DV: jax.Array, valid_vocab: int | None) -> jax.Array:
@@ -93,49 +108,59 @@ def _is_target(logits_MV: jax.Array, targets_M: jax.Array) -> jax.Array:
     return columns[None, :] == targets_M[:, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _token_losses(hidden_MD, head_DV, targets_M, chunk, valid_vocab):
-    return _forward(hidden_MD, head_DV, targets_M, chunk, valid_vocab)[0]
+def _losses(logits_MV: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logsumexp_M = jax.nn.logsumexp(logits_MV, axis=-1)
+    target_M = jnp.sum(jnp.where(_is_target(logits_MV, targets_M), logits_MV, 0), axis=-1)
+    return logsumexp_M - target_M, logsumexp_M
 
 
-def _forward(hidden_MD, head_DV, targets_M, chunk, valid_vocab):
-    dtype = hidden_MD.dtype
-    head = narrow.operand(head_DV, dtype)
-
-    def one_chunk(_, tokens):
-        hidden, targets = tokens
-        hidden = narrow.operand(hidden, dtype)
-        logits = _logits(hidden, head, valid_vocab)
-        logsumexp = jax.nn.logsumexp(logits, axis=-1)
-        target = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0), axis=-1)
-        return _, (logsumexp - target, logsumexp)
-
-    _, losses = _scan_chunks(one_chunk, None, (hidden_MD, targets_M), chunk)
-    return losses, (hidden_MD, head_DV, targets_M, losses[1])
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _sums(hidden_MD, head_DV, targets_M, weights_M, z_weight, chunk, valid_vocab):
+    losses = token_losses(hidden_MD, head_DV, targets_M, chunk=chunk, valid_vocab=valid_vocab)
+    return _weigh(*losses, weights_M, z_weight)
 
 
-def _backward(chunk, valid_vocab, saved, cotangents):
-    hidden_MD, head_DV, targets_M, logsumexp_M = saved
+def _weigh(nll_M, logsumexp_M, weights_M, z_weight):
+    weights_M = weights_M.astype(jnp.float32)
+    nll_sum = jnp.sum(weights_M * nll_M)
+    z_sum = z_weight * jnp.sum(weights_M * jnp.square(logsumexp_M))
+    return nll_sum + z_sum, nll_sum, z_sum
+
+
+def _sums_and_gradients(hidden_MD, head_DV, targets_M, weights_M, z_weight, chunk, valid_vocab):
+    """Returns the sums and the gradients of their first."""
     dtype = hidden_MD.dtype
     head = narrow.operand(head_DV, dtype)
 
     def one_chunk(dhead, tokens):
-        hidden, targets, logsumexp, dnll, dlogsumexp = tokens
+        hidden, targets, weights = tokens
         hidden = narrow.operand(hidden, dtype)
         logits = _logits(hidden, head, valid_vocab)
-        dlogits = jnp.exp(logits - logsumexp[:, None]) * (dnll + dlogsumexp)[:, None]
-        dlogits -= jnp.where(_is_target(logits, targets), dnll[:, None], 0)
+        nll, logsumexp = _losses(logits, targets)
+        dlogsumexp = weights * (1 + 2 * z_weight * logsumexp)
+        dlogits = jnp.exp(logits - logsumexp[:, None]) * dlogsumexp[:, None]
+        dlogits -= jnp.where(_is_target(logits, targets), weights[:, None], 0)
         dlogits = narrow.operand(dlogits, dtype)
         dhidden = jnp.einsum("MV,DV->MD", dlogits, head, preferred_element_type=jnp.float32)
         dhead += narrow.dot(narrow.transposed(hidden), dlogits)
-        return dhead, dhidden.astype(dtype)
+        return dhead, (nll, logsumexp, dhidden.astype(dtype))
 
-    tokens = (hidden_MD, targets_M, logsumexp_M, *cotangents)
-    dhead, dhidden = _scan_chunks(one_chunk, jnp.zeros(head_DV.shape, jnp.float32), tokens, chunk)
-    return dhidden, dhead.astype(head_DV.dtype), None
+    tokens = (hidden_MD, targets_M, weights_M.astype(jnp.float32))
+    dhead, (*losses, dhidden) = _scan_chunks(
+        one_chunk, jnp.zeros(head_DV.shape, jnp.float32), tokens, chunk
+    )
+    return _weigh(*losses, weights_M, z_weight), (dhidden, dhead.astype(head_DV.dtype))
 
 
-_token_losses.defvjp(_forward, _backward)
+def _scale_gradients(z_weight, chunk, valid_vocab, gradients, cotangents):
+    dhidden, dhead = (
+        (gradient.astype(jnp.float32) * cotangents[0]).astype(gradient.dtype)
+        for gradient in gradients
+    )
+    return dhidden, dhead, None, None
+
+
+_sums.defvjp(_sums_and_gradients, _scale_gradients)
 
 
 def _scan_chunks(body, carry, tokens, chunk):

@@ -96,7 +96,7 @@ def forward_loss(
         router=router,
         rope_base_global=rope_base_global,
     )
-    nll_sum, _, z_sum = loss.cross_entropy(
+    loss_sum, nll_sum, z_sum = loss.cross_entropy(
         output.hidden_BTD.reshape(-1, config.model.model_dim),
         output.head_DV,
         batch["targets"].reshape(-1),
@@ -105,7 +105,7 @@ def forward_loss(
         chunk=config.model.head_chunk,
     )
     divisor = jnp.maximum(total_weight, 1)
-    objective = (nll_sum + z_sum) / divisor
+    objective = loss_sum / divisor
     if output.stats is not None:
         objective += weighted_balance_loss(config.model.moe, output.stats, counts)
     return objective, {"nll": nll_sum / divisor, "z_loss": z_sum / divisor, "stats": output.stats}

@@ -21,7 +21,7 @@ def inputs(scale=1.0, dtype=jnp.float32):
 
 
 def oracle(hidden_MD, head_DV, targets_M, weights_M, valid_vocab=None):
-    """Returns the three sums and the gradients of `nll_sum + z_sum`, in float64."""
+    """Returns the three sums and the gradients of their first, in float64."""
     hidden, head, weights = (np.asarray(a, np.float64) for a in (hidden_MD, head_DV, weights_M))
     targets = np.asarray(targets_M)
     logits = hidden @ head
@@ -30,15 +30,12 @@ def oracle(hidden_MD, head_DV, targets_M, weights_M, valid_vocab=None):
     top = logits.max(1)
     lse = top + np.log(np.exp(logits - top[:, None]).sum(1))
     rows = np.arange(len(targets))
-    sums = (
-        np.sum(weights * (lse - logits[rows, targets])),
-        weights.sum(),
-        Z_WEIGHT * np.sum(weights * lse**2),
-    )
+    nll_sum = np.sum(weights * (lse - logits[rows, targets]))
+    z_sum = Z_WEIGHT * np.sum(weights * lse**2)
     softmax = np.exp(logits - lse[:, None])
     dlogits = softmax * (weights * (1 + 2 * Z_WEIGHT * lse))[:, None]
     dlogits[rows, targets] -= weights
-    return sums, (dlogits @ head.T, hidden.T @ dlogits)
+    return (nll_sum + z_sum, nll_sum, z_sum), (dlogits @ head.T, hidden.T @ dlogits)
 
 
 def sums_and_gradients(hidden_MD, head_DV, targets_M, weights_M, *, chunk, valid_vocab=None):
@@ -52,7 +49,7 @@ def sums_and_gradients(hidden_MD, head_DV, targets_M, weights_M, *, chunk, valid
             chunk=chunk,
             valid_vocab=valid_vocab,
         )
-        return sums[0] + sums[2], sums
+        return sums[0], sums
 
     grads, sums = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(hidden_MD, head_DV)
     return sums, grads
@@ -102,6 +99,22 @@ def test_weight_zero_needs_no_valid_target_and_gives_no_gradient():
     assert_matches(sums_and_gradients(hidden_MD, head_DV, targets, some, chunk=4), expected)
 
 
+def test_without_gradients_the_sums_are_the_same():
+    args = inputs()
+    plain = jax.jit(lambda *a: cross_entropy(*a, z_weight=Z_WEIGHT, chunk=5))(*args)
+    assert_matches(plain, sums_and_gradients(*args, chunk=5)[0])
+
+
+def test_gradient_is_scaled_and_only_that_of_the_loss():
+    hidden_MD, *args = inputs()
+
+    def pick(which, factor):
+        return jax.grad(lambda h: factor * cross_entropy(h, *args, z_weight=0.1, chunk=5)[which])
+
+    np.testing.assert_allclose(pick(0, -3.0)(hidden_MD), -3 * pick(0, 1.0)(hidden_MD), rtol=1e-6)
+    assert not any(np.any(pick(which, 1.0)(hidden_MD)) for which in (1, 2))
+
+
 def test_sums_of_halves_add_up():
     hidden_MD, head_DV, targets_M, weights_M = (x[:22] if len(x) == M else x for x in inputs())
     sums = jax.jit(lambda *args: jnp.stack(cross_entropy(*args, z_weight=Z_WEIGHT, chunk=4)))
@@ -137,6 +150,8 @@ def test_tokens_split_over_devices_stay_split():
 
 
 def test_bad_chunk_is_refused():
-    hidden_MD, head_DV, targets_M, _ = inputs()
+    hidden_MD, head_DV, targets_M, weights_M = inputs()
     with pytest.raises(ValueError, match="chunk = 0: must be at least 1"):
         token_losses(hidden_MD, head_DV, targets_M, chunk=0)
+    with pytest.raises(ValueError, match="chunk = -1: must be at least 1"):
+        cross_entropy(hidden_MD, head_DV, targets_M, weights_M, z_weight=0.0, chunk=-1)
