@@ -1,27 +1,20 @@
 """How programs are compiled and run on a machine, and why: the one place for it.
 
-Every `jax.jit` of a model takes `options()`, or is `jit`; every program calls `keep_freed_memory`,
-and `cache_in` where it has a folder.
+Every `jax.jit` of a model takes `options()`, or is `jit`; every program that has a folder calls
+`cache_in`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import logging
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-logger = logging.getLogger(__name__)
-
 # Programs that take less to compile are not worth a file.
 _CACHED_FROM_SECONDS = 0.2
-# Parameters of glibc's mallopt (malloc.h).
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 
 
 def options() -> dict[str, str | int]:
@@ -73,24 +66,3 @@ def cache_in(folder: str | os.PathLike[str]) -> None:
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _CACHED_FROM_SECONDS)
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Tells the C library of this process to keep freed memory for the next call.
-
-    XLA on a CPU allocates the temporaries of a program anew on every call, and glibc gives large
-    blocks back to Linux, which clears each page before it hands it out again: a tenth of the time
-    of a layer of experts. Only glibc has these settings; elsewhere nothing changes.
-    """
-    if jax.default_backend() != "cpu" or sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    settings = (
-        (_M_MMAP_MAX, 0),  # no block gets pages of its own, which end with it
-        (_M_TRIM_THRESHOLD, 2**31 - 1),  # the heap does not shrink
-        (_M_TOP_PAD, 2**28),  # and grows by so many bytes
-        (_M_ARENA_MAX, 1),  # one heap for all threads: others cannot hold large blocks
-    )
-    if mallopt and not all([mallopt(*setting) for setting in settings]):
-        logger.warning("mallopt refused a setting: memory is cleared anew on every step")

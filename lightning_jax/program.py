@@ -24,6 +24,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from lightning_jax import memory
 from lightning_jax.config import RunConfig
 from lightning_jax.errors import UserError
 from lightning_jax.fields import build, suggest
@@ -44,6 +45,8 @@ _answers: int | None = None
 def run(main: Callable[..., None], *, commands: Sequence[str] = ()) -> None:
     """Parses the flags, calls `main()` and exits with the status of the module docstring.
 
+    The program starts itself again with huge pages where `memory` says that helps.
+
     Args:
       main: the program. Called as `main(command)` where `commands` are given.
       commands: names of which the command line must hold exactly one, besides its flags.
@@ -51,6 +54,7 @@ def run(main: Callable[..., None], *, commands: Sequence[str] = ()) -> None:
     if any(argument in _HELP for argument in sys.argv[1:]):
         print(_help(commands))
         sys.exit(0)
+    memory.restart_with_huge_pages()
     _reserve_stdout()
     _quiet_logging()
     try:

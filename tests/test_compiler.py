@@ -1,10 +1,6 @@
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from lightning_jax import compiler
 
@@ -47,25 +43,3 @@ def test_a_cache_of_the_user_is_kept(tmp_path):
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ours")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc only")
-def test_freed_memory_is_used_again():
-    program = """
-import ctypes, resource
-from lightning_jax import compiler
-compiler.keep_freed_memory()
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-def touch():
-    size = 1 << 26
-    block = libc.malloc(size)
-    ctypes.memset(block, 1, size)
-    libc.free(block)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-first, again = touch(), touch()
-print(again - first)
-"""
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout) < 1000

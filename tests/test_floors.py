@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "fields": {"errors"},
     "pattern": {"fields"},
     "compiler": set(),
+    "memory": set(),
     "model_config": {"fields", "pattern"},
     "config": {"errors", "fields", "model_config"},
     "sharding": {"config", "errors", "fields"},
@@ -41,7 +42,7 @@ MAY_IMPORT = {
     "interop": BELOW_TRAINING | {"train", "infer"},
     "benchmark": BELOW_TRAINING | {"train", "infer", "interop", "ops.kernels"},
     "ablation": BELOW_TRAINING | {"train"},
-    "program": {"config", "errors", "fields"},
+    "program": {"config", "errors", "fields", "memory"},
 }
 # The values that kernels take; the ops that choose a kernel stand above it.
 KERNELS_MAY_IMPORT = {f"lightning_jax.ops.{name}" for name in ("activation", "mask", "routing")}

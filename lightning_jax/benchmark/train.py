@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lightning_jax import accounting, compiler, sharding
+from lightning_jax import accounting, sharding
 from lightning_jax import model as lm
 from lightning_jax.benchmark.measure import Call, Options, interleave, peer, temp_mb
 from lightning_jax.benchmark.peers import mixtral_train_call
@@ -35,7 +35,6 @@ def run(options: Options) -> list[dict[str, Any]]:
         raise UserError(
             "--config is missing: the train suite times the step of a run's first stage"
         )
-    compiler.keep_freed_memory()
     rows = []
     for dtype in DTYPES:
         if options.wants(f"step_{dtype}"):

@@ -169,7 +169,6 @@ def evaluate_run(workdir: str, options: EvalOptions) -> dict[str, Any]:
     Raises:
       UserError: no such run, checkpoint or data, or an option that the run's model cannot take.
     """
-    compiler.keep_freed_memory()
     loaded = load_run(workdir, step=options.step)
     config, router = with_eval_routing(loaded.config, loaded.router, options)
     data = config.data

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from lightning_jax import accounting, compiler, sharding
+from lightning_jax import accounting, sharding
 from lightning_jax import model as lm
 from lightning_jax.checkpoint import Checkpointer, write_json
 from lightning_jax.config import ModelConfig, RunConfig
@@ -88,7 +88,6 @@ def run(
       UserError: bad input of any kind, a loss that is not finite under `on_nan = "stop"`.
       Stopped: SIGTERM or SIGINT; the state has been saved.
     """
-    compiler.keep_freed_memory()
     path = folder.prepare(workdir)
     tokenizer = resolve_tokenizer(config.data, path)
     config = dataclasses.replace(config, model=_with_vocab(config.model, tokenizer))
