@@ -1,7 +1,7 @@
 """Suite `startup`: from the start of `experiments.train` to the end of its first step.
 
-Each run is a process of its own in a fresh work folder, trained for one step of `--config`, with an
-empty compilation cache (a newcomer) and with the one that the run before left (everybody else). The
+Each run is a process of its own in a fresh work folder, trained for one step of `--config`, with
+empty caches (a newcomer) and with those that the run before left (everybody else). The
 peer is a Python program that imports transformers, builds the same Mixtral and takes one step.
 """
 
@@ -88,7 +88,7 @@ def as_json(config: RunConfig) -> str:
 def seconds_to_first_step(folder: Path, name: str) -> float:
     """Starts the program on `folder/config.json` and waits for the first line of its metrics.
 
-    Runs of one folder share its compilation cache.
+    Runs of one folder share its caches, of compiled programs and of parsed text.
 
     Raises:
       UserError: the run ends before.
@@ -98,7 +98,8 @@ def seconds_to_first_step(folder: Path, name: str) -> float:
         *(sys.executable, "-m", "experiments.train"),
         *(f"--config={_config_file(folder)}", f"--workdir={workdir}"),
     ]
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+    caches = ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME")
+    environment = os.environ | {name: str(folder / name.lower()) for name in caches}
     metrics, log = workdir / "metrics.jsonl", folder / f"{name}.log"
     with log.open("w") as output:
         start = time.perf_counter()

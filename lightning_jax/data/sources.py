@@ -12,14 +12,12 @@ and a file that is added moves no other. Files of text and `.jsonl` are read whe
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import glob
 import hashlib
 import os
 import sysconfig
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,27 +25,18 @@ from typing import Any
 import numpy as np
 
 from lightning_jax.config import SourceConfig
+from lightning_jax.data import stdlib
 from lightning_jax.data.files import (
     ArrayRecordFile,
     JsonLinesFile,
     ParquetFile,
     TextFile,
-    is_unicode,
 )
 from lightning_jax.errors import UserError
 from lightning_jax.fields import require, suggest
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 SPLITS = ("train", "eval")
-# Tests and installed packages are not what one means by the standard library. `pydoc_data` and
-# `encodings` are generated: one file of escaped prose, longer than all other held-out files
-# together, and a hundred near copies of one table. The sysconfig files say where this one Python
-# was built, so no two machines would have the same data.
-_STDLIB_LEFT_OUT = frozenset(
-    ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
-    + ("pydoc_data", "encodings")
-)
-_STDLIB_LEFT_OUT_PREFIXES = ("_sysconfigdata", "config-")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,7 +142,7 @@ def _held_out(shares: np.ndarray, eval_fraction: float) -> np.ndarray:
 
 def _readers(field: str, pattern: str, text_field: str) -> Sequence[Any]:
     if pattern.startswith("stdlib:"):
-        kinds = {"stdlib:code": _stdlib_code, "stdlib:docs": _stdlib_docs}
+        kinds = {"stdlib:code": stdlib.code, "stdlib:docs": stdlib.docs}
         require(pattern in kinds, field, pattern, suggest(pattern, [*kinds]))
         return kinds[pattern](sysconfig.get_path("stdlib"))
     expanded = os.path.expanduser(pattern)
@@ -187,60 +176,3 @@ def _reader(field: str, path: Path, origin: str, text_field: str) -> Any:
     raise UserError(
         f"{field}: {path} is of no known kind: {', '.join(TEXT_SUFFIXES + tuple(records))}"
     )
-
-
-def _stdlib_keeps(name: str) -> bool:
-    return name not in _STDLIB_LEFT_OUT and not name.startswith(_STDLIB_LEFT_OUT_PREFIXES)
-
-
-@functools.cache
-def _stdlib_code(root: str) -> tuple[TextFile, ...]:
-    readers = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = filter(_stdlib_keeps, folders)
-        for name in names:
-            path = Path(folder, name)
-            if path.suffix == ".py" and _stdlib_keeps(name) and _is_readable(path):
-                readers.append(TextFile(path, path.relative_to(root).as_posix()))
-    return tuple(sorted(readers, key=lambda reader: reader.origin))
-
-
-def _is_readable(path: Path) -> bool:
-    try:
-        path.read_bytes().decode("utf-8")
-    except (UnicodeDecodeError, OSError):
-        return False
-    return True
-
-
-@functools.cache
-def _stdlib_docs(root: str) -> tuple[TextFile, ...]:
-    return tuple(
-        TextFile(file.path, file.origin, text=docstrings(file.read(0)))
-        for file in _stdlib_code(root)
-    )
-
-
-def docstrings(code: str) -> str:
-    """Docstrings of a module, its classes and functions in order of appearance, blank line between.
-
-    Empty where there are none or `code` does not parse.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module = ast.parse(code)
-    except (SyntaxError, ValueError):
-        return ""
-    found = (ast.get_docstring(node) for node in _documented(module))
-    return "\n\n".join(text for text in found if text and is_unicode(text))
-
-
-def _documented(node: ast.AST) -> Iterator[Any]:
-    """Nodes that may have a docstring, in order of appearance; expressions are not walked."""
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        yield node
-    for field in ("body", "handlers", "orelse", "finalbody", "cases"):
-        children = getattr(node, field, ())
-        for child in children if isinstance(children, list) else ():
-            yield from _documented(child)

@@ -103,7 +103,7 @@ def test_startup_waits_for_the_first_line_of_metrics(config, tmp_path, monkeypat
     monkeypatch.delenv("XLA_FLAGS")  # Of these tests: a batch of this size needs few devices.
     (tmp_path / "config.json").write_text(startup.as_json(startup.one_step(config)))
     assert startup.seconds_to_first_step(tmp_path, "cold") > 0
-    assert (tmp_path / "cache").is_dir()
+    assert (tmp_path / "jax_compilation_cache_dir").is_dir()
 
 
 def test_startup_reports_a_run_that_fails(config, tmp_path):

@@ -193,6 +193,7 @@ def stdlib(tmp_path, monkeypatch):
     (tmp_path / "latin.py").write_bytes(b'"""\xff"""')
     (tmp_path / "blank.py").write_bytes(b"")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
 
 
@@ -221,29 +222,6 @@ def test_real_stdlib_code():
     assert not any({"test", "tests", "site-packages"} & set(o.split("/")) for o in origins)
     root = Path(sysconfig.get_path("stdlib"))
     assert source[0]["text"].encode() == (root / origins[0]).read_bytes()
-
-
-def test_docstrings():
-    code = '''"""Top."""
-def f():
-    """In f.
-
-        indented
-    last
-    """
-    if f:
-        class C:
-            async def g(self):
-                """In g."""
-    try:
-        pass
-    except Exception:
-        def h(): "In h."
-    return lambda: """not one"""
-'''
-    assert sources.docstrings(code) == "Top.\n\nIn f.\n\n    indented\nlast\n\nIn g.\n\nIn h."
-    assert sources.docstrings("x = 1") == sources.docstrings("print 'old'") == ""
-    assert sources.docstrings("\0") == sources.docstrings('"\\ud800"') == ""
 
 
 def test_missing_package_names_the_extra(monkeypatch):
