@@ -30,4 +30,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    # Peers are compared in the process that a user of theirs has.
+    program.run(main, huge_pages=False)

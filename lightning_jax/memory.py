@@ -32,6 +32,11 @@ def restart_with_huge_pages() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def has_huge_pages() -> bool:
+    """Whether this process asked for them when it started."""
+    return f"{_SETTING}=1" in os.environ.get(_VARIABLE, "").split(":")
+
+
 def _given_on_request() -> bool:
     library, version = platform.libc_ver()
     if sys.platform != "linux" or library != "glibc":

@@ -42,19 +42,21 @@ _default_config: str | None = None
 _answers: int | None = None
 
 
-def run(main: Callable[..., None], *, commands: Sequence[str] = ()) -> None:
+def run(
+    main: Callable[..., None], *, commands: Sequence[str] = (), huge_pages: bool = True
+) -> None:
     """Parses the flags, calls `main()` and exits with the status of the module docstring.
-
-    The program starts itself again with huge pages where `memory` says that helps.
 
     Args:
       main: the program. Called as `main(command)` where `commands` are given.
       commands: names of which the command line must hold exactly one, besides its flags.
+      huge_pages: start the program again with huge pages where `memory` says that helps.
     """
     if any(argument in _HELP for argument in sys.argv[1:]):
         print(_help(commands))
         sys.exit(0)
-    memory.restart_with_huge_pages()
+    if huge_pages:
+        memory.restart_with_huge_pages()
     _reserve_stdout()
     _quiet_logging()
     try:

@@ -15,7 +15,7 @@ PACKAGE = "lightning_jax"
 SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 PROGRAMS = sorted((ROOT / "experiments").glob("*.py"))
 
-BASE = {"compiler", "config", "model_config", "errors", "fields", "pattern", "sharding"}
+BASE = {"compiler", "config", "model_config", "errors", "fields", "memory", "pattern", "sharding"}
 BELOW_MODEL = BASE | {"accounting", "ops", "layers"}
 BELOW_TRAINING = BELOW_MODEL | {"data", "model", "checkpoint"}
 # What each part of the package may import of the package, besides itself.

@@ -18,6 +18,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from lightning_jax import memory
 from lightning_jax.benchmark.measure import Options
 from lightning_jax.fields import require_choice
 
@@ -54,13 +55,14 @@ def run_suite(name: str, options: Options) -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """The processor, the memory, and what jax computes on."""
     device = jax.devices()[0]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     vectors = [flag for flag in _VECTORS if flag in _cpu_field("flags").split()]
     return {
         "cpu": _cpu_field("model name") or platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "vectors": " ".join(vectors) or None,
-        "memory_gb": round(memory / 1e9, 1),
+        "memory_gb": round(num_bytes / 1e9, 1),
+        "huge_pages": memory.has_huge_pages(),
         "device": device.device_kind,
         "devices": jax.device_count(),
     }

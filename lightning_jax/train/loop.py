@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from lightning_jax import accounting, sharding
+from lightning_jax import accounting, compiler, sharding
 from lightning_jax import model as lm
 from lightning_jax.checkpoint import Checkpointer, write_json
 from lightning_jax.config import ModelConfig, RunConfig
@@ -171,7 +171,9 @@ def _first_state(trainer: Trainer) -> step.TrainState:
     """The state before the first step; weights that came from elsewhere are checkpoint 0."""
     config, steps = trainer.config, trainer.steps
     init = jax.jit(
-        lambda: step.init_state(config, trainer.optimizer), out_shardings=steps.shardings
+        lambda: step.init_state(config, trainer.optimizer),
+        out_shardings=steps.shardings,
+        compiler_options=compiler.options(),
     )
     state = init()
     if trainer.checkpointer.latest_step() is None:
