@@ -1,15 +1,41 @@
 """Every test sees eight emulated CPU devices, and rank promotion is an error."""
 
+import gc
 import os
+import time
+from importlib import metadata
+from pathlib import Path
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-).strip()
+# Faster to compile, slower to run. An XLA that does not know a flag ends the process.
+QUICK = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+FLAGS = (
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    QUICK if metadata.version("jaxlib").startswith("0.10.") else "",
+)
+os.environ["XLA_FLAGS"] = " ".join(FLAGS).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Nearly all of the suite's time is compilation, and tests share programs: among themselves, with
+# the processes they start and with the last sessions (`pytest --cache-clear` forgets them).
+CACHE = Path(__file__).parent.parent / ".pytest_cache" / "compiled"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Nearly all of the suite's time is compilation. Programs that run in processes of their own (the
-# examples, the kill and resume test) are compiled as users have them.
+# Programs that run in processes of their own (the examples, the kill and resume test) are compiled
+# as users have them.
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+# Tracing makes many objects and little garbage.
+gc.set_threshold(100_000, 20, 100)
+
+
+def pytest_sessionstart():
+    """Drops compiled programs that no session of the last week has read."""
+    week_ago = time.time() - 7 * 24 * 3600
+    for file in CACHE.glob("*"):
+        if file.stat().st_atime < week_ago:
+            file.unlink(missing_ok=True)

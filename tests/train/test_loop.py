@@ -107,11 +107,9 @@ def test_killed_in_the_middle_of_saves_and_resumed_is_bit_for_bit_the_same(corpu
     """With packing, a mixture, accumulation, experts, the controller and averaging on."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run_process(corpus, whole, cache=tmp_path / "cache").returncode == 0
-    for step in (4, 10):
-        died = run_process(corpus, killed, step, cache=tmp_path / "cache")
-        assert died.returncode == -signal.SIGKILL, died.stderr
-        latest = max(all_steps(checkpoints_dir(killed)))
-        assert latest in (step - 2, step)
+    died = run_process(corpus, killed, 4, cache=tmp_path / "cache")
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert max(all_steps(checkpoints_dir(killed))) in (2, 4)
     finished = run_process(corpus, killed, cache=tmp_path / "cache")
     assert finished.returncode == 0, finished.stderr
 
