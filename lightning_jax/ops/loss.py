@@ -42,7 +42,6 @@ def token_losses(
     Raises:
       ValueError: `chunk` is below 1.
     """
-    _check(chunk)
     dtype = hidden_MD.dtype
     head = narrow.operand(head_DV, dtype)
 
@@ -85,14 +84,8 @@ def cross_entropy(
     Raises:
       ValueError: `chunk` is below 1.
     """
-    _check(chunk)
     sums = _sums(hidden_MD, head_DV, targets_M, weights_M, z_weight, chunk, valid_vocab)
     return sums[0], *jax.lax.stop_gradient(sums[1:])
-
-
-def _check(chunk):
-    if chunk < 1:
-        raise ValueError(f"chunk = {chunk}: must be at least 1")
 
 
 def _logits(hidden_MD: jax.Array, head_DV: jax.Array, valid_vocab: int | None) -> jax.Array:
@@ -168,6 +161,8 @@ def _scan_chunks(body, carry, tokens, chunk):
 
     A chunk takes every n-th token, so that where M is split over devices each chunk is too.
     """
+    if chunk < 1:
+        raise ValueError(f"chunk = {chunk}: must be at least 1")
     length = jax.tree.leaves(tokens)[0].shape[0]
     if length <= chunk:
         return body(carry, tokens)
