@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lightning_jax.ops.kernels import narrow
 from lightning_jax.ops.kernels.tiling import BlockSizes, block_sizes
 from lightning_jax.ops.kernels.xla_banded import banded_attention
+from tests.ops.kernels.dense_attention import dense_attention, window_mask
 
 BLOCKS = BlockSizes(query=16, key=32)
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -18,45 +19,10 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 def _dense(query, key, value, dout, window, segments, sinks, softcap=None):
     """Output and gradients of q, k, v, sinks in float64 from the dense softmax."""
-    query, key, value, dout = (np.asarray(x, np.float64) for x in (query, key, value, dout))
-    T, N, H = query.shape[1:]
-    G = N // key.shape[2]
-    key, value = np.repeat(key, G, 2), np.repeat(value, G, 2)
-    distance = np.arange(T)[:, None] - np.arange(T)[None]
-    visible = ((distance >= 0) & (distance < (window or T)))[None, None]
-    if segments is not None:
-        same = (segments[:, :, None] == segments[:, None]) & (segments != 0)[:, None]
-        visible = visible & same[:, None]
-    scores = np.einsum("btnh,bsnh->bnts", query, key) / math.sqrt(H)
-    slope = 1.0
-    if softcap is not None:
-        scores = softcap * np.tanh(scores / softcap)
-        slope = 1 - (scores / softcap) ** 2
-    scores = np.where(visible, scores, -np.inf)
-    column = np.full((*scores.shape[:3], 1), -np.inf)
-    if sinks is not None:
-        column[:] = np.asarray(sinks, np.float64)[None, :, None, None]
-    scores = np.concatenate([scores, column], -1)
-    top = np.maximum(scores.max(-1, keepdims=True), -1e300)
-    weights = np.exp(scores - top)
-    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
-    weights, sink_weight = weights[..., :-1], weights[..., -1]
-    out = np.einsum("bnts,bsnh->btnh", weights, value)
-    delta = np.einsum("btnh,btnh->bnt", dout, out)
-    dscores = weights * (np.einsum("btnh,bsnh->bnts", dout, value) - delta[..., None])
-    dscores *= slope / math.sqrt(H)
-
-    def per_key_head(x):
-        return x.reshape(*x.shape[:2], N // G, G, H).sum(3)
-
-    gradients = [
-        np.einsum("bnts,bsnh->btnh", dscores, key),
-        per_key_head(np.einsum("bnts,btnh->bsnh", dscores, query)),
-        per_key_head(np.einsum("bnts,btnh->bsnh", weights, dout)),
-    ]
-    if sinks is not None:
-        gradients.append(-(sink_weight * delta).sum((0, 2)))
-    return out, gradients
+    T, _, H = query.shape[1:]
+    visible_BTS = window_mask(T, window, segments)
+    options = dict(visible_BTS=visible_BTS, scale=H**-0.5, sinks=sinks, softcap=softcap)
+    return dense_attention(query, key, value, dout, **options)
 
 
 def _inputs(T, N, K, dtype=jnp.float32, B=2, H=8):
