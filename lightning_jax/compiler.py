@@ -61,8 +61,12 @@ class jit:
 def cache_in(folder: str | os.PathLike[str]) -> None:
     """Keeps compiled programs in `folder`, for the next process, unless jax has a cache already.
 
+    Not on a CPU that plays several devices: a program that XLA loads (jaxlib 0.10.2) has lost the
+    order of its collectives, and two devices that start with different ones wait for each other.
+
     Call it before anything is compiled: in a program, not in a library.
     """
-    if not jax.config.jax_compilation_cache_dir:
+    emulated = jax.default_backend() == "cpu" and jax.device_count() > 1
+    if not emulated and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _CACHED_FROM_SECONDS)

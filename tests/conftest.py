@@ -22,6 +22,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Programs that run in processes of their own (the examples, the kill and resume test) are compiled
@@ -31,6 +33,16 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 # Tracing makes many objects and little garbage.
 gc.set_threshold(100_000, 20, 100)
+
+
+@pytest.fixture
+def compile_afresh():
+    """For programs on several devices, which `compiler.cache_in` says not to load from a cache."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 def pytest_sessionstart():

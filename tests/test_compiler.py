@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lightning_jax import compiler
 
@@ -33,13 +34,23 @@ def test_jit_chooses_its_options_when_first_called(monkeypatch):
     assert len(asked) == 1 and double._cache_size() == 1
 
 
-def test_a_cache_of_the_user_is_kept(tmp_path):
+@pytest.fixture
+def no_cache():
     before = jax.config.jax_compilation_cache_dir
-    try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        compiler.cache_in(tmp_path / "ours")
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ours")
-        compiler.cache_in(tmp_path / "other")
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ours")
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_cache_of_the_user_is_kept(no_cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    compiler.cache_in(tmp_path / "ours")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ours")
+    compiler.cache_in(tmp_path / "other")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "ours")
+
+
+def test_emulated_devices_compile_afresh(no_cache, tmp_path):
+    assert jax.device_count() > 1
+    compiler.cache_in(tmp_path)
+    assert jax.config.jax_compilation_cache_dir is None

@@ -55,6 +55,7 @@ def test_mesh_sizes():
 
 
 @functools.cache
+@functools.cache
 def train(data, fsdp, accumulate):
     """Three steps on a mesh, twice: (loss and gradient of the first batch, [(losses, state)])."""
     config = build(
@@ -99,6 +100,7 @@ def train(data, fsdp, accumulate):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compile_afresh")
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (2, 4)])
 def test_eight_devices_equal_one_and_repeat_bit_for_bit(data, fsdp):
     one, [(one_losses, _), _] = train(1, 1, 1)

@@ -172,6 +172,7 @@ def test_a_row_may_fill_the_cache():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compile_afresh")
 def test_generation_under_a_mesh():
     mesh = sharding.make_mesh(
         MeshConfig(data=2, fsdp=2, expert=1, tensor=1, sequence=1), jax.devices()[:4]

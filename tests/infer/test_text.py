@@ -193,6 +193,7 @@ def test_routing_top_p_needs_top_p_routing(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compile_afresh")
 def test_a_sample_in_training_is_the_same_on_any_mesh(run):
     args = (run.config, run.params, run.router, BYTES, 100.0)
     alone = text.sample(*args)
