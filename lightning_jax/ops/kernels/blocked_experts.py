@@ -3,8 +3,12 @@
 The filled slots, sorted by expert, are walked one expert at a time and, inside an expert, one
 block of rows at a time; both loops run a dynamic number of times, so an empty expert, an empty
 slot or a padded token costs nothing, and cost does not grow with E. A block gathers its rows,
-runs SwiGLU on its expert's weights and stores its output in sorted order. Differentiated, it keeps
-the projections too: on a CPU writing them costs a fifth of computing them again (2 of 8 products).
+runs SwiGLU on its expert's weights and adds its output to those of its tokens. Blocks follow one
+another, so a token's sum is taken in the order of its experts, the same on every run; and the
+tokens' outputs stay in cache, which one output a slot, kept until the end, would not.
+
+Differentiated, it keeps the projections, in sorted order: on a CPU writing them costs a fifth of
+computing them again (2 of 8 products).
 
 XLA CPU turns `jax.lax.ragged_dot` into E masked dense matmuls, which this replaces.
 
@@ -22,7 +26,7 @@ import jax.numpy as jnp
 
 from lightning_jax.ops.activation import gated_unit
 from lightning_jax.ops.kernels import narrow
-from lightning_jax.ops.routing import ordered_sum, sort_slots
+from lightning_jax.ops.routing import sort_slots
 
 
 def block_sizes(slots: int, experts: int) -> tuple[int, ...]:
@@ -87,36 +91,39 @@ def _forward(sizes, clamp, x_MD, expert_index_MC, gate_MC, weights, biases):
 def _run(sizes, clamp, x_MD, expert_index_MC, gate_MC, weights, biases, *, keep):
     """The output, the order of the slots and, to keep, the projections of each sorted row."""
     order = sort_slots(expert_index_MC, weights[0].shape[0])
-    token_S, dtype = order.token_S, x_MD.dtype
+    token_S, gate_S, dtype = order.token_S, gate_MC.reshape(-1)[order.slot_S], x_MD.dtype
     x_bits_MD = narrow.to_bits(x_MD)
 
-    def expert(e, end, buffers):
+    def expert(e, end, carry):
         *into_DF, down_FD = _weights_of(weights, e, dtype)
         biases_e = _biases_of(biases, e)
 
-        def block(start, size, buffers):
-            token_R = _take_block(token_S, start, size, end)
+        def block(start, size, carry):
+            y_MD, *kept = carry
+            token_R, gate_R = _take_block(token_S, gate_S, start, size, end)
             x_RD = _rows(x_bits_MD, token_R, dtype)
             hidden_RF = [narrow.dot(x_RD, w_DF) for w_DF in into_DF]
             if biases_e:
                 hidden_RF = [
                     h_RF + b_F[None] for h_RF, b_F in zip(hidden_RF, biases_e, strict=False)
                 ]
-            y_RD = narrow.dot(narrow.operand(gated_unit(*hidden_RF, clamp=clamp), dtype), down_FD)
+            gated_RF = gate_R[:, None] * gated_unit(*hidden_RF, clamp=clamp)
+            y_RD = narrow.dot(narrow.operand(gated_RF, dtype), down_FD)
             if biases_e:
-                y_RD += biases_e[2][None]
-            rows = (y_RD, jnp.concatenate(hidden_RF, axis=1))
-            return tuple(
-                narrow.put(a, b, start, dtype) for a, b in zip(buffers, rows, strict=False)
-            )
+                y_RD += gate_R[:, None] * biases_e[2][None]
+            y_MD = _add_rows(y_MD, token_R, y_RD)
+            if keep:
+                kept = [narrow.put(*kept, jnp.concatenate(hidden_RF, axis=1), start, dtype)]
+            return (y_MD, *kept)
 
-        return _for_each_block(sizes, end - order.size_E[e], end, block, buffers)
+        return _for_each_block(sizes, end - order.size_E[e], end, block, carry)
 
-    widths = (x_MD.shape[1], 2 * weights[0].shape[2]) if keep else (x_MD.shape[1],)
-    buffers = tuple(_row_buffer(order, sizes, width, dtype) for width in widths)
-    rows_RD, *kept = _for_each_expert(order, expert, buffers)
-    gates_MC = jnp.where(expert_index_MC < weights[0].shape[0], gate_MC, 0.0)
-    y_MD = ordered_sum(narrow.from_bits(rows_RD, dtype), order.position_MC, gates_MC)
+    # Blocks run in row order, so what a partial one writes past its group is then overwritten by
+    # the next group; only the last group needs room to spill into.
+    rows = token_S.shape[0] + sizes[0]
+    kept = [narrow.to_bits(jnp.zeros((rows, 2 * weights[0].shape[2]), dtype))] if keep else []
+    zeros_MD = jnp.zeros(x_MD.shape, jnp.promote_types(dtype, jnp.float32))
+    y_MD, *kept = _for_each_expert(order, expert, (zeros_MD, *kept))
     return y_MD.astype(dtype), order, kept[0] if keep else None
 
 
@@ -136,37 +143,32 @@ def _backward(sizes, clamp, residuals, dy_MD):
         into_JD, down_DF = narrow.transposed(into_DJ), narrow.transposed(down_FD)
 
         def block(start, size, carry):
-            sums, dx_RD, dgate_R = carry
-            token_R = _take_block(token_S, start, size, end)
-            # Rows past the group's end repeat its last one: a zero gate keeps them out.
-            valid_R = start + jnp.arange(size) < end
-            gate_R = jnp.where(valid_R, _take_block(gate_S, start, size, end), 0.0)
+            sums, dx_MD, dgate_S = carry
+            token_R, gate_R = _take_block(token_S, gate_S, start, size, end)
             x_RD, dy_RD = (_rows(bits, token_R, dtype) for bits in (x_bits_MD, dy_bits_MD))
             hidden_RJ = jax.lax.dynamic_slice_in_dim(hidden_bits_RJ, start, size, axis=0)
             hidden_RJ = narrow.from_bits(hidden_RJ, dtype).astype(wide)
             rows = (x_RD, gate_R, dy_RD, hidden_RJ)
-            gradients, *drows = gradients_of(*rows, into_JD, down_DF, biases_e)
+            gradients, dx_RD, dgate_R = gradients_of(*rows, into_JD, down_DF, biases_e)
             sums = jax.tree.map(jnp.add, sums, gradients)
-            dx_RD = narrow.put(dx_RD, drows[0], start, dtype)
-            return sums, dx_RD, narrow.put(dgate_R, drows[1], start, wide)
+            dgate_S = narrow.put(dgate_S, dgate_R, start, wide)
+            return sums, _add_rows(dx_MD, token_R, dx_RD), dgate_S
 
         # One expert's weight gradients stay in cache; the full ones are written once each.
-        full, dx_RD, dgate_R = carry
+        full, *tokens = carry
         shapes = into_DJ.shape, down_FD.shape, *(bias.shape for bias in biases_e)
         sums = tuple(jnp.zeros(shape, wide) for shape in shapes)
         start = end - order.size_E[e]
-        sums, *rows = _for_each_block(sizes, start, end, block, (sums, dx_RD, dgate_R))
+        sums, *tokens = _for_each_block(sizes, start, end, block, (sums, *tokens))
         sums = (*jnp.split(sums[0], 2, axis=1), *sums[1:])
         parts = zip(full, sums, (*weights, *biases), strict=True)
-        return tuple(narrow.put(buf, one[None], e, p.dtype) for buf, one, p in parts), *rows
+        return tuple(narrow.put(buf, one[None], e, p.dtype) for buf, one, p in parts), *tokens
 
-    dx_RD = _row_buffer(order, sizes, x_MD.shape[1], dtype)
     zeros = tuple(jnp.zeros_like(narrow.to_bits(p)) for p in (*weights, *biases))
-    carry = (zeros, dx_RD, jnp.zeros(dx_RD.shape[0], wide))
-    bits, dx_RD, dgate_R = _for_each_expert(order, expert, carry)
+    carry = (zeros, jnp.zeros(x_MD.shape, wide), jnp.zeros(hidden_bits_RJ.shape[0], wide))
+    bits, dx_MD, dgate_S = _for_each_expert(order, expert, carry)
     filled_MC = expert_index_MC < weights[0].shape[0]
-    dx_MD = ordered_sum(narrow.from_bits(dx_RD, dtype), order.position_MC, filled_MC)
-    dgate_MC = jnp.where(filled_MC, dgate_R[order.position_MC], 0.0).astype(gate_MC.dtype)
+    dgate_MC = jnp.where(filled_MC, dgate_S[order.position_MC], 0.0).astype(gate_MC.dtype)
     gradients = tuple(
         narrow.from_bits(a, p.dtype) for a, p in zip(bits, (*weights, *biases), strict=True)
     )
@@ -240,13 +242,16 @@ def _for_each_block(sizes, start, end, body, carry):
     return state[1]
 
 
-def _row_buffer(order, sizes, width, dtype):
-    # Blocks run in row order, so what a partial one writes past its group is then overwritten by
-    # the next group; only the last group needs room to spill into.
-    return narrow.to_bits(jnp.zeros((order.slot_S.shape[0] + sizes[0], width), dtype))
+def _take_block(token_S, gate_S, start, size, end):
+    """Token and gate of the sorted slots from `start` on.
+
+    From `end` on, the last slot is repeated with a gate of 0, which keeps it out of all sums.
+    """
+    row_R = start + jnp.arange(size)
+    last_R = jnp.minimum(row_R, end - 1)
+    token_R, gate_R = (a.at[last_R].get(mode="promise_in_bounds") for a in (token_S, gate_S))
+    return token_R, jnp.where(row_R < end, gate_R, 0.0)
 
 
-def _take_block(values_S, start, size, end):
-    """values_S[start : start + size], the last valid one repeated from `end` on."""
-    row_R = jnp.minimum(start + jnp.arange(size), end - 1)
-    return values_S.at[row_R].get(mode="promise_in_bounds")
+def _add_rows(sum_MD, token_R, rows_RD):
+    return sum_MD.at[token_R].add(rows_RD, mode="promise_in_bounds")
