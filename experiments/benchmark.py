@@ -14,6 +14,7 @@ _CONFIG = program.define_config("configs/mixtral_28m.py")
 _SUITE = flags.DEFINE_string("suite", None, "attention, moe, train, startup, …", required=True)
 _OUT = flags.DEFINE_string("out", None, "File for the JSON, besides standard output.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds; medians are reported.", 1)
+_PROFILE = flags.DEFINE_bool("profile", False, "Also say where the time of our code goes.")
 _ONLY = flags.DEFINE_list("only", [], "Parts of row names: measure only rows with one of these.")
 
 
@@ -21,7 +22,8 @@ def main() -> None:
     from lightning_jax.benchmark import report
     from lightning_jax.benchmark.measure import Options
 
-    options = Options(_ROUNDS.value, tuple(_ONLY.value), program.load_config(_CONFIG.value))
+    config = program.load_config(_CONFIG.value)
+    options = Options(_ROUNDS.value, tuple(_ONLY.value), config, _PROFILE.value)
     found = report.run_suite(_SUITE.value, options)
     if _OUT.value:
         report.write(found, _OUT.value)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lightning_jax.benchmark.measure import Call, Options, Rounds, interleave, peer, temp_mb
+from lightning_jax.benchmark.profile import profiles
 from lightning_jax.ops.kernels.xla_banded import banded_attention
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
@@ -72,6 +73,7 @@ def _row(passes: str, dtype: str, window: int | None, options: Options) -> dict[
         "gflops": found.gflops("ours", flops),
         "of_peak": found.of_peak("ours", flops),
         **memory,
+        **profiles(options, {"ours": (ours, calls["ours"])}),
     }
     return row | ({"note": note} if note else {})
 

@@ -42,11 +42,13 @@ class Options:
       rounds: times that each variant of a row is measured.
       only: rows whose name holds one of these strings; empty: all.
       config: the run that the suites `train` and `startup` time.
+      profile: of `attention`, `moe` and `train`: also trace a call of our code, once it is timed.
     """
 
     rounds: int = 5
     only: tuple[str, ...] = ()
     config: RunConfig | None = None
+    profile: bool = False
 
     def wants(self, name: str) -> bool:
         """True if the row `name` was asked for."""

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lightning_jax.benchmark.measure import Call, Options, interleave, peer, temp_mb
+from lightning_jax.benchmark.measure import Options, interleave, peer, temp_mb
 from lightning_jax.benchmark.peers import torch_moe_calls
+from lightning_jax.benchmark.profile import profiles
 from lightning_jax.compiler import options as compiler_options
 from lightning_jax.ops.experts import routed_experts
 from lightning_jax.ops.routing import route
@@ -70,6 +71,7 @@ def _against_transformers(
         "gflops": found.gflops("ours", flops),
         "of_peak": found.of_peak("ours", flops),
         "temp_mb": temp_mb(ours),
+        **profiles(options, {"ours": (ours, calls["ours"])}),
     }
     if peers:
         row["best_peer"] = min(peers, key=found.median_ms)
@@ -80,10 +82,11 @@ def _against_transformers(
 
 def _by_experts(passes: str, options: Options) -> dict[str, Any]:
     """Time at 8 to 64 experts of the same size, each token using the same number."""
-    calls: dict[str, Call] = {}
+    programs, calls = {}, {}
     for experts in (8, 16, 32, 64):
         arrays = _arrays(TOKENS, experts, "float32")
-        calls[f"E{experts}"] = functools.partial(_compiled(passes, arrays), *arrays)
+        programs[f"E{experts}"] = _compiled(passes, arrays)
+        calls[f"E{experts}"] = functools.partial(programs[f"E{experts}"], *arrays)
     found = interleave(calls, rounds=options.rounds)
     return {
         "table": "cost by number of experts",
@@ -91,6 +94,7 @@ def _by_experts(passes: str, options: Options) -> dict[str, Any]:
         **{f"{name}_ms": found.median_ms(name) for name in calls},
         "E64_over_E8": found.ratio("E64", "E8"),
         "E64_over_E8_cpu": found.cpu_ratio("E64", "E8"),
+        **profiles(options, {name: (programs[name], calls[name]) for name in calls}),
     }
 
 
@@ -113,11 +117,13 @@ def _against_ragged_dot(options: Options) -> dict[str, Any]:
 def _by_top_p(passes: str, options: Options) -> dict[str, Any]:
     """Time when p is lowered until half of the slots of 2 x CHOICES are filled."""
     arrays = _arrays(TOKENS, EXPERTS, "float32")
-    full = _compiled(passes, arrays, choices=2 * CHOICES, top_p=1.0)
     logits_ME = arrays[0].astype(jnp.float32) @ arrays[1]
     p = _p_that_fills(np.asarray(logits_ME), CHOICES)
-    half = _compiled(passes, arrays, choices=2 * CHOICES, top_p=p)
-    calls = {"all": functools.partial(full, *arrays), "half": functools.partial(half, *arrays)}
+    programs = {
+        name: _compiled(passes, arrays, choices=2 * CHOICES, top_p=top_p)
+        for name, top_p in (("all", 1.0), ("half", p))
+    }
+    calls = {name: functools.partial(program, *arrays) for name, program in programs.items()}
     found = interleave(calls, rounds=options.rounds)
     return {
         "table": "cost by filled slots",
@@ -127,6 +133,7 @@ def _by_top_p(passes: str, options: Options) -> dict[str, Any]:
         **{f"{name}_ms": found.median_ms(name) for name in calls},
         "all_over_half": found.ratio("all", "half"),
         "all_over_half_cpu": found.cpu_ratio("all", "half"),
+        **profiles(options, {name: (programs[name], calls[name]) for name in calls}),
     }
 
 

@@ -20,10 +20,12 @@ from rich.table import Table
 
 from lightning_jax import memory
 from lightning_jax.benchmark.measure import Options
+from lightning_jax.errors import UserError
 from lightning_jax.fields import require_choice
 
 # Each is a module of this package with `run(options)`; loaded when asked for.
 SUITES = ("attention", "moe", "train", "startup", "kernels_tpu", "kernels_gpu")
+PROFILED = ("attention", "moe", "train")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,9 +37,11 @@ def run_suite(name: str, options: Options) -> dict[str, Any]:
       `suite`, `date`, `commit`, `rounds`, `machine`, `versions` and `rows`.
 
     Raises:
-      UserError: no such suite.
+      UserError: no such suite, or a profile of one that makes none.
     """
     require_choice("suite", name, SUITES)
+    if options.profile and name not in PROFILED:
+        raise UserError(f"--profile is for the suites {', '.join(PROFILED)}, not {name}")
     suite = importlib.import_module(f"lightning_jax.benchmark.{name}")
     load = os.getloadavg()[0]
     rows = suite.run(options)
@@ -116,13 +120,34 @@ def print_tables(report: dict[str, Any], file: TextIO | None = None) -> None:
     rows: Sequence[dict[str, Any]] = report["rows"]
     for title in dict.fromkeys(row.get("table", report["suite"]) for row in rows):
         inside = [row for row in rows if row.get("table", report["suite"]) == title]
-        columns = [key for key in dict.fromkeys(k for row in inside for k in row) if key != "table"]
-        table = Table(title=title, title_justify="left")
-        for index, name in enumerate(columns):
-            table.add_column(name, justify="right" if index else "left")
-        for row in inside:
-            table.add_row(*(_cell(row.get(name)) for name in columns))
-        console.print(table)
+        console.print(_table(title, [_without(row, "table", "profile") for row in inside]))
+    for row in rows:
+        if "profile" in row:
+            console.print(_table(f"{row['name']}: where its milliseconds go", _by_kind(row)))
+
+
+def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*(_cell(row.get(name)) for name in columns))
+    return table
+
+
+def _without(row: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in names}
+
+
+def _by_kind(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The profiles of a row as a table: a line for each kind of work, a column a program."""
+    profiles: dict[str, dict[str, float]] = row["profile"]
+    kinds = dict.fromkeys(kind for profile in profiles.values() for kind in profile)
+    return [
+        {"work": kind} | {name: profile.get(kind) for name, profile in profiles.items()}
+        for kind in kinds
+    ]
 
 
 def _cell(value: Any) -> str:

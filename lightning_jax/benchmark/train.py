@@ -17,6 +17,7 @@ from lightning_jax import accounting, sharding
 from lightning_jax import model as lm
 from lightning_jax.benchmark.measure import Call, Options, interleave, peer, temp_mb
 from lightning_jax.benchmark.peers import mixtral_train_call
+from lightning_jax.benchmark.profile import profiles
 from lightning_jax.config import RunConfig
 from lightning_jax.errors import UserError
 from lightning_jax.train import compiled, step
@@ -47,7 +48,7 @@ def _row(dtype: str, options: Options, config: RunConfig) -> dict[str, Any]:
     config = dataclasses.replace(config, model=model)
     stage = config.stages[0]
     tokens = stage.batch_size * stage.seq_len
-    ours, memory = our_call(config)
+    program, ours = our_step(config)
     peers, note = {}, "torch or transformers is not installed (extra peers): rows are skipped"
     if peer("torch") and peer("transformers"):
         note = ""
@@ -69,7 +70,8 @@ def _row(dtype: str, options: Options, config: RunConfig) -> dict[str, Any]:
         **{f"{name}_cpu_ms": found.cpu_ms(name) for name in peers},
         "gflops": found.gflops("ours", flops),
         "of_peak_float32": found.of_peak("ours", flops),
-        "temp_mb": memory,
+        "temp_mb": temp_mb(program),
+        **profiles(options, {"ours": (program, ours)}),
     }
     if peers:
         row["best_peer"] = min(peers, key=found.median_ms)
@@ -78,8 +80,8 @@ def _row(dtype: str, options: Options, config: RunConfig) -> dict[str, Any]:
     return row | ({"note": note} if note else {})
 
 
-def our_call(config: RunConfig) -> tuple[Call, float | None]:
-    """The step of a run's first stage on one device and its temporary memory in MB.
+def our_step(config: RunConfig) -> tuple[Any, Call]:
+    """The compiled step of a run's first stage on one device, and a call that takes it.
 
     Every call takes the state that the last one returned, as the loop does.
     """
@@ -98,7 +100,7 @@ def our_call(config: RunConfig) -> tuple[Call, float | None]:
         state, metrics = train_step(state, batch)
         return metrics["loss"]
 
-    return call, temp_mb(train_step)
+    return train_step, call
 
 
 def _batch(config: RunConfig) -> dict[str, np.ndarray]:

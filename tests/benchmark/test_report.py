@@ -42,6 +42,20 @@ def test_tables(suite):
     assert "one" in text and "two" in text and "1,234" in text and "1.25" in text
 
 
+def test_profiles_have_a_table_of_their_own():
+    profiles = {"E8": {"experts: dot_general": 70.0}, "E64": {"experts: gather": 1.5, "rest": 0.5}}
+    file = io.StringIO()
+    report.print_tables({"suite": "moe", "rows": [ROWS[0] | {"profile": profiles}]}, file)
+    first, second = file.getvalue().split("a: where its")
+    assert "profile" not in first and "1.25" in first
+    assert "experts: dot_general" in second and "E64" in second and "1.5" in second
+
+
+def test_a_profile_that_a_suite_does_not_make_is_refused():
+    with pytest.raises(UserError, match="--profile is for the suites attention, moe, train"):
+        report.run_suite("startup", Options(profile=True))
+
+
 def test_an_unknown_suite_is_named():
     with pytest.raises(UserError, match='did you mean "attention"'):
         report.run_suite("atention", Options())
