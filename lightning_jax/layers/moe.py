@@ -29,14 +29,16 @@ class MoE(nn.Module):
         self, x_BTD: jax.Array, token_mask_BT: jax.Array, bias_E: jax.Array, top_p: jax.Array
     ) -> tuple[jax.Array, balance.RoutingStats]:
         config = self.config
-        routed = self._route(x_BTD, token_mask_BT.reshape(-1), bias_E, top_p)
+        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        routed = self._route(x_MD, token_mask_BT.reshape(-1), bias_E, top_p)
         stats = balance.routing_stats(
             routed,
             token_mask_BT.reshape(-1),
             num_groups=config.num_groups,
             num_partitions=config.num_partitions,
         )
-        out_BTD = self._experts(x_BTD, routed) * jnp.asarray(config.routed_scale, x_BTD.dtype)
+        y_MD = self._experts(x_MD, routed) * jnp.asarray(config.routed_scale, x_MD.dtype)
+        out_BTD = y_MD.reshape(x_BTD.shape)
         if config.num_shared_experts:
             hidden = config.num_shared_experts * config.expert_dim
             clamp = config.clamp or None
@@ -44,19 +46,19 @@ class MoE(nn.Module):
         return out_BTD, stats
 
     def _route(
-        self, x_BTD: jax.Array, token_mask_M: jax.Array, bias_E: jax.Array, top_p: jax.Array
+        self, x_MD: jax.Array, token_mask_M: jax.Array, bias_E: jax.Array, top_p: jax.Array
     ) -> routing.Routing:
-        config, dim = self.config, x_BTD.shape[-1]
+        config, dim = self.config, x_MD.shape[-1]
         kind = config.train_routing if self.train else config.eval_routing
         router_DE = param(
             self, "router_DE", fan_in(dim), (dim, config.num_experts), ("embed", "router")
         )
-        logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), router_DE)
+        logits_ME = jnp.einsum("MD,DE->ME", x_MD.astype(jnp.float32), router_DE)
         if config.router_bias:
             shape = (config.num_experts,)
-            logits_BTE += param(self, "router_bias_E", ZEROS, shape, ("router",))[None, None]
+            logits_ME += param(self, "router_bias_E", ZEROS, shape, ("router",))[None]
         return routing.route(
-            logits_BTE.reshape(-1, config.num_experts),
+            logits_ME,
             kind=kind,
             slots=config.slots(kind),
             score=config.router_score,
@@ -66,9 +68,9 @@ class MoE(nn.Module):
             token_mask_M=token_mask_M,
         )
 
-    def _experts(self, x_BTD: jax.Array, routed: routing.Routing) -> jax.Array:
-        config, (batch, time, dim) = self.config, x_BTD.shape
-        count, hidden, dtype = config.num_experts, config.expert_dim, x_BTD.dtype
+    def _experts(self, x_MD: jax.Array, routed: routing.Routing) -> jax.Array:
+        config, dim, dtype = self.config, x_MD.shape[-1], x_MD.dtype
+        count, hidden = config.num_experts, config.expert_dim
         inward, outward = fan_in(dim), fan_in(hidden, output_scale(self.num_layers))
         axes = ("expert", "embed", "mlp")
         gate_EDF = param(self, "gate_EDF", inward, (count, dim, hidden), axes, dtype)
@@ -77,21 +79,19 @@ class MoE(nn.Module):
             self, "down_EFD", outward, (count, hidden, dim), ("expert", "mlp", "embed"), dtype
         )
 
-        def local(x_BTD, routed, weights, biases):
-            flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), (x_BTD, routed))
-            y_MD = routed_experts(
-                *flat,
+        def local(x_MD, routed, weights, biases):
+            return routed_experts(
+                x_MD,
+                routed,
                 *weights,
                 biases=biases,
                 clamp=config.clamp or None,
                 implementation=config.implementation or None,
             )
-            return y_MD.reshape(x_BTD.shape)
 
         # Sorting tokens by expert stays on the device that has them: experts come to the tokens.
-        by_row = jax.tree.map(lambda a: a.reshape(batch, time, a.shape[-1]), routed)
         run = sharding.batch_local(local, batched=(True, True, False, False))
-        return run(x_BTD, by_row, (gate_EDF, up_EDF, down_EFD), self._biases(dim))
+        return run(x_MD, routed, (gate_EDF, up_EDF, down_EFD), self._biases(dim))
 
     def _biases(self, dim: int) -> tuple[jax.Array, ...]:
         if not self.config.expert_bias:
