@@ -217,24 +217,12 @@ def train_step(
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     good = finite & (state.bad_steps == 0) if config.optimizer.on_nan == "stop" else finite
 
-    rate = schedule.learning_rate(config.stages, state.step)
-    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-    params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-    ema = update_ema(state.ema, params, config.optimizer.ema_decay) if state.ema else state.ema
-    router, controller, stats = state.router, state.controller, sums["stats"]
-    if stats is not None:
-        router, controller = _update_router(config.model.moe, router, controller, stats)
-    new = TrainState(
-        step=state.step + 1,
-        bad_steps=state.bad_steps + ~finite,
-        params=params,
-        ema=ema,
-        optimizer=optimizer_state,
-        router=router,
-        controller=controller,
+    rate, stats = schedule.learning_rate(config.stages, state.step), sums["stats"]
+    # Not a choice element by element: XLA would copy the moments to have both to choose from.
+    new = jax.lax.cond(
+        good, lambda: _updated(config, optimizer, state, grads, rate, stats), lambda: state
     )
-    kept = dataclasses.replace(state, step=new.step, bad_steps=new.bad_steps)
-    new = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, kept)
+    new = dataclasses.replace(new, step=state.step + 1, bad_steps=state.bad_steps + ~finite)
     metrics = {
         "loss": sums["nll"],
         "objective": value,
@@ -247,8 +235,23 @@ def train_step(
     if stats is not None:
         metrics["top_p"] = state.router.top_p
         metrics["router"] = jax.vmap(jax.vmap(balance.routing_metrics))(stats)
-        metrics["bias_max"] = jnp.abs(router.bias_URE).max()
+        metrics["bias_max"] = jnp.abs(new.router.bias_URE).max()
     return new, metrics
+
+
+def _updated(config, optimizer, state, grads, rate, stats) -> TrainState:
+    """The state after a good step; its counters are the caller's."""
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+    params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+    new = dataclasses.replace(state, params=params, optimizer=optimizer_state)
+    if state.ema:
+        new = dataclasses.replace(
+            new, ema=update_ema(state.ema, params, config.optimizer.ema_decay)
+        )
+    if stats is not None:
+        router, controller = _update_router(config.model.moe, state.router, state.controller, stats)
+        new = dataclasses.replace(new, router=router, controller=controller)
+    return new
 
 
 def eval_step(
