@@ -28,9 +28,12 @@ from lightning_jax.ops.activation import gated_unit
 from lightning_jax.ops.kernels import narrow
 from lightning_jax.ops.routing import sort_slots
 
+# Filled share from which a large block is faster than the small ones that would take its rows.
+_WORTH = 0.625
+
 
 def block_sizes(slots: int, experts: int) -> tuple[int, ...]:
-    """Rows per block, larger first: an expert's rows go by whole large blocks, then small ones.
+    """Rows per block, larger first: an expert's rows go by large blocks while those are well filled.
 
     Large blocks make good matmuls (256 rows keep a block's rows and one expert's weights in
     cache) but waste half a block per expert; small ones finish a group with little waste. Few
@@ -230,10 +233,10 @@ def _for_each_expert(order, body, carry):
 
 
 def _for_each_block(sizes, start, end, body, carry):
-    """carry = body(row, size, carry) over the rows [start, end), only the last block partial."""
+    """carry = body(row, size, carry) over blocks that cover the rows [start, end)."""
     state = (start, carry)
     for size in sizes:
-        needed = 1 if size == sizes[-1] else size
+        needed = 1 if size == sizes[-1] else math.ceil(_WORTH * size)
         state = jax.lax.while_loop(
             lambda state, needed=needed: end - state[0] >= needed,
             lambda state, size=size: (state[0] + size, body(state[0], size, state[1])),
