@@ -33,7 +33,7 @@ _WORTH = 0.625
 
 
 def block_sizes(slots: int, experts: int) -> tuple[int, ...]:
-    """Rows per block, larger first: an expert's rows go by large blocks while those are well filled.
+    """Rows per block, larger first: an expert's rows go by large blocks while they are well filled.
 
     Large blocks make good matmuls (256 rows keep a block's rows and one expert's weights in
     cache) but waste half a block per expert; small ones finish a group with little waste. Few
