@@ -13,7 +13,7 @@ import jax
 
 from lightning_jax.benchmark.measure import Call, Options
 
-WAITING, REST = "waiting", "rest"
+WAITING, REST, UNNAMED = "waiting", "rest", "batched dot_general"
 # Calls in a trace.
 _TRACED = 5
 # Of the time of a call, below which a kind of work joins the rest.
@@ -67,7 +67,7 @@ def where_time_goes(compiled: Any, call: Call) -> dict[str, float]:
 def paths(program: str) -> dict[str, str]:
     """The path of the operation behind each instruction of a compiled program's text.
 
-    XLA drops it from batched products: theirs is "dot_general" alone.
+    XLA drops it from batched products: theirs is `UNNAMED`.
     """
     found: dict[str, str] = {}
     products: set[str] = set()
@@ -83,7 +83,7 @@ def paths(program: str) -> dict[str, str]:
                 calls[instruction[1]] = called[1]
             if " dot(" in line:
                 products.add(computation)
-    return {name: "dot_general" for name, called in calls.items() if called in products} | found
+    return {name: UNNAMED for name, called in calls.items() if called in products} | found
 
 
 def kind_of(instruction: str, path: str) -> str:

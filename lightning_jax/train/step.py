@@ -96,14 +96,15 @@ def forward_loss(
         router=router,
         rope_base_global=rope_base_global,
     )
-    loss_sum, nll_sum, z_sum = loss.cross_entropy(
-        output.hidden_BTD.reshape(-1, config.model.model_dim),
-        output.head_DV,
-        batch["targets"].reshape(-1),
-        batch["loss_mask"].reshape(-1),
-        z_weight=config.optimizer.z_loss_weight,
-        chunk=config.model.head_chunk,
-    )
+    with jax.named_scope("head"):
+        loss_sum, nll_sum, z_sum = loss.cross_entropy(
+            output.hidden_BTD.reshape(-1, config.model.model_dim),
+            output.head_DV,
+            batch["targets"].reshape(-1),
+            batch["loss_mask"].reshape(-1),
+            z_weight=config.optimizer.z_loss_weight,
+            chunk=config.model.head_chunk,
+        )
     divisor = jnp.maximum(total_weight, 1)
     objective = loss_sum / divisor
     if output.stats is not None:
@@ -241,8 +242,9 @@ def train_step(
 
 def _updated(config, optimizer, state, grads, rate, stats) -> TrainState:
     """The state after a good step; its counters are the caller's."""
-    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-    params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+    with jax.named_scope("optimizer"):
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
     new = dataclasses.replace(state, params=params, optimizer=optimizer_state)
     if state.ema:
         new = dataclasses.replace(
