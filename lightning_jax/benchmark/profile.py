@@ -59,9 +59,9 @@ def where_time_goes(compiled: Any, call: Call) -> dict[str, float]:
     for name, nanoseconds in moments.items():
         kind = WAITING if name == WAITING else kind_of(name, asked_for.get(name, ""))
         kinds[kind] += nanoseconds / 1e6 / _TRACED
-    total = sum(kinds.values())
-    large = {kind: time for kind, time in kinds.most_common() if time >= _SHARE * total}
-    return large | {REST: total - sum(large.values())}
+    least = _SHARE * kinds.total()
+    large = {kind: time for kind, time in kinds.most_common() if time >= least}
+    return large | {REST: sum(time for time in kinds.values() if time < least)}
 
 
 def paths(program: str) -> dict[str, str]:
