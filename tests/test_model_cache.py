@@ -188,6 +188,7 @@ def _largest_gap(config, params, other_config, other_params):
     return np.abs(np.asarray(hidden) - other)[rows.segments != 0].max()
 
 
+@pytest.mark.slow
 def test_the_comparison_has_teeth():
     config = model_config("LlG")
     params = params_of(config)

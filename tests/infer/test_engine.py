@@ -101,6 +101,7 @@ def test_greedy_equals_a_forward_without_cache(rope_base):
     assert engine.experts_per_token == pytest.approx(used, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_the_others():
     rows = _generate(_engine())
     others = ([9] * 14, PROMPTS[1], [3])

@@ -126,6 +126,7 @@ def make_step(config):
     return state, run
 
 
+@pytest.mark.slow
 def test_a_step_lowers_the_loss_and_moves_bias_and_controller_once():
     config, _, _, batch = setup(
         model__moe__switch_weight=0.0,
