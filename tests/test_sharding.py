@@ -55,7 +55,6 @@ def test_mesh_sizes():
 
 
 @functools.cache
-@functools.cache
 def train(data, fsdp, accumulate):
     """Three steps on a mesh, twice: (loss and gradient of the first batch, [(losses, state)])."""
     config = build(
