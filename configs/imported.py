@@ -9,8 +9,8 @@ Training goes on from the folder's weights where it is a run's (`experiments.con
 from ml_collections import ConfigDict
 
 from configs import base
-from lightning_jax.errors import UserError
-from lightning_jax.fields import to_dict
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import to_dict
 from lightning_jax.interop.convert import describe
 
 

@@ -8,7 +8,7 @@ are optional (`pip install -e .[peers]`): without them their rows are skipped wi
 
 from absl import flags
 
-from lightning_jax import program
+from lightning_jax.runtime import program
 
 _CONFIG = program.define_config("configs/mixtral_28m.py")
 _SUITE = flags.DEFINE_string("suite", None, "attention, moe, train, startup, …", required=True)
@@ -19,8 +19,8 @@ _ONLY = flags.DEFINE_list("only", [], "Parts of row names: measure only rows wit
 
 
 def main() -> None:
-    from lightning_jax.benchmark import report
-    from lightning_jax.benchmark.measure import Options
+    from benchmarks import report
+    from benchmarks.measure import Options
 
     config = program.load_config(_CONFIG.value)
     options = Options(_ROUNDS.value, tuple(_ONLY.value), config, _PROFILE.value)

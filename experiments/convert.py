@@ -9,8 +9,8 @@ it is; to train on, use --config=configs/imported.py:runs/a.
 
 from absl import flags
 
-from lightning_jax import program
-from lightning_jax.errors import UserError
+from lightning_jax.config.errors import UserError
+from lightning_jax.runtime import program
 
 _FROM = flags.DEFINE_enum("from", None, ["hf"], "Read PATH, write WORKDIR.")
 _TO = flags.DEFINE_enum("to", None, ["hf"], "Read WORKDIR, write PATH.")
@@ -29,7 +29,7 @@ def main() -> None:
         raise UserError(f"kv_source = {_KV_SOURCE.value}: must be layers' numbers, like 0,0,2,2")
     from configs import imported
     from lightning_jax.config import RunConfig
-    from lightning_jax.fields import build
+    from lightning_jax.config.fields import build
     from lightning_jax.interop import convert
 
     if _TO.value:

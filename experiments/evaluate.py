@@ -8,7 +8,7 @@ position in the document, and the mean experts a token used.
 
 from absl import flags
 
-from lightning_jax import program
+from lightning_jax.runtime import program
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _DATA = flags.DEFINE_string("data", None, "Glob of files to evaluate on; default: held-out text.")

@@ -12,7 +12,7 @@ import sys
 
 from absl import flags
 
-from lightning_jax import program
+from lightning_jax.runtime import program
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; may be empty.", required=True)

@@ -8,7 +8,7 @@ own is a YAML file in the folder that --include_path names.
 
 from absl import flags
 
-from lightning_jax import program
+from lightning_jax.runtime import program
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _TASKS = flags.DEFINE_list("tasks", None, "Tasks, groups or globs of them.", required=True)
@@ -26,9 +26,9 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of examples and draws.")
 
 
 def main() -> None:
-    from lightning_jax.interop import lm_eval_tasks
+    from lightning_jax.interop.lm_eval.adapter import tasks
 
-    options = lm_eval_tasks.TaskOptions(
+    options = tasks.TaskOptions(
         tasks=tuple(_TASKS.value),
         include_path=_INCLUDE_PATH.value,
         limit=_LIMIT.value,
@@ -40,7 +40,7 @@ def main() -> None:
         routing_top_p=_ROUTING_TOP_P.value,
         seed=_SEED.value,
     )
-    program.emit_json(lm_eval_tasks.evaluate_tasks(_WORKDIR.value, options))
+    program.emit_json(tasks.evaluate_tasks(_WORKDIR.value, options))
 
 
 if __name__ == "__main__":

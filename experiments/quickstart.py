@@ -8,7 +8,7 @@ against its dense full-attention predecessor. Call it again to see the tables: i
 
 from absl import flags
 
-from lightning_jax import program
+from lightning_jax.runtime import program
 
 _CONFIG = program.define_config("configs/quickstart.py")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the run.")

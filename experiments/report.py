@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from absl import flags
 
-from lightning_jax import program
 from lightning_jax.ablation import report
+from lightning_jax.runtime import program
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=True)
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from absl import flags
 
-from lightning_jax import program
 from lightning_jax.ablation import sweep
-from lightning_jax.errors import UserError
+from lightning_jax.config.errors import UserError
+from lightning_jax.runtime import program
 
 _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, from configs/sweeps.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=True)

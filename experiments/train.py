@@ -8,7 +8,7 @@ evaluation.json. The last evaluation is printed as JSON on stdout; progress goes
 
 from absl import flags
 
-from lightning_jax import program
+from lightning_jax.runtime import program
 
 _CONFIG = program.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
@@ -22,8 +22,8 @@ def main() -> None:
         import jax
 
         jax.distributed.initialize()
-    from lightning_jax import compiler
     from lightning_jax.infer.text import sample
+    from lightning_jax.runtime import compiler
     from lightning_jax.train import loop
 
     compiler.cache_in(f"{_WORKDIR.value}/compiled")

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from absl import flags
 
-from lightning_jax import program
 from lightning_jax.config import SourceConfig
 from lightning_jax.data.sources import open_source
 from lightning_jax.data.tokenizer import train_bpe
+from lightning_jax.runtime import program
 
 _INPUT = flags.DEFINE_string("input", None, "Glob, stdlib:code or stdlib:docs.", required=True)
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "Tokens, bos and eos included.")

@@ -10,7 +10,7 @@ after, as JSON.
 
 from absl import flags
 
-from lightning_jax import program
+from lightning_jax.runtime import program
 
 _CONFIG = program.define_config()
 _SOURCE = flags.DEFINE_string("source", None, "Folder of the dense model.", required=True)

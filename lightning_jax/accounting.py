@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_jax.config import ModelConfig, MoeConfig
-from lightning_jax.fields import require
-from lightning_jax.pattern import LayerSpec
+from lightning_jax.config.fields import require
+from lightning_jax.config.pattern import LayerSpec
 
 CONTEXTS = (1024, 8192, 65_536)
 _TRAINING_PASSES = 3

@@ -29,8 +29,8 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from lightning_jax import sharding
 from lightning_jax.config import RunConfig
-from lightning_jax.errors import UserError
-from lightning_jax.fields import build, require
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import build, require
 
 StrPath = str | os.PathLike[str]
 DATA_ITEM, META_ITEM = "data", "meta"

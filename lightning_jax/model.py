@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from lightning_jax import sharding
 from lightning_jax.config import AttentionConfig, ModelConfig
+from lightning_jax.config.pattern import GLOBAL, LOCAL, LayerSpec
 from lightning_jax.layers.attention import KindContext
 from lightning_jax.layers.block import Context, Unit
 from lightning_jax.layers.common import Declared, RMSNorm, fan_in, param, standard_normal
@@ -28,7 +29,6 @@ from lightning_jax.ops import kv_cache, rope
 from lightning_jax.ops.balance import RoutingStats
 from lightning_jax.ops.kv_cache import KV, Slots
 from lightning_jax.ops.mask import Mask
-from lightning_jax.pattern import GLOBAL, LOCAL, LayerSpec
 
 
 @jax.tree_util.register_dataclass

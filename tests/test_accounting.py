@@ -8,8 +8,8 @@ import pytest
 from configs import base
 from lightning_jax import accounting
 from lightning_jax.config import RunConfig
-from lightning_jax.errors import UserError
-from lightning_jax.fields import build
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import build
 
 
 def model(*, attention=None, moe=None, **changes):

@@ -23,8 +23,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from lightning_jax import checkpoint, sharding
 from lightning_jax.checkpoint import Checkpointer, load_run, write_json
 from lightning_jax.config import MeshConfig
-from lightning_jax.errors import UserError
-from lightning_jax.fields import to_dict
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import to_dict
 
 FIRST = SingleDeviceSharding(jax.devices()[0])
 

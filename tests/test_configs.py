@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_jax.config import RunConfig
-from lightning_jax.fields import build, to_dict
+from lightning_jax.config.fields import build, to_dict
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")

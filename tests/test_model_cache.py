@@ -12,7 +12,7 @@ import pytest
 from configs import base
 from lightning_jax import model as lm
 from lightning_jax.config import ModelConfig
-from lightning_jax.fields import build
+from lightning_jax.config.fields import build
 
 WINDOW, CHUNK = 8, 10
 PATTERNS = ("G", "L", "LLLG", "Gg", "LlG", "LLLGLLLg")

@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.config import MeshConfig, RunConfig
-from lightning_jax.errors import UserError
-from lightning_jax.fields import build
-from lightning_jax.train import compiled, step
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import build
+from lightning_jax.train import placement, step
 from lightning_jax.train.evaluation import put_batch
 from lightning_jax.train.optimizer import make_optimizer
 from tests.tiny import random_batch, tiny_config
@@ -76,7 +76,7 @@ def train(data, fsdp, accumulate):
     )
     how = dict(accumulate=accumulate, rope_base_global=1e4)
     optimizer = make_optimizer(config.optimizer, lm.logical_axes(config.model))
-    _, shardings = compiled.state_shardings(config, optimizer, mesh)
+    _, shardings = placement.state_shardings(config, optimizer, mesh)
     with jax.set_mesh(mesh):
         init = jax.jit(lambda: step.init_state(config, optimizer), out_shardings=shardings)
         batches = [put_batch(random_batch(16, 24, 64, seed), mesh) for seed in range(3)]

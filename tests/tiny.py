@@ -11,7 +11,7 @@ import numpy as np
 
 from configs import base
 from lightning_jax.config import ModelConfig, RunConfig
-from lightning_jax.fields import build
+from lightning_jax.config.fields import build
 
 WORDS = [
     "def",

@@ -27,7 +27,7 @@ from lightning_jax.ablation.results import (
 )
 from lightning_jax.ablation.sweep import Sweep, build_sweep
 from lightning_jax.checkpoint import write_json
-from lightning_jax.errors import UserError
+from lightning_jax.config.errors import UserError
 from lightning_jax.train.metrics import read_rows
 
 _CONFIDENCE = 0.95

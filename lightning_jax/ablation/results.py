@@ -15,8 +15,8 @@ import numpy as np
 
 from lightning_jax import accounting
 from lightning_jax.config import ModelConfig, RunConfig
-from lightning_jax.errors import UserError
-from lightning_jax.fields import build
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import build
 from lightning_jax.train.metrics import read_rows
 
 METRIC = "bits_per_byte"

@@ -33,8 +33,8 @@ from lightning_jax.ablation.results import (
 )
 from lightning_jax.checkpoint import write_json
 from lightning_jax.config import RunConfig
-from lightning_jax.errors import UserError
-from lightning_jax.fields import build, first_change, require, suggest, to_dict
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import build, first_change, require, suggest, to_dict
 from lightning_jax.train import loop
 
 logger = logging.getLogger(__name__)

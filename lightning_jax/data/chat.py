@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightning_jax.errors import UserError
-from lightning_jax.fields import suggest
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import suggest
 
 Message = Mapping[str, Any]
 

@@ -13,8 +13,8 @@ from array import array
 from pathlib import Path
 from typing import Any
 
-from lightning_jax.errors import UserError
-from lightning_jax.fields import suggest
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import suggest
 
 
 def optional_import(name: str, extra: str = "data") -> Any:

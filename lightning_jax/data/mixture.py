@@ -11,10 +11,10 @@ import grain
 import numpy as np
 
 from lightning_jax.config import DataConfig, SourceConfig, StageConfig
+from lightning_jax.config.fields import require
 from lightning_jax.data.packing import PackDataset, Row, document_tokens, empty_row
 from lightning_jax.data.sources import Source, open_source
 from lightning_jax.data.tokenizer import Tokenizer
-from lightning_jax.fields import require
 
 # Grain would start 16 threads a source; here one thread makes whole batches ahead instead.
 _UNTHREADED = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)

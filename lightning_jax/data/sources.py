@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 
 from lightning_jax.config import SourceConfig
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import require, suggest
 from lightning_jax.data import stdlib
 from lightning_jax.data.files import (
     ArrayRecordFile,
@@ -32,8 +34,6 @@ from lightning_jax.data.files import (
     ParquetFile,
     TextFile,
 )
-from lightning_jax.errors import UserError
-from lightning_jax.fields import require, suggest
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 SPLITS = ("train", "eval")

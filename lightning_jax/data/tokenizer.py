@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lightning_jax.config import DataConfig
+from lightning_jax.config.errors import UserError
 from lightning_jax.data import sources, tokenizer_folder
 from lightning_jax.data.files import optional_import
 from lightning_jax.data.tokenizer_folder import Settings
@@ -24,7 +25,6 @@ from lightning_jax.data.tokenizer_kinds import (
     load_hugging_face,
     load_sentencepiece,
 )
-from lightning_jax.errors import UserError
 
 _LOADERS = {".json": load_hugging_face, ".model": load_sentencepiece}
 _SMALLEST_BPE = 256 + 2

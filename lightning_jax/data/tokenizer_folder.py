@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_jax.config.errors import UserError
 from lightning_jax.data import chat
 from lightning_jax.data.chat import ChatTemplate, read_json
-from lightning_jax.errors import UserError
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 _MODEL_CONFIGS = ("generation_config.json", "config.json")

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from lightning_jax.config.errors import UserError
 from lightning_jax.data.chat import ChatTemplate
 from lightning_jax.data.files import optional_import
 from lightning_jax.data.tokenizer_folder import Settings
-from lightning_jax.errors import UserError
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 _BOS_NAMES = (BOS, "<s>", "<bos>", "<|begin_of_text|>")

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lightning_jax import compiler, sharding
 from lightning_jax import model as lm
+from lightning_jax import sharding
 from lightning_jax.config import ModelConfig
-from lightning_jax.fields import require
+from lightning_jax.config.fields import require
 from lightning_jax.infer.sampling import Sampling, sample
 from lightning_jax.ops.balance import RoutingStats
+from lightning_jax.runtime import compiler
 
 FINISHED = -1
 

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lightning_jax.fields import require
+from lightning_jax.config.fields import require
 
 MIN_TEMPERATURE = 1e-4
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from lightning_jax import checkpoint, sharding
 from lightning_jax import model as lm
 from lightning_jax.config import ModelConfig, RunConfig
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import require
 from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
-from lightning_jax.errors import UserError
-from lightning_jax.fields import require
 from lightning_jax.infer.engine import Engine
 from lightning_jax.infer.sampling import Sampling
 

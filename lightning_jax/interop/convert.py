@@ -14,12 +14,12 @@ import jax
 from lightning_jax import accounting
 from lightning_jax.checkpoint import load_run
 from lightning_jax.config import ModelConfig, RunConfig
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import build
 from lightning_jax.data.tokenizer_folder import VOCABULARIES
-from lightning_jax.errors import UserError
-from lightning_jax.fields import build
-from lightning_jax.interop import huggingface
-from lightning_jax.interop.hf_config import load_json, read_config
-from lightning_jax.interop.start import write_start
+from lightning_jax.interop import hf
+from lightning_jax.interop.hf.config import load_json, read_config
+from lightning_jax.train.start import write_start
 
 StrPath = str | os.PathLike[str]
 
@@ -44,12 +44,12 @@ def describe(path: StrPath) -> tuple[ModelConfig, str | None]:
     return read_config(config), str(folder) if has_tokenizer else None
 
 
-def load_any(path: StrPath, *, step: int | None = None) -> huggingface.Imported:
+def load_any(path: StrPath, *, step: int | None = None) -> hf.Imported:
     """Reads the float32 weights of a run's or a Hugging Face folder."""
     if not is_run(path):
-        return huggingface.load(path)
+        return hf.load(path)
     run = load_run(path, step=step)
-    return huggingface.Imported(run.config.model, run.params, run.router)
+    return hf.Imported(run.config.model, run.params, run.router)
 
 
 def from_hugging_face(
@@ -66,13 +66,13 @@ def from_hugging_face(
       workdir: the run's folder to make.
       config: stages, data and optimizer of the run; its model is replaced by the folder's, and its
         tokenizer where the folder has one.
-      kv_source: see `huggingface.load`.
+      kv_source: see `hf.load`.
 
     Returns:
       What was read: model type, layers, parameters, tokenizer.
     """
     _, tokenizer = describe(path)
-    loaded = huggingface.load(path, kv_source=kv_source)
+    loaded = hf.load(path, kv_source=kv_source)
     data = dataclasses.replace(config.data, tokenizer=tokenizer or config.data.tokenizer)
     run = dataclasses.replace(config, model=loaded.config, data=data)
     model_type = load_json(Path(path) / "config.json")["model_type"]
@@ -96,7 +96,7 @@ def to_hugging_face(
       workdir: the run's folder.
       path: the folder to make.
       step, weights: which checkpoint and which of its weights; see `checkpoint.load_run`.
-      model_type: see `huggingface.save`.
+      model_type: see `hf.save`.
       dtype: of the file; "bfloat16" rounds.
 
     Returns:
@@ -110,7 +110,7 @@ def to_hugging_face(
     attention = dataclasses.replace(run.config.model.attention, rope_base_global=base)
     model = dataclasses.replace(run.config.model, attention=attention, compute_dtype=dtype)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), run.params)
-    model_type = huggingface.save(path, model, params, run.router, model_type=model_type)
+    model_type = hf.save(path, model, params, run.router, model_type=model_type)
     for name in VOCABULARIES:
         if (Path(workdir) / name).is_file():
             shutil.copyfile(Path(workdir) / name, Path(path) / name)

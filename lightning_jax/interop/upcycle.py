@@ -22,10 +22,10 @@ from flax import traverse_util
 
 from lightning_jax import model as lm
 from lightning_jax.config import ModelConfig
-from lightning_jax.errors import UserError
-from lightning_jax.fields import require_choice
-from lightning_jax.interop.hf_config import meaning
-from lightning_jax.pattern import LayerSpec
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import require_choice
+from lightning_jax.config.pattern import LayerSpec
+from lightning_jax.interop.hf.config import meaning
 
 POOLS = ("mean", "first")
 # Leaves of a layer by the projection that they belong to; what is not listed is copied as it is.

@@ -13,9 +13,9 @@ from lightning_jax import sharding
 from lightning_jax.config import ModelConfig, RunConfig
 from lightning_jax.data.tokenizer import resolve_tokenizer
 from lightning_jax.interop.convert import describe, load_any
-from lightning_jax.interop.start import write_start
 from lightning_jax.interop.upcycle import is_exact, upcycle
 from lightning_jax.train.evaluation import ONE_DEVICE, Evaluator
+from lightning_jax.train.start import write_start
 from lightning_jax.train.workdir import prepare
 
 StrPath = str | os.PathLike[str]

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 
 from lightning_jax import sharding
 from lightning_jax.config import AttentionConfig
+from lightning_jax.config.pattern import LayerSpec
 from lightning_jax.layers.common import ZEROS, RMSNorm, fan_in, output_scale, param, project
 from lightning_jax.ops import kv_cache
 from lightning_jax.ops.attention import dot_product_attention
 from lightning_jax.ops.kv_cache import KV
 from lightning_jax.ops.mask import Mask
 from lightning_jax.ops.rope import apply_rope
-from lightning_jax.pattern import LayerSpec
 
 
 @jax.tree_util.register_dataclass

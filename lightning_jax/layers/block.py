@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 from lightning_jax import sharding
 from lightning_jax.config import ModelConfig
+from lightning_jax.config.pattern import GLOBAL, LOCAL, LayerSpec
 from lightning_jax.layers.attention import Attention, KindContext
 from lightning_jax.layers.common import GatedMLP, RMSNorm
 from lightning_jax.layers.moe import MoE
 from lightning_jax.ops.balance import RoutingStats
 from lightning_jax.ops.kv_cache import KV
-from lightning_jax.pattern import GLOBAL, LOCAL, LayerSpec
 
 
 @jax.tree_util.register_dataclass

@@ -38,9 +38,9 @@ class _Kernel:
 _ALL = frozenset({SEGMENTS, SINKS, SOFTCAP})
 _FOLDER = "lightning_jax.ops.kernels"
 _KERNELS = {
-    "xla_banded": _Kernel(f"{_FOLDER}.xla_banded", "banded_attention", _ALL),
-    "pallas_tpu": _Kernel(f"{_FOLDER}.tpu_attention", "sliding_window_attention", _ALL),
-    "pallas_gpu": _Kernel(f"{_FOLDER}.gpu_attention", "sliding_window_attention", _ALL),
+    "xla_banded": _Kernel(f"{_FOLDER}.cpu.banded", "banded_attention", _ALL),
+    "pallas_tpu": _Kernel(f"{_FOLDER}.tpu.attention", "sliding_window_attention", _ALL),
+    "pallas_gpu": _Kernel(f"{_FOLDER}.gpu.attention", "sliding_window_attention", _ALL),
     "splash": _Kernel(f"{_FOLDER}.peers", "splash_attention", frozenset({SOFTCAP})),
     "cudnn": _Kernel(f"{_FOLDER}.peers", "cudnn_attention", frozenset()),
 }

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lightning_jax.ops.activation import gated_unit
-from lightning_jax.ops.kernels.blocked_experts import blocked_experts
+from lightning_jax.ops.kernels.cpu.experts import blocked_experts
 from lightning_jax.ops.routing import Routing, SlotOrder, ordered_sum, sort_slots
 
 IMPLEMENTATIONS = ("onehot", "blocked", "ragged_dot")

@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lightning_jax.ops.kernels import narrow
+from lightning_jax.ops.kernels.cpu import narrow
 
 
 def token_losses(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lightning_jax.ops.kernels import narrow
+from lightning_jax.ops.kernels.cpu import narrow
 
 
 def project(

@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lightning_jax import compiler, sharding
 from lightning_jax import model as lm
+from lightning_jax import sharding
 from lightning_jax.checkpoint import load_run
 from lightning_jax.config import DataConfig, MeshConfig, RunConfig, SourceConfig
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import require
 from lightning_jax.data.mixture import EvalBatches, eval_batches, open_eval_sources
 from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
-from lightning_jax.errors import UserError
-from lightning_jax.fields import require
+from lightning_jax.runtime import compiler
 from lightning_jax.train import step as steps
 
 ONE_DEVICE = MeshConfig(data=1, fsdp=1, expert=1, tensor=1, sequence=1)

@@ -18,15 +18,16 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from lightning_jax import accounting, compiler, sharding
+from lightning_jax import accounting, sharding
 from lightning_jax import model as lm
 from lightning_jax.checkpoint import Checkpointer, write_json
 from lightning_jax.config import ModelConfig, RunConfig
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import to_dict
 from lightning_jax.data import mixture
 from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
-from lightning_jax.errors import UserError
-from lightning_jax.fields import to_dict
-from lightning_jax.train import compiled, evaluation, schedule, step
+from lightning_jax.runtime import compiler
+from lightning_jax.train import evaluation, placement, schedule, step
 from lightning_jax.train import workdir as folder
 from lightning_jax.train.metrics import MetricsWriter, flatten
 from lightning_jax.train.optimizer import make_optimizer
@@ -56,7 +57,7 @@ class Trainer:
     tokenizer: Tokenizer
     evaluator: evaluation.Evaluator
     optimizer: optax.GradientTransformation
-    steps: compiled.TrainSteps
+    steps: placement.TrainSteps
     checkpointer: Checkpointer
     writer: MetricsWriter
     progress: Progress
@@ -118,7 +119,7 @@ def run(
                     tokenizer=tokenizer,
                     evaluator=evaluation.Evaluator(config, config.data, tokenizer, mesh),
                     optimizer=optimizer,
-                    steps=compiled.TrainSteps(config, optimizer, mesh),
+                    steps=placement.TrainSteps(config, optimizer, mesh),
                     checkpointer=checkpointer,
                     writer=writer,
                     progress=progress,
@@ -155,9 +156,9 @@ def _train(trainer: Trainer, start: int) -> dict[str, Any]:
             # An iterator of the stage that ended at this checkpoint is not one of the next stage.
             inside = iterator if 0 < offset < config.stages[index].steps else None
             items = trainer.checkpointer.restore(
-                start, compiled.state_items(steps.abstract_state), inside
+                start, placement.state_items(steps.abstract_state), inside
             )
-            state = compiled.state_from_items(items)
+            state = placement.state_from_items(items)
         state = _run_stage(trainer, index, offset, state, iterator)
         iterator.close()
         offset = 0
@@ -178,7 +179,7 @@ def _first_state(trainer: Trainer) -> step.TrainState:
     state = init()
     if trainer.checkpointer.latest_step() is None:
         return state
-    abstract = compiled.state_items(steps.abstract_state)
+    abstract = placement.state_items(steps.abstract_state)
     given = trainer.checkpointer.restore(0, {name: abstract[name] for name in folder.START_ITEMS})
     ema = jax.tree.map(jnp.copy, given["params"]) if state.ema else state.ema
     return dataclasses.replace(state, **given, ema=ema)
@@ -330,7 +331,7 @@ def _save(
         "seq_len": config.stages[index].seq_len,
         "config": to_dict(config),
     }
-    trainer.checkpointer.save(number, compiled.state_items(state), iterator, meta)
+    trainer.checkpointer.save(number, placement.state_items(state), iterator, meta)
 
 
 def _stop(trainer: Trainer, number: int) -> None:

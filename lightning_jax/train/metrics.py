@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_jax.errors import UserError
+from lightning_jax.config.errors import UserError
 
 
 def flatten(metrics: dict[str, Any]) -> dict[str, Any]:

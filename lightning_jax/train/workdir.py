@@ -14,8 +14,8 @@ from typing import Any
 
 from lightning_jax.checkpoint import write_json
 from lightning_jax.config import RunConfig
-from lightning_jax.errors import UserError
-from lightning_jax.fields import first_change, to_dict
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import first_change, to_dict
 
 # What a resumed run may change: how often it reports, where it runs. All else would make another
 # run of it; `stages` may change where they have not begun (see `_stage_change`).

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_jax.ablation.sweep import Sweep, build_sweep
 from lightning_jax.config import RunConfig
-from lightning_jax.fields import to_dict
+from lightning_jax.config.fields import to_dict
 from tests.tiny import tiny_config
 
 VOCAB = 64

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from lightning_jax.ablation import report
-from lightning_jax.errors import UserError
+from lightning_jax.config.errors import UserError
 from tests.ablation.fake_runs import DOMAINS, small_sweep, write_rows, write_run
 
 # Bits per byte on code by arm and seed; docs have 0.5 more.

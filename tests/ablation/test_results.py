@@ -8,7 +8,7 @@ import pytest
 
 from lightning_jax.ablation import results
 from lightning_jax.ablation.results import Run
-from lightning_jax.errors import UserError
+from lightning_jax.config.errors import UserError
 from tests.ablation.fake_runs import small_sweep, write_run
 
 RUN = Run("shared", 1)

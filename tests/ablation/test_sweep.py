@@ -12,8 +12,8 @@ from lightning_jax import sharding
 from lightning_jax.ablation import report
 from lightning_jax.ablation import sweep as sweeps
 from lightning_jax.ablation.results import Run
-from lightning_jax.errors import UserError
-from lightning_jax.fields import to_dict
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import to_dict
 from tests.ablation.fake_runs import small_sweep, write_rows, write_run
 from tests.tiny import tiny_run, write_corpus
 

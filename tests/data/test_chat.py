@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
+from lightning_jax.config.errors import UserError
 from lightning_jax.data.chat import ChatTemplate, _environment
 from lightning_jax.data.tokenizer import ByteTokenizer, load_tokenizer
-from lightning_jax.errors import UserError
 from tests.data import hf_folders
 
 pytest.importorskip("jinja2")

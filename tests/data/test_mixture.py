@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from lightning_jax.config import DataConfig, SourceConfig, StageConfig
+from lightning_jax.config.errors import UserError
 from lightning_jax.data import mixture, packing
 from lightning_jax.data.tokenizer import ByteTokenizer
-from lightning_jax.errors import UserError
 
 TOKENIZER = ByteTokenizer()
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lightning_jax.config import SourceConfig
+from lightning_jax.config.errors import UserError
 from lightning_jax.data import files, sources
-from lightning_jax.errors import UserError
 
 
 def open_one(path, split="train", *, eval_path="", eval_fraction=0.2, text_field="text"):

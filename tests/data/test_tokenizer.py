@@ -4,8 +4,8 @@ import io
 import pytest
 
 from lightning_jax.config import DataConfig, SourceConfig
+from lightning_jax.config.errors import UserError
 from lightning_jax.data import tokenizer as tokenizer_lib
-from lightning_jax.errors import UserError
 
 TRAIN = ["def f(x): return x + 1\n" * 5, "the cat sat on a mat, the rat ran", "café 漢字 漢字"]
 

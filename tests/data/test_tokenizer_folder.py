@@ -9,8 +9,8 @@ import pickle
 import pytest
 
 from lightning_jax.config import DataConfig, SourceConfig
+from lightning_jax.config.errors import UserError
 from lightning_jax.data.tokenizer import load_tokenizer, resolve_tokenizer
-from lightning_jax.errors import UserError
 from tests.data import hf_folders
 
 TEXTS = [

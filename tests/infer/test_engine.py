@@ -11,8 +11,8 @@ from configs import base
 from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.config import MeshConfig, ModelConfig
-from lightning_jax.errors import UserError
-from lightning_jax.fields import build
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import build
 from lightning_jax.infer import engine as engine_module
 from lightning_jax.infer.engine import Engine
 from lightning_jax.infer.sampling import Sampling

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lightning_jax.errors import UserError
+from lightning_jax.config.errors import UserError
 from lightning_jax.infer.sampling import Sampling, sample
 
 LOGITS_V = np.log([0.5, 0.25, 0.15, 0.1])

@@ -10,8 +10,8 @@ import pytest
 from lightning_jax import checkpoint, sharding
 from lightning_jax import model as lm
 from lightning_jax.checkpoint import LoadedRun
+from lightning_jax.config.errors import UserError
 from lightning_jax.data.tokenizer import ByteTokenizer, load_tokenizer
-from lightning_jax.errors import UserError
 from lightning_jax.infer import text
 from lightning_jax.infer.sampling import Sampling
 from lightning_jax.infer.text import GenerateOptions

@@ -11,9 +11,9 @@ from configs import imported
 from lightning_jax import model as lm
 from lightning_jax.checkpoint import load_run
 from lightning_jax.config import RunConfig
-from lightning_jax.errors import UserError
-from lightning_jax.fields import build
-from lightning_jax.interop import convert, huggingface
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import build
+from lightning_jax.interop import convert, hf
 from lightning_jax.interop.upcycle_run import upcycle_run
 from lightning_jax.train import loop
 from lightning_jax.train.evaluation import EvalOptions, evaluate_run
@@ -40,7 +40,7 @@ def home(tmp_path_factory):
     corpus = write_corpus(folder / "text")
     model = tiny_model(VOCAB, unit="G", num_units=2, moe__num_experts=0, attention__qk_norm="none")
     params = lm.init_params(model, jax.random.key(3))
-    assert huggingface.save(folder / "hf", model, params) == "llama"
+    assert hf.save(folder / "hf", model, params) == "llama"
     return folder, corpus, params
 
 
@@ -65,7 +65,7 @@ def test_from_hugging_face_to_training_and_back(home, tmp_path):
 
     back = convert.to_hugging_face(tmp_path / "run", tmp_path / "back")
     assert back["model_type"] == "llama" and back["step"] == 0
-    jax.tree.map(np.testing.assert_array_equal, huggingface.load(tmp_path / "back").params, params)
+    jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "back").params, params)
 
     assert convert.describe(tmp_path / "run")[0] == config.model
     loop.run(config, tmp_path / "run")

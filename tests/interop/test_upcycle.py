@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lightning_jax import model as lm
-from lightning_jax.errors import UserError
+from lightning_jax.config.errors import UserError
 from lightning_jax.interop.upcycle import is_exact, slices, upcycle
 from tests.tiny import random_batch, tiny_model
 

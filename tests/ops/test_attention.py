@@ -9,7 +9,9 @@ import pytest
 
 from lightning_jax.ops import attention
 from lightning_jax.ops.attention import IMPLEMENTATIONS, dot_product_attention
-from lightning_jax.ops.kernels import gpu_attention, peers, tpu_attention
+from lightning_jax.ops.kernels import peers
+from lightning_jax.ops.kernels.gpu import attention as gpu_attention
+from lightning_jax.ops.kernels.tpu import attention as tpu_attention
 from lightning_jax.ops.mask import EMPTY_POSITION, Mask
 
 

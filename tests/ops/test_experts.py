@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lightning_jax.ops.experts import IMPLEMENTATIONS, routed_experts
-from lightning_jax.ops.kernels import narrow
+from lightning_jax.ops.kernels.cpu import narrow
 from lightning_jax.ops.routing import Routing, route
 
 D, F = 12, 10

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lightning_jax.ops.kernels import narrow
+from lightning_jax.ops.kernels.cpu import narrow
 from lightning_jax.ops.projection import project
 
 

@@ -15,8 +15,8 @@ import pytest
 
 from lightning_jax.checkpoint import Checkpointer, all_steps, checkpoints_dir, load_run
 from lightning_jax.config import RunConfig
-from lightning_jax.errors import UserError
-from lightning_jax.fields import build
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import build
 from lightning_jax.train import evaluation, loop
 from lightning_jax.train.metrics import read_rows
 from tests.tiny import tiny_run, write_corpus

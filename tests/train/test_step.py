@@ -10,7 +10,7 @@ import pytest
 
 from lightning_jax import model as lm
 from lightning_jax.config import RunConfig
-from lightning_jax.fields import build
+from lightning_jax.config.fields import build
 from lightning_jax.ops import balance
 from lightning_jax.train import step
 from lightning_jax.train.optimizer import make_optimizer

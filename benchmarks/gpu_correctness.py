@@ -1,0 +1,168 @@
+"""Table `correctness` of suite `kernels_gpu`: the compiled kernels against float32 on the GPU."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.measure import Options
+from lightning_jax.ops.kernels.cpu.banded import banded_attention
+from lightning_jax.ops.kernels.gpu.attention import sliding_window_attention
+
+# Largest error over largest value. Half precision rounds the probabilities before they multiply.
+LIMITS = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 2e-5}
+_LENGTH, _BATCH = 1000, 2
+
+# (window, query heads, key heads, head size, documents, sinks, soft-cap, dtype)
+CASES = (
+    (1, 8, 2, 128, True, False, None, "bfloat16"),
+    (64, 8, 8, 64, False, True, None, "bfloat16"),
+    (65, 8, 1, 64, True, True, None, "bfloat16"),
+    (256, 8, 2, 128, True, True, None, "bfloat16"),
+    (255, 8, 2, 256, True, False, None, "bfloat16"),
+    (None, 8, 1, 128, True, False, 30.0, "bfloat16"),
+    (None, 8, 8, 64, False, False, None, "bfloat16"),
+    (5000, 4, 4, 256, False, True, 20.0, "bfloat16"),
+    (300, 8, 2, 128, True, False, None, "float16"),
+    (100, 4, 2, 64, True, True, None, "float32"),
+    (None, 4, 1, 128, False, False, 30.0, "float32"),
+    (200, 4, 2, 256, True, False, None, "float32"),
+)
+
+
+def correctness_rows(options: Options) -> list[dict[str, Any]]:
+    """One row a case: error of the output and of each gradient over the largest value."""
+    rows = []
+    for window, N, K, H, packed, with_sinks, cap, dtype in CASES:
+        features = "".join(
+            f"_{name}"
+            for name, on in (("packed", packed), ("sinks", with_sinks), ("cap", cap))
+            if on
+        )
+        name = f"correctness_{dtype}_H{H}_G{N // K}_W{window or 'full'}{features}"
+        if not options.wants(name):
+            continue
+        arrays = _arrays(_BATCH, _LENGTH, N, K, H, dtype)
+        segments_BT = _documents(_BATCH, _LENGTH) if packed else None
+        sinks_N = jnp.linspace(-1.0, 3.0, N) if with_sinks else None
+        exact = functools.partial(dense, window=window, segments_BT=segments_BT, cap=cap)
+        ours = functools.partial(_ours, window=window, segments_BT=segments_BT, cap=cap)
+        rows.append(_compare(name, dtype, ours, exact, arrays, sinks_N))
+    name = "correctness_bfloat16_long_W1024_packed"
+    if options.wants(name):
+        rows.append(_long(name))
+    return rows
+
+
+def dense(query_BTNH, key_BTKH, value_BTKH, sinks_N, *, window, segments_BT, cap) -> jax.Array:
+    """Attention by all pairs at once, in float32 without TF32."""
+    B, T, N, H = query_BTNH.shape
+    K = key_BTKH.shape[2]
+    dot = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+    query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H)
+    logits_BKGTS = H**-0.5 * dot("BTKGH,BSKH->BKGTS", query_BTKGH, key_BTKH)
+    if cap is not None:
+        logits_BKGTS = cap * jnp.tanh(logits_BKGTS / cap)
+    distance_TS = jnp.arange(T)[:, None] - jnp.arange(T)[None]
+    visible_BTS = ((distance_TS >= 0) & (distance_TS < (window or T)))[None]
+    if segments_BT is not None:
+        visible_BTS &= segments_BT[:, :, None] == segments_BT[:, None]
+        visible_BTS &= (segments_BT != 0)[:, None]
+    visible = visible_BTS[:, None, None]
+    logits_BKGTS = jnp.where(visible, logits_BKGTS, -1e30)
+    top = jnp.max(logits_BKGTS, axis=-1, keepdims=True)
+    sinks = -jnp.inf if sinks_N is None else sinks_N.reshape(1, K, N // K, 1, 1)
+    top = jax.lax.stop_gradient(jnp.maximum(top, sinks))
+    weights_BKGTS = jnp.where(visible, jnp.exp(logits_BKGTS - top), 0.0)
+    total = jnp.sum(weights_BKGTS, axis=-1, keepdims=True) + jnp.exp(sinks - top)
+    weights_BKGTS /= jnp.where(total == 0, 1.0, total)
+    return dot("BKGTS,BSKH->BTKGH", weights_BKGTS, value_BTKH).reshape(B, T, N, H)
+
+
+def _ours(query_BTNH, key_BTKH, value_BTKH, sinks_N, *, window, segments_BT, cap) -> jax.Array:
+    return sliding_window_attention(
+        query_BTNH,
+        key_BTKH,
+        value_BTKH,
+        window=window,
+        query_segments_BT=segments_BT,
+        key_segments_BT=segments_BT,
+        sinks_N=sinks_N,
+        scale=query_BTNH.shape[-1] ** -0.5,
+        logit_softcap=cap,
+    )
+
+
+def _long(name: str) -> dict[str, Any]:
+    """The benchmark's length, one row of it, against the banded form in float32."""
+    arrays = _arrays(1, 16_384, 8, 2, 128, "bfloat16")
+    segments_BT = _documents(1, 16_384)
+    ours = functools.partial(_ours, window=1024, segments_BT=segments_BT, cap=None)
+
+    def exact(query, key, value, sinks_N):
+        with jax.default_matmul_precision("highest"):
+            return banded_attention(
+                query,
+                key,
+                value,
+                window=1024,
+                query_segments_BT=segments_BT,
+                key_segments_BT=segments_BT,
+            )
+
+    return _compare(name, "bfloat16", ours, exact, arrays, None)
+
+
+def _compare(name, dtype, ours, exact, arrays, sinks_N) -> dict[str, Any]:
+    *inputs, dout = arrays
+
+    def both(attend, *inputs_and_dout):
+        *inputs, dout = inputs_and_dout
+        out, pull = jax.vjp(attend, *inputs)
+        return out, *pull(dout.astype(out.dtype))
+
+    wide = [x.astype(jnp.float32) for x in inputs]
+    wanted = jax.jit(functools.partial(both, exact))(*wide, sinks_N, dout.astype(jnp.float32))
+    call = jax.jit(functools.partial(both, ours))
+    found, again = (call(*inputs, sinks_N, dout) for _ in range(2))
+    labels = ("out", "dquery", "dkey", "dvalue", "dsinks")
+    errors = {
+        label: _error(left, right)
+        for label, left, right in zip(labels, found, wanted, strict=True)
+        if right is not None
+    }
+    same = all(
+        np.array_equal(np.asarray(a), np.asarray(b))
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True)
+    )
+    limit = LIMITS[dtype]
+    # `not above` and not `below`: a NaN fails.
+    good = same and all(error <= limit for error in errors.values())
+    return (
+        {"table": "correctness", "name": name}
+        | errors
+        | {"limit": limit, "same_bits": same, "ok": good}
+    )
+
+
+def _error(found: jax.Array, wanted: jax.Array) -> float:
+    wanted = np.asarray(wanted, np.float64)
+    difference = np.abs(np.asarray(found, np.float64) - wanted).max()
+    # The exact answer can be 0: a window of 1 has no gradient of the scores.
+    return float(difference / max(np.abs(wanted).max(), 0.1))
+
+
+def _arrays(B: int, T: int, N: int, K: int, H: int, dtype: str) -> list[jax.Array]:
+    rng = np.random.default_rng(T + N + H)
+    return [jnp.asarray(rng.normal(size=(B, T, heads, H)), dtype) for heads in (N, K, K, N)]
+
+
+def _documents(B: int, T: int) -> jax.Array:
+    """Four documents that start inside blocks and some padding; the last row is turned by 37."""
+    row = np.repeat([1, 2, 3, 4, 0], [5, T // 3, T // 7, T - T // 3 - T // 7 - 25, 20])
+    rows = np.stack([np.roll(row, 37 if b else 0) for b in range(B)])
+    return jnp.asarray(rows, jnp.int32)

@@ -1,0 +1,160 @@
+"""What a suite found: the rows, and on what they were measured."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import Options
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import require_choice
+from lightning_jax.runtime import huge_pages
+
+# Each is a module of this package with `run(options)`; loaded when asked for.
+SUITES = ("attention", "moe", "train", "startup", "kernels_tpu", "kernels_gpu")
+PROFILED = ("attention", "moe", "train")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_suite(name: str, options: Options) -> dict[str, Any]:
+    """Runs a suite.
+
+    Returns:
+      `suite`, `date`, `commit`, `rounds`, `machine`, `versions` and `rows`.
+
+    Raises:
+      UserError: no such suite, or a profile of one that makes none.
+    """
+    require_choice("suite", name, SUITES)
+    if options.profile and name not in PROFILED:
+        raise UserError(f"--profile is for the suites {', '.join(PROFILED)}, not {name}")
+    suite = importlib.import_module(f"benchmarks.{name}")
+    load = os.getloadavg()[0]
+    rows = suite.run(options)
+    return {
+        "suite": name,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "rounds": options.rounds,
+        "machine": machine() | {"load_before": round(load, 2)},
+        "versions": versions(),
+        "rows": rows,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The processor, the memory, and what jax computes on."""
+    device = jax.devices()[0]
+    num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    vectors = [flag for flag in _VECTORS if flag in _cpu_field("flags").split()]
+    return {
+        "cpu": _cpu_field("model name") or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "vectors": " ".join(vectors) or None,
+        "memory_gb": round(num_bytes / 1e9, 1),
+        "huge_pages": huge_pages.has_huge_pages(),
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+    }
+
+
+# Of a table; a terminal of its own width breaks long lines, a file does not.
+_WIDTH = 200
+# What decides the speed of a matrix product on x86.
+_VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+def _cpu_field(name: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of what was measured; None where it is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, with `-dirty` after it if files differ; None outside of one."""
+    command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
+
+
+def write(report: dict[str, Any], path: str | Path) -> None:
+    """Writes the report as JSON; makes the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def print_tables(report: dict[str, Any], file: TextIO | None = None) -> None:
+    """Prints the rows, one table for each value of their key `table`, to standard error."""
+    console = Console(file=file or sys.stderr, width=_WIDTH)
+    rows: Sequence[dict[str, Any]] = report["rows"]
+    for title in dict.fromkeys(row.get("table", report["suite"]) for row in rows):
+        inside = [row for row in rows if row.get("table", report["suite"]) == title]
+        console.print(_table(title, [_without(row, "table", "profile") for row in inside]))
+    for row in rows:
+        if "profile" in row:
+            console.print(_table(f"{row['name']}: where its milliseconds go", _by_kind(row)))
+
+
+def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*(_cell(row.get(name)) for name in columns))
+    return table
+
+
+def _without(row: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in names}
+
+
+def _by_kind(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The profiles of a row as a table: a line for each kind of work, a column a program."""
+    profiles: dict[str, dict[str, float]] = row["profile"]
+    kinds = dict.fromkeys(kind for profile in profiles.values() for kind in profile)
+    return [
+        {"work": kind} | {name: profile.get(kind) for name, profile in profiles.items()}
+        for kind in kinds
+    ]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else _long(value)
+
+
+def _long(value: Any) -> str:
+    return f"{value:,.0f}" if isinstance(value, float) else str(value)

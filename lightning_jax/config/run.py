@@ -1,0 +1,213 @@
+"""Frozen, validated configuration; nothing below this file sees `ml_collections`.
+
+A config file in `configs/` returns an `ml_collections.ConfigDict`; `fields.build` turns it into the
+frozen dataclasses of this file, which check themselves. No field has a default here: every field
+stands once, with unit and reason, in `configs/base.py`, and other configs are diffs of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lightning_jax.config.fields import require, require_choice, suggest
+from lightning_jax.config.model import ModelConfig
+
+DECAYS = ("none", "linear", "cosine", "sqrt")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule; learning rates belong to the stages."""
+
+    name: str
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
+    clip_norm: float
+    ema_decay: float
+    z_loss_weight: float
+    on_nan: str
+
+    def __post_init__(self) -> None:
+        at = "optimizer."
+        require_choice(at + "name", self.name, ("adamw", "muon"))
+        require_choice(at + "on_nan", self.on_nan, ("stop", "skip"))
+        for name in ("beta1", "beta2", "ema_decay"):
+            require(0 <= getattr(self, name) < 1, at + name, getattr(self, name), "in [0, 1)")
+        for name in ("epsilon", "clip_norm"):
+            require(getattr(self, name) > 0, at + name, getattr(self, name), "above 0")
+        for name in ("weight_decay", "z_loss_weight"):
+            require(getattr(self, name) >= 0, at + name, getattr(self, name), "0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage of pretraining; every length is in tokens, the mixture in shares of tokens.
+
+    Within the stage the learning rate warms up linearly over `warmup_tokens` (from the previous
+    stage's last rate, 0 before the first), stays, and decays over the last `decay_tokens` to
+    `final_learning_rate`.
+    """
+
+    name: str
+    tokens: int
+    mixture: tuple[tuple[str, float], ...]
+    batch_size: int
+    seq_len: int
+    accumulate: int
+    learning_rate: float
+    final_learning_rate: float
+    warmup_tokens: int
+    decay: str
+    decay_tokens: int
+    rope_base_global: float
+
+    def __post_init__(self) -> None:
+        at = f"stages.{self.name}."
+        for name in ("tokens", "batch_size", "seq_len", "accumulate"):
+            require(getattr(self, name) >= 1, at + name, getattr(self, name), "at least 1")
+        require(
+            self.batch_size % self.accumulate == 0,
+            at + "accumulate",
+            self.accumulate,
+            f"a divisor of batch_size = {self.batch_size}",
+        )
+        require(bool(self.mixture), at + "mixture", dict(self.mixture), "at least one source")
+        for source, weight in self.mixture:
+            require(weight >= 0, f"{at}mixture.{source}", weight, "0 or more")
+        total = sum(weight for _, weight in self.mixture)
+        require(total > 0, at + "mixture", dict(self.mixture), "at least one weight above 0")
+        require_choice(at + "decay", self.decay, DECAYS)
+        require(self.learning_rate >= 0, at + "learning_rate", self.learning_rate, "0 or more")
+        require(
+            0 <= self.final_learning_rate <= self.learning_rate,
+            at + "final_learning_rate",
+            self.final_learning_rate,
+            f"between 0 and learning_rate = {self.learning_rate}",
+        )
+        require(
+            0 <= self.warmup_tokens <= self.tokens,
+            at + "warmup_tokens",
+            self.warmup_tokens,
+            f"between 0 and tokens = {self.tokens}",
+        )
+        require(
+            0 <= self.decay_tokens <= self.tokens - self.warmup_tokens,
+            at + "decay_tokens",
+            self.decay_tokens,
+            f"0 or more, and at most tokens - warmup_tokens = {self.tokens - self.warmup_tokens}",
+        )
+        require(
+            self.rope_base_global == 0 or self.rope_base_global > 1,
+            at + "rope_base_global",
+            self.rope_base_global,
+            "0 (the model's) or above 1",
+        )
+
+    @property
+    def step_tokens(self) -> int:
+        """Positions consumed by one optimizer step, padding included."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: the fewest that consume at least `tokens`."""
+        return -(-self.tokens // self.step_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """Where the text of one domain comes from; see `data.sources` for what `path` may be."""
+
+    name: str
+    path: str
+    eval_path: str
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), f"data.sources.{self.name}.path", self.path, "a path or a glob")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Tokenizer, sources and packing, shared by all stages."""
+
+    tokenizer: str
+    sources: tuple[SourceConfig, ...]
+    text_field: str
+    eval_fraction: float
+    packing: str
+    prefetch: int
+
+    def __post_init__(self) -> None:
+        require(bool(self.tokenizer), "data.tokenizer", self.tokenizer, '"bytes" or a path')
+        require(bool(self.sources), "data.sources", self.sources, "at least one source")
+        require(0 < self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "in (0, 1)")
+        require_choice("data.packing", self.packing, ("concat", "first_fit"))
+        require(self.prefetch >= 0, "data.prefetch", self.prefetch, "0 or more batches")
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return tuple(source.name for source in self.sources)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one axis may be -1 and takes what the others leave."""
+
+    data: int
+    fsdp: int
+    expert: int
+    tensor: int
+    sequence: int
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            require(size >= 1 or size == -1, f"mesh.{name}", size, "at least 1, or -1 for the rest")
+        require(
+            list(sizes.values()).count(-1) <= 1, "mesh", sizes, "with -1 on one axis at the most"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that an experiment is."""
+
+    seed: int
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    stages: tuple[StageConfig, ...]
+    data: DataConfig
+    mesh: MeshConfig
+    log_every: int
+    histogram_every: int
+    eval_every: int
+    eval_tokens: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    sample_prompt: str
+    sample_tokens: int
+
+    def __post_init__(self) -> None:
+        require(bool(self.stages), "stages", self.stages, "at least one stage")
+        for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("histogram_every", "eval_every", "eval_tokens", "sample_tokens"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 (never, all) or more")
+        for stage in self.stages:
+            for source, _ in stage.mixture:
+                require(
+                    source in self.data.source_names,
+                    f"stages.{stage.name}.mixture",
+                    source,
+                    suggest(source, self.data.source_names),
+                )
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(stage.steps * stage.step_tokens for stage in self.stages)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)

@@ -1,0 +1,258 @@
+"""`config.json` of published model families to `ModelConfig` and back.
+
+A config that asks for something which no field of ours can say is refused by name: loading it
+anyway would give other numbers. Writing is checked by reading back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_jax.config import ModelConfig
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import build, first_change, suggest, to_dict
+from lightning_jax.config.pattern import EXPERTS
+from lightning_jax.interop.hf.families import FAMILIES, FULL, SLIDING, Family, Json
+from lightning_jax.interop.hf.rope import PLAIN, read_rope, write_rope
+from lightning_jax.interop.hf.stack import mlp_letters, stack, with_borrowers
+
+LIGHTNING = "lightning"
+MODEL_TYPES = (*FAMILIES, LIGHTNING)
+
+_DEFAULTS: Json = {
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+}
+# With any other value a layer would compute something else.
+_ONLY: Json = {"hidden_act": "silu"}
+
+# How to compute and how to train is in no published config.
+_COMPUTE: Json = {
+    "compute_dtype": "float32",
+    "scan": True,
+    "remat": "none",
+    "head_chunk": 2048,
+}
+_TRAINING: Json = {
+    "train_routing": "top_k",
+    "eval_routing": "top_k",
+    "top_p": 1.0,
+    "target_experts": 0.0,
+    "controller_kp": 0.5,
+    "controller_ki": 0.2,
+    "bias_update_rate": 0.0,
+    "num_groups": 1,
+    "num_partitions": 1,
+    "switch_weight": 0.0,
+    "group_weight": 0.0,
+    "partition_weight": 0.0,
+    "true_group_weight": 0.0,
+    "z_weight": 0.0,
+    "entropy_weight": 0.0,
+    "implementation": "",
+}
+_NO_MOE: Json = {
+    "num_experts": 0,
+    "expert_dim": 0,
+    "num_shared_experts": 0,
+    "router_score": "softmax",
+    "top_k": 1,
+    "max_experts": 1,
+    "renormalize_gates": False,
+    "routed_scale": 1.0,
+    "router_bias": False,
+    "expert_bias": False,
+    "clamp": 0.0,
+}
+
+
+def load_json(path: Path) -> Json:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: no such file, or no JSON object in it.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold a JSON object")
+    return value
+
+
+def read_config(config: Json, kv_source: Sequence[int] | None = None) -> ModelConfig:
+    """Returns the model that a `config.json` describes.
+
+    Args:
+      config: its content.
+      kv_source: for each layer the layer whose keys and values it reads, itself where it owns
+        them; None: all own theirs.
+
+    Raises:
+      UserError: an unknown model type, a missing key, or a setting that ours cannot express.
+    """
+    model_type = config.get("model_type")
+    if model_type == LIGHTNING:
+        if kv_source is not None:
+            raise UserError("kv_source: a lightning config says itself who borrows from whom")
+        return build(ModelConfig, config["model"], path="model.")
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"model_type = {model_type!r}: must be {suggest(str(model_type), MODEL_TYPES)}"
+        )
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise UserError(f"quantization_config = {method!r}: save the weights dequantized first")
+    family = FAMILIES[model_type]
+    config = {**_DEFAULTS, **family.defaults, **config}
+    for key, value in {**_ONLY, **family.only}.items():
+        if config[key] != value:
+            raise UserError(f"{key} = {config[key]!r}: only {value!r} is supported ({model_type})")
+    try:
+        return build(ModelConfig, _fields(config, family, kv_source), path="model.")
+    except KeyError as error:
+        raise UserError(f"config.json of type {model_type} lacks {error}") from error
+
+
+def _fields(config: Json, family: Family, kv_source: Sequence[int] | None) -> Json:
+    letters = with_borrowers(family.kinds(config), kv_source)
+    routed = [family.moe is not None and family.routed(config, i) for i in range(len(letters))]
+    mlps = mlp_letters(routed)
+    moe = {**_TRAINING, **_NO_MOE}
+    if EXPERTS in mlps:
+        top_k = config["num_experts_per_tok"]
+        moe |= family.moe(config) | {"top_k": top_k, "max_experts": top_k}
+    return {
+        "vocab_size": config["vocab_size"],
+        "model_dim": config["hidden_size"],
+        **dataclasses.asdict(stack(letters, mlps)),
+        "mlp_dim": config["intermediate_size"] if family.dense_mlps else 0,
+        "norm_eps": float(config["rms_norm_eps"]),
+        "tie_embeddings": config["tie_word_embeddings"],
+        **_COMPUTE,
+        "attention": _attention_fields(config, family, letters),
+        "moe": moe,
+    }
+
+
+def _attention_fields(config: Json, family: Family, letters: str) -> Json:
+    heads = config["num_attention_heads"]
+    return {
+        "num_heads": heads,
+        "num_kv_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "window": config["sliding_window"] if "L" in letters else 1,
+        **read_rope(config, config["rope_theta"]),
+        "global_rope": True,
+        "qk_norm": family.qk_norm,
+        "qkv_bias": config["attention_bias"],
+        "out_bias": config["attention_bias"],
+        "output_gate": False,
+        "sinks": family.sinks,
+        "implementation": "",
+    }
+
+
+def write_config(config: ModelConfig, model_type: str) -> Json:
+    """Returns the `config.json` of a model in the layout of `model_type`.
+
+    Raises:
+      UserError: an unknown model type, or the first field that it has no place for.
+    """
+    if model_type == LIGHTNING:
+        shape = {"architectures": ["LightningLM"], "vocab_size": config.vocab_size}
+        return {"model_type": LIGHTNING, **shape, "model": to_dict(config)}
+    if model_type not in FAMILIES:
+        raise UserError(f"model_type = {model_type!r}: must be {suggest(model_type, MODEL_TYPES)}")
+    written = _written(config, model_type, FAMILIES[model_type])
+    changed = first_change(meaning(config), meaning(read_config(written)))
+    if changed:
+        field, ours, theirs = changed
+        raise UserError(
+            f"model.{field} = {ours!r}: the {model_type} layout has no place for it (it would be "
+            f"read as {theirs!r}); save with model_type = {LIGHTNING!r}"
+        )
+    return written
+
+
+def _written(config: ModelConfig, model_type: str, family: Family) -> Json:
+    attention, layers = config.attention, config.layers
+    local = [spec.is_local for spec in layers]
+    written: Json = {
+        "architectures": [_ARCHITECTURES[model_type]],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.model_dim,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "max_position_embeddings": _MAX_LENGTH,
+        "dtype": config.compute_dtype,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **write_rope(attention, not all(local)),
+    }
+    if "attention_bias" in family.defaults:
+        written["attention_bias"] = attention.qkv_bias
+    if "sliding_window" in family.defaults:
+        written["sliding_window"] = attention.window if any(local) else None
+    if "layer_types" in family.defaults:
+        written["layer_types"] = [SLIDING if flag else FULL for flag in local]
+    if family.moe is not None:
+        written["num_experts_per_tok"] = config.moe.top_k
+    return {**written, **family.write(config)}
+
+
+# No position has a learned embedding, so this bounds nothing here; other readers size caches by it.
+_MAX_LENGTH = 131_072
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "dots1": "Dots1ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+}
+
+
+def meaning(config: ModelConfig) -> Json:
+    """Returns what decides a model's logits under evaluation; what it does not read is left out."""
+    fields: dict[str, Any] = to_dict(config)
+    layers, attention, moe = config.layers, fields["attention"], fields["moe"]
+    for name in (*_COMPUTE, "prefix", "unit", "unit_mlp", "num_units"):
+        del fields[name]
+    del attention["implementation"]
+    fields["layers"] = [spec.letter for spec in layers]
+    fields["routed"] = [spec.routed for spec in layers]
+    if all(fields["routed"]):
+        del fields["mlp_dim"]
+    if not any(spec.is_local for spec in layers):
+        del attention["window"], attention["rope_base_local"]
+    if all(spec.is_local for spec in layers):
+        del attention["rope_base_global"], attention["global_rope"]
+    if attention["rope_scaling"]["kind"] == "none":
+        attention["rope_scaling"] = PLAIN
+    routing = moe["eval_routing"]
+    for name in (*_TRAINING, "max_experts"):
+        del moe[name]
+    if not any(fields["routed"]):
+        fields["moe"] = {}
+    elif routing != "top_k":
+        moe["eval_routing"] = routing
+    return fields

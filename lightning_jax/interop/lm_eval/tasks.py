@@ -1,0 +1,146 @@
+"""Evaluates a run on tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_jax.checkpoint import load_run
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import require
+from lightning_jax.data.tokenizer import resolve_tokenizer
+from lightning_jax.infer.text import with_top_p
+from lightning_jax.interop.lm_eval.adapter import LightningAdapter
+
+_KEPT = (
+    "results",
+    "groups",
+    "versions",
+    "n-shot",
+    "n-samples",
+    "higher_is_better",
+    "lm_eval_version",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskOptions:
+    """How tasks are run. None keeps what the task, the run or its newest checkpoint says.
+
+    `limit` is documents a task, or their share where below 1. `include_path` is a folder with more
+    tasks in YAML.
+
+    Raises:
+      UserError: a number out of its range.
+    """
+
+    tasks: tuple[str, ...]
+    include_path: str | None
+    limit: float | None
+    num_fewshot: int | None
+    batch_size: int
+    max_length: int | None
+    step: int | None
+    apply_chat_template: bool
+    routing_top_p: float | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        require(any(self.tasks), "tasks", ",".join(self.tasks), "names of tasks, such as arc_easy")
+        limit, shots, path = self.limit, self.num_fewshot, self.include_path
+        require(limit is None or limit > 0, "limit", limit, "above 0")
+        require(shots is None or shots >= 0, "num_fewshot", shots, "0 or more")
+        require(path is None or os.path.isdir(path), "include_path", path, "a folder")
+        require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2^31)")
+
+
+def evaluate_tasks(workdir: str | Path, options: TaskOptions) -> dict[str, Any]:
+    """Evaluates a checkpoint of a run.
+
+    Returns:
+      `step`, and what `lm_eval.simple_evaluate` returns under `results`, `groups`, `versions`,
+      `n-shot`, `n-samples`, `higher_is_better` (by task) and `lm_eval_version`.
+
+    Raises:
+      UserError: no such run or checkpoint, an unknown task, or one that cannot be loaded.
+    """
+    manager, tasks = load_tasks(options.tasks, options.include_path)
+    run = load_run(workdir, step=options.step)
+    router = with_top_p(run.config.model, run.router, options.routing_top_p)
+    adapter = LightningAdapter(
+        dataclasses.replace(run, router=router),
+        resolve_tokenizer(run.config.data, workdir),
+        max_length=options.max_length,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+    if options.apply_chat_template:
+        adapter.chat_template(True)
+    from lm_eval.evaluator import simple_evaluate
+
+    found = simple_evaluate(
+        model=adapter,
+        tasks=tasks,
+        task_manager=manager,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        apply_chat_template=options.apply_chat_template,
+        log_samples=False,
+        random_seed=options.seed,
+        numpy_random_seed=options.seed,
+        torch_random_seed=options.seed,
+        fewshot_random_seed=options.seed,
+    )
+    return {"step": run.step, **{key: found[key] for key in _KEPT if key in found}}
+
+
+def load_tasks(names: Sequence[str], include_path: str | None) -> tuple[Any, list[Any]]:
+    """Returns an index of tasks, and the tasks and groups of these names (or globs, or YAML files).
+
+    Raises:
+      UserError: an unknown name, a task whose data or code cannot be loaded, or one that runs code
+        that a model writes or asks for more than text.
+    """
+    manager, names = _manager(names, include_path)
+    try:
+        loaded = manager.load(list(names))
+    except Exception as error:  # The user's YAML, its code, its data set and the network.
+        reason = " ".join(str(error).split())
+        raise UserError(f"tasks = {','.join(names)}: {type(error).__name__}: {reason}") from error
+    for name, task in loaded["tasks"].items():
+        for flag, why in (
+            ("UNSAFE_CODE", "runs code that the model writes"),
+            ("MULTIMODAL", "asks for more than text"),
+        ):
+            if getattr(task, flag, False):
+                raise UserError(f"tasks = {name}: {why}, which is not supported")
+    groups = [loaded["groups"][name] for name in names if name in loaded.get("groups", {})]
+    inside = {task.task_name for group in groups for task in group.get_all_tasks()}
+    alone = [task for name, task in loaded["tasks"].items() if name not in inside]
+    return manager, groups + alone
+
+
+def _manager(names: Sequence[str], include_path: str | None) -> tuple[Any, list[str]]:
+    """Returns an index of tasks that has all `names`, and those with their globs expanded."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None:
+        # The harness takes long to read its own thousands of tasks.
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+        if set(names) <= set(manager.all_subtasks):
+            return manager, list(names)
+    manager = TaskManager(include_path=include_path)
+    expanded = []
+    for name in names:
+        found = [name] if Path(name).is_file() else manager.match_tasks([name])
+        if not found:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            hint = f' (did you mean "{near[0]}"?)' if near else ""
+            place = f" and none of {include_path}" if include_path else ""
+            raise UserError(f"tasks = {name!r}: no task of lm_eval{place}{hint}")
+        expanded += found
+    return manager, expanded

@@ -1,0 +1,400 @@
+"""Attention of one or few queries over a cache on a TPU: rings, and pools of pages.
+
+A grid step takes a row of the batch and walks those pages that hold positions its queries can see;
+the next page is on its way while one is computed with. All heads share a page's copy and its two
+products: a page is a matrix with a row for every (token, key/value head), and scores between a
+query head and keys of another key/value head are hidden. That multiplies work which a TPU has to
+spare by K, and saves taking keys apart by head. Pages are those of PagedAttention (Kwon et al.,
+arXiv:2309.06180).
+
+Letters besides the usual ones: R rows, the queries of all heads in the order (key/value head, time,
+head of the group); C columns of a page, in the order (token, key/value head); J pages of a row of
+the batch; W lanes of a statistic.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from lightning_jax.ops.kernels.tpu.band import FLOOR, HIDDEN, LOG2_E
+from lightning_jax.ops.kernels.tpu.tiles import dot
+
+MAX_ROWS = 1024
+_UNBOUNDED = 2**30
+_SHARE = 512  # slots of a ring that are one page
+# Rows of a register that holds bfloat16, its smallest tile.
+_SUBLANES = 16
+# What two pages in flight, with keys and values, may take of fast memory.
+_PAGE_BYTES = 24 * 2**20
+
+
+class _Static(NamedTuple):
+    """What the kernel is specialised to."""
+
+    window: int
+    factor: float
+    softcap: float | None
+    page: int
+    stored: bool
+    segments: bool
+    quantized: bool
+
+
+class _Refs(NamedTuple):
+    """What a grid step reads and writes; None for what the call has not."""
+
+    first: Any
+    count: Any
+    pages: Any
+    query: Any
+    rows: Any
+    sinks: Any
+    columns: Any
+    pool: tuple[Any, ...]
+    out: Any
+    buffers: tuple[Any, ...]
+    arrived: Any
+
+
+def ring_decode(
+    query_BTNH: jax.Array,
+    key_BSKH: jax.Array,
+    value_BSKH: jax.Array,
+    *,
+    query_positions_BT: jax.Array,
+    key_positions_BS: jax.Array,
+    window: int | None,
+    query_segments_BT: jax.Array | None = None,
+    key_segments_BS: jax.Array | None = None,
+    key_scales_BSK: jax.Array | None = None,
+    value_scales_BSK: jax.Array | None = None,
+    sinks_N: jax.Array | None = None,
+    scale: float,
+    logit_softcap: float | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> jax.Array:
+    """Attention of few queries to a cache where position p lies in slot p % S, theirs included.
+
+    Not differentiable. The result is that of the dense mask over all slots, of which only shares
+    with positions inside some query's window are read. To answer T queries a ring needs
+    window + T - 1 slots, since it must still hold what the first one sees.
+
+    Args:
+        query_BTNH: queries, few: N x T is at most 1024.
+        key_BSKH: cached keys in the queries' dtype, or int8 with `key_scales_BSK`. S is best a
+            multiple of 128; other rings are read whole.
+        value_BSKH: cached values, likewise.
+        query_positions_BT: int32 position of each query; negative ones see nothing.
+        key_positions_BS: int32 position that each slot holds; `EMPTY_POSITION` if none.
+        window: visible keys per query, self included; None for all.
+        query_segments_BT: int32 document of each query; 0 sees nothing. None with
+            `key_segments_BS` means that positions alone decide.
+        key_segments_BS: document of the token in each slot, 0 for none.
+        key_scales_BSK: float32 factor of each int8 key vector.
+        value_scales_BSK: float32 factor of each int8 value vector.
+        sinks_N: per head logit that joins the softmax denominator only.
+        scale: factor of the scores, positive.
+        logit_softcap: c in c x tanh(logit / c); None for none.
+        interpret: run as plain JAX on any device, or simulate a TPU's memories.
+
+    Returns:
+        out_BTNH in the dtype of the queries; exactly 0 where a query sees nothing.
+
+    Raises:
+        ValueError: more queries, another dtype, another sign or a longer share than the kernel can
+            honour.
+    """
+    B, S, K, H = key_BSKH.shape
+    share = next((size for size in (_SHARE, 256, 128) if S % size == 0), S)
+    J = S // share
+
+    def pool(x, *last):
+        return None if x is None else x.reshape(B * J, share, *last)
+
+    valid_BT = query_positions_BT >= 0
+    if query_segments_BT is not None:
+        valid_BT &= query_segments_BT != 0
+    low_B, high_B = _bounds(query_positions_BT, valid_BT, window)
+    start_B = low_B % S
+    # Whole shares; a range that comes around into its first share meets it only once.
+    count_B = jnp.minimum((start_B % share + high_B - low_B) // share + 1, J)
+    slots = [
+        pool(jnp.broadcast_to(x_BS, (B, S)))
+        for x_BS in (key_positions_BS, key_segments_BS)
+        if x_BS is not None
+    ]
+    return _decode(
+        query_BTNH,
+        (pool(key_BSKH, K, H), pool(value_BSKH, K, H)),
+        (pool(key_scales_BSK, K), pool(value_scales_BSK, K)),
+        jnp.where(valid_BT, query_positions_BT, -1),
+        query_segments_BT,
+        slots,
+        (start_B // share, jnp.where(high_B < 0, 0, count_B)),
+        jnp.arange(B * J, dtype=jnp.int32).reshape(B, J),
+        sinks_N,
+        (window, scale, logit_softcap, interpret),
+    )
+
+
+def paged_decode(
+    query_BTNH: jax.Array,
+    key_pages: jax.Array,
+    value_pages: jax.Array,
+    *,
+    query_positions_BT: jax.Array,
+    pages_BJ: jax.Array,
+    window: int | None = None,
+    key_scales: jax.Array | None = None,
+    value_scales: jax.Array | None = None,
+    sinks_N: jax.Array | None = None,
+    scale: float,
+    logit_softcap: float | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> jax.Array:
+    """Attention of few queries to a pool of pages that holds all their earlier tokens, and them.
+
+    Not differentiable. With a window only the pages inside it are looked up and read.
+
+    Args:
+        query_BTNH: queries, few: N x T is at most 1024.
+        key_pages: [pages, page size, K, H] in the queries' dtype, or int8 with `key_scales`.
+        value_pages: the same for values.
+        query_positions_BT: int32 position of each query in its row; negative ones see nothing.
+        pages_BJ: int32, page that holds positions j x page size and following of row b. Entries
+            that no query can see are not read.
+        window: visible keys per query, self included; None for all.
+        key_scales: float32 [pages, page size, K], factor of each int8 key vector.
+        value_scales: the same for values.
+        sinks_N: per head logit that joins the softmax denominator only.
+        scale: factor of the scores, positive.
+        logit_softcap: c in c x tanh(logit / c); None for none.
+        interpret: run as plain JAX on any device, or simulate a TPU's memories.
+
+    Returns:
+        out_BTNH in the dtype of the queries; exactly 0 where a query sees nothing.
+
+    Raises:
+        ValueError: more queries, another dtype, another sign or a larger page than the kernel can
+            honour.
+    """
+    page = key_pages.shape[1]
+    valid_BT = query_positions_BT >= 0
+    low_B, high_B = _bounds(query_positions_BT, valid_BT, window)
+    first_B = low_B // page
+    count_B = jnp.where(high_B < 0, 0, high_B // page - first_B + 1)
+    return _decode(
+        query_BTNH,
+        (key_pages, value_pages),
+        (key_scales, value_scales),
+        query_positions_BT,
+        None,
+        [],
+        (first_B, count_B),
+        pages_BJ,
+        sinks_N,
+        (window, scale, logit_softcap, interpret),
+    )
+
+
+def _bounds(positions_BT, valid_BT, window):
+    """First and last position that a row's queries see; the last is -1 where there is none."""
+    high_B = jnp.max(jnp.where(valid_BT, positions_BT, -1), axis=1)
+    low_B = jnp.min(jnp.where(valid_BT, positions_BT, _UNBOUNDED), axis=1)
+    low_B = jnp.minimum(low_B, high_B)
+    if window is None:
+        low_B = jnp.zeros_like(low_B)
+    else:
+        low_B -= window - 1
+    return jnp.maximum(low_B, 0), high_B
+
+
+def _decode(
+    query_BTNH, pool, scales, positions_BT, segments_BT, slots, walk, pages_BJ, sinks_N, options
+):
+    """Lays queries out as rows and pages as matrices, and runs the kernel."""
+    window, scale, softcap, interpret = options
+    B, T, N, H = query_BTNH.shape
+    page, K = pool[0].shape[1:3]
+    _check(query_BTNH, pool, scales, scale, softcap)
+    static = _Static(
+        window=window or _UNBOUNDED,
+        factor=scale * LOG2_E if softcap is None else scale / softcap,
+        softcap=softcap,
+        page=page,
+        stored=bool(slots),
+        segments=len(slots) == 2,
+        quantized=scales[0] is not None,
+    )
+    rows_BRH = _to_rows(query_BTNH, K)
+    per_row = [jnp.arange(N) // (N // K), positions_BT[:, :, None]]
+    per_row += [segments_BT[:, :, None]] if static.segments else []
+    # Rows that only fill a register belong to no head.
+    rows_BRX = jnp.concatenate(
+        [_to_rows(jnp.broadcast_to(x, (B, T, N))[..., None], K, fill=-1) for x in per_row], axis=2
+    )
+    sinks = jnp.full((N,), HIDDEN) if sinks_N is None else sinks_N.astype(jnp.float32) * LOG2_E
+    sinks_1R1 = _to_rows(jnp.broadcast_to(sinks, (1, T, N))[..., None], K, fill=HIDDEN)
+    column_C = jnp.arange(page * K, dtype=jnp.int32)
+    columns_2C = jnp.stack([column_C % K, column_C // K])
+    matrices = [x.reshape(-1, page * K, H) for x in pool]
+    matrices += [x.reshape(-1, 1, page * K) for x in scales if x is not None]
+    matrices += [jnp.repeat(x, K, axis=1)[:, None] for x in slots]
+    out_BRH = _call(
+        static, walk, pages_BJ, rows_BRH, rows_BRX, sinks_1R1[0], columns_2C, matrices, interpret
+    )
+    out_BKTGH = out_BRH[:, : N * T].reshape(B, K, T, N // K, H)
+    return out_BKTGH.transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
+
+
+def _to_rows(x_BTNH, K, fill=0):
+    """Rows in the order (key/value head, time, head of the group), filled to whole registers."""
+    B, T, N, H = x_BTNH.shape
+    x_BRH = x_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, T * N, H)
+    return jnp.pad(x_BRH, ((0, 0), (0, -T * N % _SUBLANES), (0, 0)), constant_values=fill)
+
+
+def _call(static, walk, pages_BJ, rows_BRH, rows_BRX, sinks_R1, columns_2C, matrices, interpret):
+    B, R, H = rows_BRH.shape
+    each = pl.BlockSpec((1, R, H), lambda b, *_: (b, 0, 0))
+    buffers = [pltpu.VMEM((2, *x.shape[1:]), x.dtype) for x in matrices]
+
+    def kernel(first, count, pages, query, rows, sinks, columns, *rest):
+        n = len(matrices)
+        pool, out, buffers, arrived = rest[:n], rest[n], rest[n + 1 : -1], rest[-1]
+        _kernel(
+            static,
+            _Refs(first, count, pages, query, rows, sinks, columns, pool, out, buffers, arrived),
+        )
+
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(B,),
+            in_specs=[
+                each,
+                pl.BlockSpec((1, R, rows_BRX.shape[2]), lambda b, *_: (b, 0, 0)),
+                pl.BlockSpec(sinks_R1.shape, lambda b, *_: (0, 0)),
+                pl.BlockSpec(columns_2C.shape, lambda b, *_: (0, 0)),
+                *[pl.BlockSpec(memory_space=pl.ANY)] * len(matrices),
+            ],
+            out_specs=each,
+            scratch_shapes=[*buffers, pltpu.SemaphoreType.DMA((2, len(matrices)))],
+        ),
+        out_shape=jax.ShapeDtypeStruct(rows_BRH.shape, rows_BRH.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=2 * _PAGE_BYTES
+        ),
+        interpret=interpret,
+        name="cache_decode",
+    )(
+        *(x.astype(jnp.int32) for x in walk),
+        pages_BJ,
+        rows_BRH,
+        rows_BRX,
+        sinks_R1,
+        columns_2C,
+        *matrices,
+    )
+
+
+def _kernel(static: _Static, refs: _Refs) -> None:
+    row = pl.program_id(0)
+    first, count, wrap = refs.first[row], refs.count[row], refs.pages.shape[1]
+
+    def place(turn):
+        """Which page of the row the turn takes: a ring may come around."""
+        at = first + turn
+        return jnp.where(at >= wrap, at - wrap, at)
+
+    def copies(turn):
+        slot = lax.bitwise_and(turn, 1)
+        page = refs.pages[row, place(turn)]
+        return [
+            pltpu.make_async_copy(source.at[page], target.at[slot], refs.arrived.at[slot, index])
+            for index, (source, target) in enumerate(zip(refs.pool, refs.buffers, strict=True))
+        ]
+
+    def start(turn):
+        @pl.when(turn < count)
+        def _():
+            for copy in copies(turn):
+                copy.start()
+
+    query_RH = (refs.query[0].astype(jnp.float32) * static.factor).astype(refs.query.dtype)
+    start(jnp.int32(0))
+
+    def visit(turn, state):
+        start(turn + 1)
+        for copy in copies(turn):
+            copy.wait()
+        page = [buffer[lax.bitwise_and(turn, 1)] for buffer in refs.buffers]
+        return _update(static, refs, query_RH, page, place(turn) * static.page, state)
+
+    R, H = query_RH.shape
+    state = jnp.full((R, 1), FLOOR), jnp.zeros((R, 1)), jnp.zeros((R, H))
+    top_R1, total_R1, sum_RH = lax.fori_loop(0, count, visit, state)
+    new_top_R1 = jnp.maximum(top_R1, refs.sinks[...])
+    decay_R1 = jnp.exp2(top_R1 - new_top_R1)
+    total_R1 = decay_R1 * total_R1 + jnp.exp2(refs.sinks[...] - new_top_R1)
+    total_R1 = jnp.where(total_R1 > 0, total_R1, 1.0)
+    refs.out[0] = (sum_RH * (decay_R1 / total_R1)).astype(refs.out.dtype)
+
+
+def _update(static, refs, query_RH, page, position, state):
+    """Adds a page, whose first token has `position` unless stored, to a running softmax."""
+    top_R1, total_R1, sum_RH = state
+    key_CH, value_CH, *rest = page
+    if static.quantized:
+        key_CH, value_CH = (x.astype(query_RH.dtype) for x in (key_CH, value_CH))
+        key_scale_1C, value_scale_1C, *rest = rest
+    scores_RC = dot(query_RH, key_CH, (1, 1))
+    if static.quantized:
+        scores_RC *= key_scale_1C
+    if static.softcap is not None:
+        scores_RC = static.softcap * LOG2_E * jnp.tanh(scores_RC)
+    key_1C = rest[0] if static.stored else position + refs.columns[1:2]
+    distance_RC = refs.rows[0, :, 1:2] - key_1C
+    visible_RC = refs.rows[0, :, 0:1] == refs.columns[0:1]
+    visible_RC &= (distance_RC >= 0) & (distance_RC < static.window)
+    if static.segments:
+        visible_RC &= (refs.rows[0, :, 2:3] == rest[1]) & (rest[1] != 0)
+    scores_RC = jnp.where(visible_RC, scores_RC, HIDDEN)
+    new_top_R1 = jnp.maximum(top_R1, jnp.max(scores_RC, axis=1, keepdims=True))
+    weights_RC = jnp.exp2(scores_RC - new_top_R1)
+    decay_R1 = jnp.exp2(top_R1 - new_top_R1)
+    total_R1 = decay_R1 * total_R1 + jnp.sum(weights_RC, axis=1, keepdims=True)
+    if static.quantized:
+        weights_RC *= value_scale_1C
+    seen_RH = dot(weights_RC.astype(value_CH.dtype), value_CH, (1, 0))
+    return new_top_R1, total_R1, decay_R1 * sum_RH + seen_RH
+
+
+def _check(query_BTNH, pool, scales, scale, logit_softcap) -> None:
+    T, N = query_BTNH.shape[1:3]
+    if N * T > MAX_ROWS:
+        raise ValueError(f"pallas_tpu: {T} queries of {N} heads: at most {MAX_ROWS} together")
+    if query_BTNH.dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"pallas_tpu: queries of {query_BTNH.dtype}: must be bfloat16 or float32")
+    for name, x, factor in zip(("key", "value"), pool, scales, strict=True):
+        expected = query_BTNH.dtype if factor is None else jnp.dtype(jnp.int8)
+        if x.dtype != expected:
+            given = "without" if factor is None else "with"
+            raise ValueError(f"pallas_tpu: {name} cache of {x.dtype} {given} scales: {expected}")
+    size = 4 * pool[0][0].size * pool[0].dtype.itemsize
+    if size > _PAGE_BYTES:
+        raise ValueError(
+            f"pallas_tpu: pages of {pool[0].shape[1]} tokens take {size} bytes of fast memory:"
+            f" at most {_PAGE_BYTES}; a ring is cut into pages if its slots are a multiple of 128"
+        )
+    if not scale > 0:
+        raise ValueError(f"pallas_tpu: scale={scale}: must be positive")
+    if logit_softcap is not None and not logit_softcap > 0:
+        raise ValueError(f"pallas_tpu: logit_softcap={logit_softcap}: must be positive, or None")

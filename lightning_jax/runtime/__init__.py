@@ -1,0 +1,1 @@
+"""How programs run on a machine: what they are compiled for, files, tables, errors."""

@@ -1,0 +1,112 @@
+"""Every suite on tiny shapes: its rows are complete and can be written as JSON. No timing here."""
+
+import dataclasses
+import json
+
+import pytest
+
+from benchmarks import attention, moe, startup, train
+from benchmarks.measure import Options
+from lightning_jax.config.errors import UserError
+from tests.tiny import tiny_run, write_corpus
+
+ONCE = Options(rounds=1)
+
+
+@pytest.fixture
+def no_peers(monkeypatch):
+    for suite in (attention, moe, train, startup):
+        monkeypatch.setattr(suite, "peer", lambda name: None)
+
+
+def by_name(rows):
+    assert json.loads(json.dumps(rows)) == rows
+    names = [row["name"] for row in rows]
+    assert len(set(names)) == len(names)
+    return {row["name"]: row for row in rows}
+
+
+def test_attention(monkeypatch, no_peers):
+    for name, value in (("LENGTH", 64), ("LONG", 128), ("WINDOW", 16), ("HEAD_DIM", 8)):
+        monkeypatch.setattr(attention, name, value)
+    only = ("forward_float32_64_16", "growth_forward_64")
+    rows = by_name(attention.run(dataclasses.replace(ONCE, only=only)))
+    assert set(rows) == {"forward_float32_64_16", "growth_forward_64_128"}
+    row = rows["forward_float32_64_16"]
+    assert row["vs_jax"] > 0 and row["of_peak"] > 0 and row["temp_mb"] > 0
+    assert "torch is not installed" in row["note"]
+
+
+def test_flops_of_attention_count_visible_pairs():
+    pairs = 1 + 2 + 3 + 3
+    heads = attention.QUERY_HEADS * attention.HEAD_DIM
+    assert attention.useful_flops(4, 3, "forward") == 2 * 2 * heads * pairs
+    assert attention.useful_flops(4, None, "forward+backward") == 2 * 7 * heads * 10
+
+
+@pytest.fixture
+def small_moe(monkeypatch):
+    sizes = {"TOKENS": 32, "MODEL_DIM": 16, "EXPERT_DIM": 8, "DECODE_TOKENS": (2,)}
+    for name, value in sizes.items():
+        monkeypatch.setattr(moe, name, value)
+
+
+@pytest.mark.slow
+def test_moe(small_moe, no_peers):
+    only = ("forward_bfloat16_2_", "forward_float32_2_", "top_p_forward")
+    rows = by_name(moe.run(dataclasses.replace(ONCE, only=only)))
+    assert rows["forward_bfloat16_2_tokens"]["ours_ms"] > 0
+    assert 3.5 < rows["top_p_forward"]["experts_a_token"] < 4.5
+    assert "not installed" in rows["forward_float32_2_tokens"]["note"]
+
+
+def test_the_blocks_of_transformers_compute_what_ours_do(small_moe):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from benchmarks.peers import torch_moe_calls
+
+    arrays = moe._arrays(32, 8, "float32")
+    ours = moe._compiled("forward", arrays, choices=2)(*arrays)
+    for call in torch_moe_calls("forward", arrays, choices=2, batched=True).values():
+        difference = call()[0] - torch.from_numpy(ours.__array__().copy())
+        assert difference.abs().max() < 1e-5
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return tiny_run(write_corpus(tmp_path_factory.mktemp("corpus")))
+
+
+@pytest.mark.slow
+def test_train(config, no_peers):
+    model = dataclasses.replace(config.model, vocab_size=64)
+    config = dataclasses.replace(config, model=model)
+    rows = by_name(train.run(dataclasses.replace(ONCE, config=config, only=("float32",))))
+    row = rows["step_float32"]
+    assert row["ours_tokens_s"] > 0 and row["tokens"] == 4 * 32 and "not installed" in row["note"]
+
+
+def test_suites_of_a_run_want_its_config():
+    for suite in (train, startup):
+        with pytest.raises(UserError, match="--config is missing"):
+            suite.run(ONCE)
+
+
+def test_startup_takes_one_step_of_the_first_stage(config):
+    one = startup.one_step(config)
+    assert one.total_steps == 1 and one.log_every == 1 and len(one.stages) == 1
+    assert one.model == config.model
+
+
+@pytest.mark.slow
+def test_startup_waits_for_the_first_line_of_metrics(config, tmp_path, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")  # Of these tests: a batch of this size needs few devices.
+    (tmp_path / "config.json").write_text(startup.as_json(startup.one_step(config)))
+    assert startup.seconds_to_first_step(tmp_path, "cold") > 0
+    assert (tmp_path / "jax_compilation_cache_dir").is_dir()
+
+
+def test_startup_reports_a_run_that_fails(config, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="ended before its first step"):
+        startup.seconds_to_first_step(tmp_path, "cold")

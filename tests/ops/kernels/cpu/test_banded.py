@@ -1,0 +1,226 @@
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lightning_jax.ops.kernels.cpu import narrow
+from lightning_jax.ops.kernels.cpu.banded import banded_attention
+from lightning_jax.ops.kernels.cpu.blocks import BlockSizes, block_sizes
+from tests.ops.kernels.dense_attention import dense_attention, window_mask
+
+BLOCKS = BlockSizes(query=16, key=32)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+def _dense(query, key, value, dout, window, segments, sinks, softcap=None):
+    """Output and gradients of q, k, v, sinks in float64 from the dense softmax."""
+    T, _, H = query.shape[1:]
+    visible_BTS = window_mask(T, window, segments)
+    options = dict(visible_BTS=visible_BTS, scale=H**-0.5, sinks=sinks, softcap=softcap)
+    return dense_attention(query, key, value, dout, **options)
+
+
+def _inputs(T, N, K, dtype=jnp.float32, B=2, H=8):
+    rng = np.random.default_rng(T + N)
+    shapes = (B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def _packed(T):
+    """Row 0: documents that start inside blocks, then padding. Row 1: nothing but padding."""
+    row = np.repeat([1, 2, 3, 0], [5, T // 2, T - T // 2 - 9, 4])
+    return np.stack([row, np.zeros(T, np.int64)]).astype(np.int32)
+
+
+def _run(query, key, value, dout, window, segments, sinks, blocks=BLOCKS, softcap=None):
+    @jax.jit
+    def both(query, key, value, sinks, dout):
+        def attend(query, key, value, sinks):
+            return banded_attention(
+                query,
+                key,
+                value,
+                window=window,
+                query_segments_BT=segments,
+                key_segments_BT=segments,
+                sinks_N=sinks,
+                logit_softcap=softcap,
+                blocks=blocks,
+            )
+
+        out, pull = jax.vjp(attend, query, key, value, sinks)
+        return out, pull(dout)
+
+    out, gradients = both(query, key, value, sinks, dout)
+    return out, [gradient for gradient in gradients if gradient is not None]
+
+
+def _check(inputs, window, segments, sinks, tolerance, blocks=BLOCKS, softcap=None):
+    expected, expected_gradients = _dense(*inputs, window, segments, sinks, softcap)
+    out, gradients = _run(*inputs, window, segments, sinks, blocks, softcap)
+    assert out.dtype == inputs[0].dtype
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, tolerance, tolerance)
+    assert len(gradients) == len(expected_gradients)
+    for gradient, exact in zip(gradients, expected_gradients, strict=True):
+        gradient = np.asarray(gradient, np.float64)
+        np.testing.assert_allclose(gradient, exact, tolerance, 4 * tolerance)
+    return out, gradients
+
+
+@pytest.mark.parametrize(
+    "T, window, N, K",
+    [
+        (70, 1, 2, 2),
+        (70, 17, 8, 1),
+        (70, None, 8, 2),
+        (9, 4, 2, 1),
+        slow(70, 15, 2, 1),
+        slow(64, 16, 4, 1),
+        slow(70, 40, 4, 2),
+        slow(70, 1000, 8, 2),
+        slow(9, None, 2, 2),
+    ],
+)
+def test_windows_lengths_and_head_groups(T, window, N, K):
+    _check(_inputs(T, N, K), window, None, jnp.linspace(-1.0, 3.0, N), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "window, with_sinks", [(20, False), (None, True), slow(20, True), slow(1, True), slow(1, False)]
+)
+def test_packed_rows_and_padding(window, with_sinks):
+    inputs, segments = _inputs(70, 4, 2), _packed(70)
+    sinks = jnp.array([0.5, -1.0, 3.0, 0.0]) if with_sinks else None
+    out, (dquery, dkey, dvalue, *_) = _check(inputs, window, segments, sinks, 1e-5)
+    for array in (out, dquery, dkey, dvalue):
+        assert (np.asarray(array)[segments == 0] == 0).all()
+
+
+@pytest.mark.parametrize("multiplied", [True, False])
+@pytest.mark.parametrize("window", [20, slow(None)])
+def test_bfloat16(window, multiplied, monkeypatch):
+    monkeypatch.setattr(narrow, "multiplies_bfloat16", lambda: multiplied)
+    inputs = _inputs(70, 8, 2, jnp.bfloat16)
+    _check(inputs, window, _packed(70), jnp.zeros(8), 4e-2)
+
+
+@pytest.mark.parametrize("window, softcap", [(20, 0.7), slow(None, 0.7), slow(20, 50.0)])
+def test_softcap(window, softcap):
+    query, *rest = _inputs(70, 4, 2)
+    inputs = 3 * query, *rest
+    _check(inputs, window, _packed(70), jnp.linspace(-1.0, 1.0, 4), 2e-5, softcap=softcap)
+
+
+@pytest.mark.parametrize("window", [24, slow(None)])
+def test_default_blocks(window):
+    _check(_inputs(200, 2, 1, B=1), window, None, None, 1e-5, blocks=None)
+
+
+@pytest.mark.parametrize("window", [20, slow(None)])
+def test_large_scores_do_not_overflow(window):
+    query, key, value, dout = _inputs(70, 4, 2)
+    # Hidden keys with scores near 1e6 must not reach the visible ones through the maximum.
+    key = key.at[:, 30:].multiply(1e6)
+    out, gradients = _run(query, key, value, dout, window, None, None)
+    expected, exact = _dense(query, key, value, dout, window, None, None)
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+    np.testing.assert_allclose(out[:, :30], expected[:, :30], 1e-5, 1e-5)
+    np.testing.assert_allclose(gradients[0][:, :30], exact[0][:, :30], 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("window", [20, slow(None)])
+def test_gradients_reach_visible_keys_only(window):
+    segments = np.repeat([[1, 2]], [30, 40], axis=1).astype(np.int32)
+    query, key, value, _ = _inputs(70, 4, 2, B=1)
+    times = np.array([10, 29, 30, 47, 69])
+    one_hot = jnp.zeros((5, 1, 70, 4, 8)).at[np.arange(5), :, times].set(1.0)
+    _, gradients = jax.vmap(lambda dout: _run(query, key, value, dout, window, segments, None))(
+        one_hot
+    )
+    touched_query, touched_key, touched_value = (np.any(x, (1, 3, 4)) for x in gradients)
+    first = np.maximum(times - (window or 70) + 1, np.where(times < 30, 0, 30))
+    reachable = (np.arange(70) >= first[:, None]) & (np.arange(70) <= times[:, None])
+    np.testing.assert_array_equal(touched_value, reachable)
+    # A query with one visible key has a constant softmax: no gradient for its key.
+    several = reachable.sum(1) > 1
+    np.testing.assert_array_equal(touched_key[several], reachable[several])
+    np.testing.assert_array_equal(touched_query[several], times[several, None] == np.arange(70))
+    assert not touched_key[~several][~reachable[~several]].any()
+
+
+def test_vmap():
+    inputs, sinks = _inputs(40, 4, 2, B=6), jnp.array([0.5, -1.0, 3.0, 0.0])
+    segments = np.tile(np.repeat([1, 2, 0], [13, 20, 7]), (6, 1)).astype(np.int32)
+    segments[3:] = np.roll(segments[3:], 5, axis=1)
+    split = [x.reshape(3, 2, *x.shape[1:]) for x in (*inputs, segments)]
+
+    out, gradients = jax.vmap(lambda *args: _run(*args[:4], 10, args[4], sinks))(*split)
+    expected, exact = _dense(*inputs, 10, segments, sinks)
+    np.testing.assert_allclose(out.reshape(expected.shape), expected, 1e-5, 1e-5)
+    for gradient, wanted in zip(gradients[:3], exact[:3], strict=True):
+        np.testing.assert_allclose(gradient.reshape(wanted.shape), wanted, 1e-5, 1e-5)
+    np.testing.assert_allclose(gradients[3].sum(0), exact[3], 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("window", [20, slow(None)])
+def test_batch_sharding_needs_no_communication(window):
+    sharding = NamedSharding(Mesh(np.array(jax.devices()[:4]), "x"), PartitionSpec("x"))
+    inputs = _inputs(70, 4, 2, B=4)
+
+    @jax.jit
+    def gradient(query, key, value, dout):
+        attend = functools.partial(banded_attention, window=window, blocks=BLOCKS)
+        return jax.vjp(attend, query, key, value)[1](dout)
+
+    sharded = [jax.device_put(x, sharding) for x in inputs]
+    compiled = gradient.lower(*sharded).compile()
+    for collective in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
+        assert collective not in compiled.as_text()
+    _, exact = _dense(*inputs, window, None, None)
+    for left, right in zip(compiled(*sharded), exact, strict=True):
+        np.testing.assert_allclose(left, right, 1e-5, 1e-5)
+
+
+def _sizes(jaxpr):
+    """Element counts of every value in a jaxpr and the jaxprs inside it."""
+    for equation in jaxpr.eqns:
+        yield from (math.prod(getattr(var.aval, "shape", ())) for var in equation.outvars)
+        for inner in jaxprs_in_params(equation.params):
+            yield from _sizes(inner)
+
+
+@pytest.mark.parametrize("window", [128, None])
+def test_no_quadratic_array(window):
+    L, N, K, H = 2048, 4, 2, 16
+    shapes = [jax.ShapeDtypeStruct((1, L, heads, H), jnp.float32) for heads in (N, K, K)]
+    step = jax.jit(jax.grad(lambda *a: banded_attention(*a, window=window).sum(), (0, 1, 2)))
+    traced = step.trace(*shapes)
+    assert max(_sizes(traced.jaxpr.jaxpr)) < L * L / 4
+    temporary = traced.lower().compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 4 * L * L
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 64])
+@pytest.mark.parametrize("head_dim", [8, 64, 256])
+@pytest.mark.parametrize("length, window", [(1, None), (100, 7), (4096, 512), (65536, None)])
+def test_block_sizes_fit_rows_and_cache(length, window, head_dim, group):
+    blocks = block_sizes(length, window, head_dim, group)
+    assert blocks.query % 16 == blocks.key % 16 == 0
+    assert blocks.query * blocks.key <= 2**17
+    assert blocks.query <= max(16, length)
+
+
+def test_block_sizes_of_the_measured_shapes():
+    assert block_sizes(4096, 512, 64, 4) == BlockSizes(query=64, key=576)
+    assert block_sizes(512, 512, 64, 4) == BlockSizes(query=128, key=256)
+    assert block_sizes(2048, None, 64, 2) == BlockSizes(query=256, key=256)
+
+
+def test_bad_block_size_is_named():
+    with pytest.raises(ValueError, match="key=0"):
+        BlockSizes(query=1, key=0)

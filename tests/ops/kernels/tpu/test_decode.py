@@ -1,0 +1,195 @@
+"""The TPU decode kernels, interpreted, against the reference attention over the dense mask."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from lightning_jax.ops.attention import dot_product_attention
+from lightning_jax.ops.kernels.tpu.decode import paged_decode, ring_decode
+from lightning_jax.ops.mask import EMPTY_POSITION, Mask
+
+SINKS = jnp.array([0.5, -1.0, 3.0, 0.0, 1.0, 2.0])
+
+
+def _inputs(B, T, S, N=6, K=2, H=16, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    shapes = (B, T, N, H), (B, S, K, H), (B, S, K, H)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def _ring(last, S):
+    """Positions in the slots of rows whose newest token has position `last`; -1: none."""
+    positions = np.full((len(last), S), EMPTY_POSITION, np.int32)
+    for row, newest in enumerate(last):
+        held = np.arange(max(0, newest - S + 1), newest + 1)
+        positions[row, held % S] = held
+    return jnp.asarray(positions)
+
+
+def _queries(last, T):
+    """The newest T positions of each row; a row without any has -1."""
+    last = np.asarray(last)[:, None]
+    return jnp.asarray(np.maximum(last - np.arange(T)[::-1], -1), jnp.int32)
+
+
+def _quantized(x_BSKH):
+    scales_BSK = jnp.max(jnp.abs(x_BSKH), axis=-1) / 127
+    return jnp.round(x_BSKH / scales_BSK[..., None]).astype(jnp.int8), scales_BSK
+
+
+@pytest.mark.parametrize(
+    "T, S, window, features",
+    [
+        (1, 256, 200, False),
+        (2, 384, 130, True),
+        (3, 40, 38, False),
+        (1, 384, None, True),
+        (2, 384, 1, False),
+    ],
+)
+def test_ring(T, S, window, features):
+    # Far around the ring, just around, half full, a single token, an empty row.
+    last = [1000, S + 3, 100, 0, -1]
+    query, key, value = _inputs(len(last), T, S)
+    query_positions, key_positions = _queries(last, T), _ring(last, S)
+    segments, options = {}, {}
+    if features:
+        key_segments = jnp.where(key_positions > 90, 2, 1) * (key_positions != EMPTY_POSITION)
+        query_segments = jnp.where(query_positions > 90, 2, 1) * (query_positions >= 0)
+        segments = {"query_segments_BT": query_segments, "key_segments_BS": key_segments}
+        options = {"sinks_N": SINKS, "logit_softcap": 2.0}
+    mask = Mask(query_positions, key_positions, window=window, **segments)
+    expected = dot_product_attention(
+        query, key, value, mask, scale=0.3, implementation="reference", **options
+    )
+    decode = functools.partial(
+        ring_decode, window=window, scale=0.3, interpret=True, **options, **segments
+    )
+    out = jax.jit(decode)(
+        query, key, value, query_positions_BT=query_positions, key_positions_BS=key_positions
+    )
+    np.testing.assert_allclose(out, expected, 1e-5, 1e-5)
+    assert (np.asarray(out)[-1] == 0).all()
+
+
+def _pages(key, value, page):
+    """The rows' keys and values in pages of a shuffled pool, and which page is where."""
+    B, S = key.shape[:2]
+    order = np.random.default_rng(1).permutation(B * S // page)
+    pages = np.argsort(order).reshape(B, -1).astype(np.int32)
+    pools = [x.reshape(-1, page, *x.shape[2:])[order] for x in (key, value)]
+    return pools, jnp.asarray(pages)
+
+
+@pytest.mark.parametrize("window", [None, 20, 33])
+@pytest.mark.parametrize("int8", [False, True])
+def test_pages(window, int8):
+    B, T, S, page = 3, 2, 64, 16
+    last = [61, 16, 3]
+    query, key, value = _inputs(B, T, S)
+    positions = _queries(last, T)
+    mask = Mask(positions, jnp.tile(jnp.arange(S), (B, 1)), window=window)
+    scales = {}
+    pools, pages = _pages(key, value, page)
+    if int8:
+        pools, (key_scales, value_scales) = zip(*map(_quantized, pools), strict=True)
+        scales = {"key_scales": key_scales, "value_scales": value_scales}
+        key, value = (
+            (pool * scale[..., None])[pages].reshape(key.shape)
+            for pool, scale in zip(pools, scales.values(), strict=True)
+        )
+    # Pages that nobody sees are never read: a number that is none would spread.
+    seen = np.zeros(B * S // page, bool)
+    for row, newest in enumerate(last):
+        first = 0 if window is None else max(0, newest - T + 2 - window)
+        seen[np.asarray(pages)[row, first // page : newest // page + 1]] = True
+    if not int8:
+        pools = [pool.at[~seen].set(jnp.nan) for pool in pools]
+    expected = dot_product_attention(
+        query, key, value, mask, sinks_N=SINKS, scale=0.3, implementation="reference"
+    )
+    decode = functools.partial(paged_decode, window=window, scale=0.3, interpret=True)
+    out = jax.jit(decode)(
+        query, *pools, query_positions_BT=positions, pages_BJ=pages, sinks_N=SINKS, **scales
+    )
+    np.testing.assert_allclose(out, expected, 1e-5, 1e-5)
+
+
+def test_simulated_memories():
+    """Copies that are read before they arrived would show only here."""
+    query, key, value = _inputs(2, 1, 64)
+    positions = _queries([61, -1], 1)
+    pools, pages = _pages(key, value, 16)
+    out = paged_decode(
+        query,
+        *pools,
+        query_positions_BT=positions,
+        pages_BJ=pages,
+        window=40,
+        scale=0.3,
+        interpret=pltpu.InterpretParams(uninitialized_memory="nan"),
+    )
+    mask = Mask(positions, jnp.tile(jnp.arange(64), (2, 1)), window=40)
+    expected = dot_product_attention(query, key, value, mask, scale=0.3, implementation="reference")
+    np.testing.assert_allclose(out, expected, 1e-5, 1e-5)
+
+
+def test_bfloat16_ring_and_repeated_bits():
+    query, key, value = _inputs(2, 1, 128, N=8, K=8, dtype=jnp.bfloat16)
+    positions, slots = _queries([300, 5], 1), _ring([300, 5], 128)
+    decode = functools.partial(ring_decode, window=100, scale=0.3, interpret=True)
+    first, second = (
+        jax.jit(decode)(query, key, value, query_positions_BT=positions, key_positions_BS=slots)
+        for _ in range(2)
+    )
+    assert first.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(first, second)
+    mask = Mask(positions, slots, window=100)
+    expected = dot_product_attention(query, key, value, mask, scale=0.3, implementation="reference")
+    np.testing.assert_allclose(first.astype(jnp.float32), expected.astype(jnp.float32), 2e-2, 2e-2)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"scale": 0.0}, "scale=0.0"),
+        ({"logit_softcap": 0.0}, "logit_softcap=0.0"),
+        ({"key_scales_BSK": jnp.ones((1, 64, 2))}, "key cache of float32 with scales: int8"),
+    ],
+)
+def test_bad_options_are_named(change, message):
+    query, key, value = _inputs(1, 1, 64)
+    options = {"window": None, "scale": 1.0, "interpret": True} | change
+    with pytest.raises(ValueError, match=message):
+        ring_decode(
+            query,
+            key,
+            value,
+            query_positions_BT=_queries([3], 1),
+            key_positions_BS=_ring([3], 64),
+            **options,
+        )
+
+
+def test_too_much_for_a_step_is_named():
+    query, key, value = _inputs(1, 200, 64)
+    positions = {"query_positions_BT": _queries([300], 200), "key_positions_BS": _ring([300], 64)}
+    options = {"window": None, "scale": 1.0, "interpret": True}
+    with pytest.raises(ValueError, match="200 queries of 6 heads"):
+        ring_decode(query, key, value, **positions, **options)
+    big = jax.ShapeDtypeStruct((1, 9001, 64, 128), jnp.float32)
+    call = functools.partial(ring_decode, **options)
+    with pytest.raises(ValueError, match="pages of 9001 tokens"):
+        jax.eval_shape(
+            lambda query, key, positions, slots: call(
+                query, key, key, query_positions_BT=positions, key_positions_BS=slots
+            ),
+            jax.ShapeDtypeStruct((1, 1, 64, 128), jnp.float32),
+            big,
+            jax.ShapeDtypeStruct((1, 1), jnp.int32),
+            jax.ShapeDtypeStruct((1, 9001), jnp.int32),
+        )
