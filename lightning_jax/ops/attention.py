@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lightning_jax.ops.mask import Mask
+from lightning_jax.runtime import target
 
 _logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def dot_product_attention(
     used = {name: part for name, part in options.items() if next(iter(part.values())) is not None}
     if implementation is None:
         implementation = _choose(
-            jax.default_backend(), mask.aligned, mask.causal, T, mask.window, H, frozenset(used)
+            target.current().platform, mask.aligned, mask.causal, T, mask.window, H, frozenset(used)
         )
     if implementation == "reference":
         mask_BTS = mask.as_array(T, S)

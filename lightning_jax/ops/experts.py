@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from lightning_jax.ops.activation import gated_unit
 from lightning_jax.ops.kernels.cpu.experts import blocked_experts
 from lightning_jax.ops.routing import Routing, SlotOrder, ordered_sum, sort_slots
+from lightning_jax.runtime import target
 
 IMPLEMENTATIONS = ("onehot", "blocked", "ragged_dot")
 
@@ -55,7 +56,7 @@ def routed_experts(
     """
     _check(x_MD, routing, gate_EDF, up_EDF, down_EFD, biases)
     if implementation is None:
-        implementation = _choose(jax.default_backend())
+        implementation = _choose(target.current().platform)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
     weights = (gate_EDF, up_EDF, down_EFD)

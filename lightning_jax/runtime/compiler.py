@@ -13,12 +13,15 @@ from typing import Any
 
 import jax
 
+from lightning_jax.runtime import target
+from lightning_jax.runtime.target import Target
+
 # Programs that take less to compile are not worth a file.
 _CACHED_FROM_SECONDS = 0.2
 
 
 def options() -> dict[str, str | int]:
-    """What to pass to `jax.jit(..., compiler_options=...)` on this backend: a top-level jit.
+    """What to pass to a top-level `jax.jit(..., compiler_options=...)` for the current target.
 
     On a CPU, XLA computes a bfloat16 product of a loop in float32 and then moves the conversion of
     what the loop does not change, such as the weights of *all* experts, out of the loop: a decode
@@ -28,7 +31,7 @@ def options() -> dict[str, str | int]:
     Our time goes to library products and to loops that LLVM vectorises at its first level already:
     higher levels take a fifth longer to compile and make nothing faster.
     """
-    if jax.default_backend() != "cpu":
+    if target.current().platform != "cpu":
         return {}
     return {
         "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
@@ -37,14 +40,15 @@ def options() -> dict[str, str | int]:
 
 
 class jit:
-    """`jax.jit` with `options()` for a function of a module, which asks for them when first used.
+    """`jax.jit` with `options()` for a function of a module, asked for at each new target.
 
     Asked for at import, they would choose the backend before the program can. Has the attributes
-    of the jitted function.
+    of the function jitted for the current target.
     """
 
     def __init__(self, function: Callable[..., Any], **arguments: Any):
         self._function, self._arguments = function, arguments
+        self._by_target: dict[Target, Any] = {}
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,9 +57,14 @@ class jit:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._jitted, name)
 
-    @functools.cached_property
-    def _jitted(self) -> Callable[..., Any]:
-        return jax.jit(self._function, compiler_options=options(), **self._arguments)
+    @property
+    def _jitted(self) -> Any:
+        now = target.current()
+        if now not in self._by_target:
+            self._by_target[now] = jax.jit(
+                self._function, compiler_options=options(), **self._arguments
+            )
+        return self._by_target[now]
 
 
 def cache_in(folder: str | os.PathLike[str]) -> None:

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from lightning_jax.runtime import compiler
+from tests.targets import TPU
 
 
-def test_options_are_for_the_cpu_alone(monkeypatch):
+def test_options_are_for_the_cpu_alone():
     assert "while-loop-invariant-code-motion" in compiler.options()["xla_disable_hlo_passes"]
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert compiler.options() == {}
+    with jax.sharding.use_abstract_mesh(TPU):
+        assert compiler.options() == {}
 
 
 def test_a_loop_converts_the_weights_that_it_reads_and_no_others():

@@ -15,6 +15,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from lightning_jax.runtime import target
+
 # Processor flags of instructions that multiply bfloat16: x86, then Arm.
 _MULTIPLIES = {"avx512_bf16", "amx_bf16", "bf16"}
 _CPUINFO = Path("/proc/cpuinfo")
@@ -30,11 +32,13 @@ def operand(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return x.astype(dtype).astype(jnp.float32 if wide else dtype)
 
 
-@functools.cache
 def multiplies_bfloat16() -> bool:
-    """True unless the default device is a CPU without bfloat16 products."""
-    if jax.default_backend() != "cpu":
-        return True
+    """True unless the target is a CPU, taken to be this one, without bfloat16 products."""
+    return target.current().platform != "cpu" or _this_cpu_multiplies_bfloat16()
+
+
+@functools.cache
+def _this_cpu_multiplies_bfloat16() -> bool:
     try:
         lines = _CPUINFO.read_text().splitlines()
     except OSError:

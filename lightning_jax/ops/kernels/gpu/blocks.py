@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lightning_jax.runtime import target
+
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
@@ -46,13 +48,11 @@ class Tiles:
     dkey: Tile
 
 
-# Shared memory that one program may use, by compute capability: the tiles of a class fit there.
-_CLASS_OF_CAPABILITY = {
-    "8.0": "ampere",
-    "8.7": "ampere",
-    "9.0": "hopper",
-    "10.0": "hopper",
-    "10.3": "hopper",
+# Shared memory that one program may use, by parts of a device's name: the tiles of a class fit
+# there. Compute capabilities 9.0, 10.0 and 10.3; then 8.0 and 8.7.
+_CLASS_OF_NAME = {
+    "hopper": ("H100", "H200", "H800", "H20", "GH200", "B200", "B300", "GB200", "GB300"),
+    "ampere": ("A100", "A800", "A30", "Orin"),
 }
 _SMALL = "small"
 
@@ -87,15 +87,15 @@ _FLOAT32 = {
 
 
 def device_class() -> str:
-    """Returns the row of the tile table for the first GPU here; Hopper's where there is none.
+    """Returns the row of the tile table for the target; Hopper's where that is no GPU.
 
-    A machine without a GPU lowers for one that it cannot ask (`lowering_platforms=("cuda",)`).
+    That is where something is lowered for GPUs by name (`lowering_platforms=("cuda",)`).
     """
-    try:
-        device, *_ = jax.local_devices(backend="gpu")
-    except RuntimeError:
+    now = target.current()
+    if now.platform != "gpu":
         return "hopper"
-    return _CLASS_OF_CAPABILITY.get(str(device.compute_capability), _SMALL)
+    words = now.device_kind.replace("-", " ").split()
+    return next((name for name, kinds in _CLASS_OF_NAME.items() if set(words) & set(kinds)), _SMALL)
 
 
 def tiles_for(device: str, head_dim: int, window: int, itemsize: int) -> Tiles:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
 from lightning_jax.ops.kernels.tpu.band import LANES, BlockSizes
+from lightning_jax.runtime import target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +58,9 @@ _FLOAT32 = Tuned(256, 1, 2)
 
 
 def device_kind() -> str:
-    """Returns what the first TPU here calls itself, "" where there is none."""
-    return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else ""
+    """Returns what the target calls itself if it is a TPU, else ""."""
+    now = target.current()
+    return now.device_kind if now.platform == "tpu" else ""
 
 
 def fast_memory(kind: str) -> int:

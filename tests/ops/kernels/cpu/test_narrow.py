@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lightning_jax.ops.kernels.cpu import narrow
+from tests.targets import TPU
 
 
 @pytest.fixture
@@ -11,9 +12,9 @@ def cpuinfo(tmp_path, monkeypatch):
     """Writes what the processor says of itself, and forgets what it said before."""
     path = tmp_path / "cpuinfo"
     monkeypatch.setattr(narrow, "_CPUINFO", path)
-    narrow.multiplies_bfloat16.cache_clear()
+    narrow._this_cpu_multiplies_bfloat16.cache_clear()
     yield path
-    narrow.multiplies_bfloat16.cache_clear()
+    narrow._this_cpu_multiplies_bfloat16.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -35,9 +36,10 @@ def test_the_processor_is_asked_what_it_multiplies(cpuinfo, text, answer):
     assert narrow.operand(x.astype(jnp.float32), jnp.float32).dtype == jnp.float32
 
 
-def test_other_devices_multiply_bfloat16(cpuinfo, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert narrow.multiplies_bfloat16()
+def test_other_devices_multiply_bfloat16(cpuinfo):
+    cpuinfo.write_text("flags\t\t: fpu avx2\n")
+    with jax.sharding.use_abstract_mesh(TPU):
+        assert narrow.multiplies_bfloat16()
 
 
 def test_an_operand_is_rounded_whatever_it_is_multiplied_in():

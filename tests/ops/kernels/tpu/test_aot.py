@@ -24,7 +24,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_all_variants_compile(chip):
-    command = [sys.executable, str(Path(__file__).parent / "tpu_variants.py"), chip]
+    command = [sys.executable, str(Path(__file__).parent / "variants.py"), chip]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
     )

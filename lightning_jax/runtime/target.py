@@ -1,0 +1,25 @@
+"""What a computation is compiled for: the one answer that chooses kernels and compiler options."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A kind of device: `platform` is "cpu", "gpu" or "tpu"; `device_kind` its maker's name."""
+
+    platform: str
+    device_kind: str
+
+
+def current() -> Target:
+    """Returns the target of the ambient mesh (`jax.set_mesh`), or the default device without one.
+
+    A mesh may consist of devices that are not here (`jax.experimental.topologies`): a program for
+    a TPU can be compiled on a laptop.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return Target(device.platform, device.device_kind)
