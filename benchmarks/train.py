@@ -20,6 +20,7 @@ from lightning_jax import accounting, sharding
 from lightning_jax import model as lm
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
+from lightning_jax.data.batch import Batch
 from lightning_jax.train import placement, step
 from lightning_jax.train.optimizer import make_optimizer
 
@@ -103,16 +104,13 @@ def our_step(config: RunConfig) -> tuple[Any, Call]:
     return train_step, call
 
 
-def _batch(config: RunConfig) -> dict[str, np.ndarray]:
+def _batch(config: RunConfig) -> Batch:
     """Random tokens, one document a row."""
     stage = config.stages[0]
     shape = (stage.batch_size, stage.seq_len)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
     positions = np.broadcast_to(np.arange(stage.seq_len, dtype=np.int32), shape)
-    return {
-        "tokens": tokens,
-        "targets": np.roll(tokens, -1, axis=1),
-        "positions": np.ascontiguousarray(positions),
-        "segment_ids": np.ones(shape, np.int32),
-        "loss_mask": np.ones(shape, np.float32),
-    }
+    ones = np.ones(shape, np.int32)
+    targets = np.roll(tokens, -1, axis=1)
+    positions = np.ascontiguousarray(positions)
+    return Batch(tokens, targets, ones, positions, ones.astype(np.float32))

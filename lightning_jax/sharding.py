@@ -2,7 +2,7 @@
 
 The only file that knows mesh axes. Code above it writes logical names; code in `ops/` knows
 neither. A parameter has two placements: *stored* (its `embed` axis split over `fsdp`) and *in use*
-(gathered), so FSDP is one call of `in_use` where a parameter meets an activation.
+(gathered), so FSDP is one call of `shard` where a parameter meets an activation.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lightning_jax.config import MeshConfig, ModelConfig
 from lightning_jax.config.errors import UserError
@@ -21,46 +21,51 @@ from lightning_jax.config.fields import suggest
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 _RESERVED = ("expert", "tensor", "sequence")
-BATCH_AXES = ("data", "fsdp")
+
+Names = tuple[str | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Mesh axes that split each logical axis; `None` splits nothing."""
+    """Mesh axes that split each logical axis of an array; `()` splits nothing."""
 
-    batch: tuple[str, ...] | None = BATCH_AXES
-    sequence: str | None = None
-    embed: str | None = "fsdp"
-    vocab: str | None = None
-    heads: str | None = None
-    kv_heads: str | None = None
-    head: str | None = None
-    mlp: str | None = None
-    expert: str | None = None
-    router: str | None = None
-    layers: str | None = None
+    batch: tuple[str, ...] = ()
+    sequence: tuple[str, ...] = ()
+    embed: tuple[str, ...] = ()
+    vocab: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    kv_heads: tuple[str, ...] = ()
+    head: tuple[str, ...] = ()
+    mlp: tuple[str, ...] = ()
+    expert: tuple[str, ...] = ()
+    router: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, mesh: Mesh | AbstractMesh, *, stored: bool = False) -> Rules:
+        """Returns the rules of a mesh for arrays in use, or for parameters as they are `stored`."""
+        rules = cls(batch=("data", "fsdp"), embed=("fsdp",) if stored else ())
+        return cls(*(tuple(a for a in axes if a in mesh.shape) for axes in _values(rules)))
 
     def spec(self, *names: str | None) -> PartitionSpec:
-        """Returns the PartitionSpec of an array whose axes have these logical names.
+        """Returns the PartitionSpec of an array whose leading axes have these logical names.
 
         Raises:
           ValueError: an unknown name, or two axes that would be split over the same mesh axis.
         """
         known = [field.name for field in dataclasses.fields(self)]
-        entries, used = [], []
         for name in names:
             if name is not None and name not in known:
                 raise ValueError(f"unknown logical axis {name!r}: {suggest(name, known)}")
-            entry = None if name is None else getattr(self, name)
-            used += [entry] if isinstance(entry, str) else list(entry or ())
-            entries.append(entry)
+        entries = [() if name is None else getattr(self, name) for name in names]
+        used = [axis for entry in entries for axis in entry]
         if len(set(used)) != len(used):
             raise ValueError(f"logical axes {names} use a mesh axis twice: {entries}")
-        return PartitionSpec(*entries)
+        return PartitionSpec(*(entry or None for entry in entries))
 
 
-STORED = Rules()
-IN_USE = Rules(embed=None)
+def _values(rules: Rules) -> tuple[tuple[str, ...], ...]:
+    return tuple(getattr(rules, field.name) for field in dataclasses.fields(rules))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -101,17 +106,16 @@ def check_divisible(model: ModelConfig, batch_size: int, field: str, mesh: Mesh)
         raise UserError(f"{field} = {batch_size}: must be a multiple of the {shards} batch shards")
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Number of pieces into which a batch is split."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return math.prod(mesh.shape[axis] for axis in Rules.of(mesh).batch)
 
 
-def tree_shardings(axes: Any, mesh: Mesh, rules: Rules = STORED) -> Any:
-    """Maps a tree of tuples of logical names to NamedShardings."""
+def tree_shardings(axes: Any, mesh: Mesh) -> Any:
+    """Maps a tree of tuples of logical names to the NamedShardings of stored parameters."""
+    rules = Rules.of(mesh, stored=True)
     return jax.tree.map(
-        lambda names: NamedSharding(mesh, rules.spec(*names)),
-        axes,
-        is_leaf=lambda leaf: isinstance(leaf, tuple),
+        lambda names: NamedSharding(mesh, rules.spec(*names)), axes, is_leaf=_are_names
     )
 
 
@@ -122,48 +126,55 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of an array whose first axis is the batch."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    return NamedSharding(mesh, Rules.of(mesh).spec("batch"))
 
 
-def _ambient_size() -> int:
+def _ambient() -> AbstractMesh | None:
+    """The ambient mesh if it splits anything."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.size
+    return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def ambient_batch_shards() -> int:
     """Number of pieces of a batch under the ambient mesh: the smallest batch that divides."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    mesh = _ambient()
+    return 1 if mesh is None else batch_shards(mesh)
 
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:
-    """Constrains an activation to its logical axes; without an ambient mesh returns it as it is."""
-    if _ambient_size() == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, IN_USE.spec(*names))
+    """Constrains an array in use to its logical axes; returns it as it is without an ambient mesh.
 
-
-def in_use(x: jax.Array, *names: str | None) -> jax.Array:
-    """Gathers a parameter for use: the inverse of FSDP's split, once where it meets activations."""
-    return shard(x, *names)
-
-
-def batch_local(function: Callable[..., Any], batched: Sequence[bool]) -> Callable[..., Any]:
-    """Runs `function` on each device's own part of the batch.
-
-    For computations that a partitioner cannot split by itself (sorting tokens by expert, loops over
-    blocks). Positional argument i is a pytree whose arrays lead with the batch axis if
-    `batched[i]`, and is whole on every device otherwise (its gradient is summed over devices).
-    Every output leads with the batch axis.
+    For a parameter that is stored split this gathers it: the inverse of FSDP's split.
     """
-    if _ambient_size() == 1:
+    mesh = _ambient()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, Rules.of(mesh).spec(*names))
+
+
+def island(function: Callable[..., Any], *, inputs: Sequence[Any], outputs: Any) -> Callable:
+    """Runs `function` on each device's own part of its arguments.
+
+    For computations that a partitioner cannot split by itself: sorting tokens by expert, loops over
+    blocks. A gradient of an argument that every device holds whole is summed over the devices.
+
+    Args:
+      function: of pytrees of arrays.
+      inputs: for each positional argument the logical names of its arrays' leading axes, a tuple;
+        or, where its arrays differ, a tree of such tuples that the argument's tree extends.
+      outputs: likewise for the result.
+    """
+    mesh = _ambient()
+    if mesh is None:
         return function
-    batch, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
+    rules = Rules.of(mesh)
+    in_specs, out_specs = jax.tree.map(
+        lambda names: rules.spec(*names), (tuple(inputs), outputs), is_leaf=_are_names
+    )
     # check_vma off: the custom gradients of ops/ know no mesh axes; shard_map itself then sums the
     # cotangents of whole arguments over the devices.
-    return jax.shard_map(
-        function,
-        in_specs=tuple(batch if flag else whole for flag in batched),
-        out_specs=batch,
-        check_vma=False,
-    )
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, tuple) and all(n is None or isinstance(n, str) for n in value)

@@ -18,7 +18,7 @@ PATTERNS = ["G", "L", "LLLG", "Gg", "LlG", "LLLGLLLg"]
 @functools.partial(jax.jit, static_argnums=0)
 def apply(config, params, batch, **kwargs):
     output = lm.LightningLM(config, train=True).apply(
-        {"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"], **kwargs
+        {"params": params}, batch.tokens, batch.positions, batch.segment_ids, **kwargs
     )
     return output._replace(head_DV=output.logits())  # Logits are what the tests look at.
 
@@ -88,14 +88,14 @@ def test_scan_equals_unrolled_and_a_plain_loop(remat):
     )
 
     single = dataclasses.replace(config, num_units=1)
-    x_BTD = params["embed"]["table_VD"][batch["tokens"]]
+    x_BTD = params["embed"]["table_VD"][batch.tokens]
     router = lm.init_router(config)
     model = lm.LightningLM(config)
     index_BT = jnp.broadcast_to(jnp.arange(20)[None, :], (2, 20))
     kinds, _ = model._kinds(
-        index_BT, batch["positions"], batch["segment_ids"], config.attention.rope_base_global, None
+        index_BT, batch.positions, batch.segment_ids, config.attention.rope_base_global, None
     )
-    context = lm.Context(kinds, batch["segment_ids"] != 0, router.top_p)
+    context = lm.Context(kinds, batch.segment_ids != 0, router.top_p)
     # Layers scale their output at initialisation only, so a unit of one equals one of three.
     unit = Unit(single, config.unit_layers, True)
     run = jax.jit(lambda p, x, b: unit.apply({"params": p}, x, b, {}, context)[0])
@@ -153,7 +153,7 @@ def test_statistics_count_real_tokens_only():
     config, params = make(unit="LG", num_units=2)
     batch = random_batch(3, 24, 64)
     stats = apply(config, params, batch).stats
-    real = (batch["segment_ids"] > 0).sum()
+    real = (batch.segment_ids > 0).sum()
     assert stats.tokens.shape == (2, 2)
     np.testing.assert_array_equal(stats.tokens, real)
     np.testing.assert_array_equal(stats.experts_histogram.sum(-1), real)

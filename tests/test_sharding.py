@@ -13,6 +13,7 @@ from lightning_jax import sharding
 from lightning_jax.config import MeshConfig, RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build
+from lightning_jax.sharding import Rules
 from lightning_jax.train import placement, step
 from lightning_jax.train.evaluation import put_batch
 from lightning_jax.train.optimizer import make_optimizer
@@ -22,12 +23,14 @@ ONE = dict(data=1, fsdp=1, expert=1, tensor=1, sequence=1)
 
 
 def test_rules_map_names_and_refuse_typos_and_collisions():
-    assert sharding.STORED.spec("embed", "heads", "head") == P("fsdp", None, None)
-    assert sharding.IN_USE.spec("batch", None, "embed") == P(("data", "fsdp"), None, None)
+    mesh = sharding.make_mesh(MeshConfig(**{**ONE, "fsdp": 8}))
+    stored, in_use = Rules.of(mesh, stored=True), Rules.of(mesh)
+    assert stored.spec("embed", "heads", "head") == P("fsdp", None, None)
+    assert in_use.spec("batch", None, "embed") == P(("data", "fsdp"), None, None)
     with pytest.raises(ValueError, match='did you mean "embed"'):
-        sharding.STORED.spec("embd")
+        stored.spec("embd")
     with pytest.raises(ValueError, match="twice"):
-        sharding.STORED.spec("batch", "embed")
+        stored.spec("batch", "embed")
 
 
 @pytest.mark.parametrize("axis", ["expert", "tensor", "sequence"])

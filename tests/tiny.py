@@ -12,6 +12,7 @@ import numpy as np
 from configs import base
 from lightning_jax.config import ModelConfig, RunConfig
 from lightning_jax.config.fields import build
+from lightning_jax.data.batch import Batch
 
 WORDS = [
     "def",
@@ -99,7 +100,7 @@ def tiny_model(vocab_size: int = 64, **changes: Any) -> ModelConfig:
     return dataclasses.replace(config, vocab_size=vocab_size)
 
 
-def random_batch(batch: int, time: int, vocab_size: int, seed: int = 0) -> dict[str, np.ndarray]:
+def random_batch(batch: int, time: int, vocab_size: int, seed: int = 0) -> Batch:
     """A packed batch with several documents a row and some padding at the end of each."""
     generator = np.random.default_rng(seed)
     segments, positions = np.zeros((2, batch, time), np.int32)
@@ -111,10 +112,4 @@ def random_batch(batch: int, time: int, vocab_size: int, seed: int = 0) -> dict[
             positions[row, start : start + length] = np.arange(length)
             start, segment = start + length, segment + 1
     tokens = generator.integers(0, vocab_size, (2, batch, time)).astype(np.int32)
-    return {
-        "tokens": tokens[0],
-        "targets": tokens[1],
-        "segment_ids": segments,
-        "positions": positions,
-        "loss_mask": (segments > 0).astype(np.float32),
-    }
+    return Batch(*tokens, segments, positions, (segments > 0).astype(np.float32))

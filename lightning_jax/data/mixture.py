@@ -12,7 +12,8 @@ import numpy as np
 
 from lightning_jax.config import DataConfig, SourceConfig, StageConfig
 from lightning_jax.config.fields import require
-from lightning_jax.data.packing import PackDataset, Row, document_tokens, empty_row
+from lightning_jax.data.batch import Batch
+from lightning_jax.data.packing import PackDataset, document_tokens
 from lightning_jax.data.sources import Source, open_source
 from lightning_jax.data.tokenizer import Tokenizer
 
@@ -28,7 +29,7 @@ class _MixIterator(grain.DatasetIterator):
         self._weights, self._seq_len = tuple(weights), seq_len
         self._tokens = [0] * len(self._weights)
 
-    def __next__(self) -> Row:
+    def __next__(self) -> Batch:
         # Half a row is counted ahead, so that each source's rows come in the middle of their turns
         # and a small share is neither early nor late.
         turns = [
@@ -37,7 +38,7 @@ class _MixIterator(grain.DatasetIterator):
         ]
         chosen = turns.index(min(turns))
         row = next(self._parents[chosen])
-        self._tokens[chosen] += int(np.count_nonzero(row["loss_mask"]))
+        self._tokens[chosen] += int(np.count_nonzero(row.loss_mask))
         return row
 
     def get_state(self) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def make_train_iterator(
 ) -> grain.DatasetIterator:
     """Returns an endless iterator of `[stage.batch_size // process_count, stage.seq_len]` batches.
 
-    Batches have the keys of `data.packing`. Weights are shares of real tokens; a source of weight 0
+    Elements are `Batch`es. Weights are shares of real tokens; a source of weight 0
     is not opened. Each source is repeated for ever, in another order in each epoch and stage; in
     each epoch every process reads its own part of the documents. `data.prefetch` batches are made
     ahead in one thread. `get_state` is that of the last batch given, exact, and survives JSON.
@@ -164,13 +165,13 @@ class EvalBatches:
         rows = -(-self.num_targets // self.seq_len)
         return -(-rows // self.batch_size)
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    def __iter__(self) -> Iterator[Batch]:
         documents = grain.MapDataset.source(self.tokens).to_iter_dataset(_UNTHREADED)
         rows = iter(PackDataset(documents, seq_len=self.seq_len, packing="concat"))
         for _ in range(len(self)):
-            batch = [next(rows, None) or empty_row(self.seq_len) for _ in range(self.batch_size)]
-            mine = batch[self.process_rows]
-            yield {key: np.stack([row[key] for row in mine]) for key in mine[0]}
+            padding = Batch.empty(self.seq_len)
+            batch = [next(rows, padding) for _ in range(self.batch_size)]
+            yield Batch(*map(np.stack, zip(*batch[self.process_rows], strict=True)))
 
 
 def eval_batches(

@@ -4,10 +4,6 @@ A document is its tokens with bos before and eos after: `n` tokens give `n + 1` 
 and the next token. Rows are made of pairs, so wherever a document is cut, no target is lost and
 none is seen twice. Each piece is a segment of its own: attention and positions start again.
 
-A row is a dict of `[T]` arrays: `tokens` int32 (inputs), `targets` int32, `segment_ids` int32 (from
-1; 0 is padding), `positions` int32 (from 0 in each segment), `loss_mask` float32 (1 on pairs, 0 on
-padding).
-
 Grain's own packers are not used: `ConcatThenSplitIterDataset` keeps tuples in its state, which do
 not survive JSON, and `FirstFitPackIterDataset` refuses documents longer than a row.
 """
@@ -20,9 +16,9 @@ from typing import Any
 import grain
 import numpy as np
 
+from lightning_jax.data.batch import Batch
 from lightning_jax.data.tokenizer import Tokenizer
 
-Row = dict[str, np.ndarray]
 _Piece = tuple[np.ndarray, np.ndarray]  # inputs, targets
 
 # Rows that first_fit keeps open. More of them leave less padding and make a resume read more.
@@ -37,22 +33,15 @@ def document_tokens(text: str, tokenizer: Tokenizer) -> np.ndarray:
     return tokens
 
 
-def empty_row(seq_len: int) -> Row:
-    """A row of padding."""
-    row = {key: np.zeros(seq_len, np.int32) for key in ("tokens", "targets")}
-    row |= {key: np.zeros(seq_len, np.int32) for key in ("segment_ids", "positions")}
-    return row | {"loss_mask": np.zeros(seq_len, np.float32)}
-
-
-def _make_row(pieces: list[_Piece], seq_len: int) -> Row:
-    row, end = empty_row(seq_len), 0
+def _make_row(pieces: list[_Piece], seq_len: int) -> Batch:
+    row, end = Batch.empty(seq_len), 0
     for segment, (inputs, targets) in enumerate(pieces, 1):
         start, end = end, end + len(inputs)
-        row["tokens"][start:end] = inputs
-        row["targets"][start:end] = targets
-        row["segment_ids"][start:end] = segment
-        row["positions"][start:end] = np.arange(end - start)
-    row["loss_mask"][:end] = 1
+        row.tokens[start:end] = inputs
+        row.targets[start:end] = targets
+        row.segment_ids[start:end] = segment
+        row.positions[start:end] = np.arange(end - start)
+    row.loss_mask[:end] = 1
     return row
 
 
@@ -97,7 +86,7 @@ class _ConcatIterator(grain.DatasetIterator):
         super().__init__(parent)
         self._pairs, self._seq_len = _Pairs(parent), seq_len
 
-    def __next__(self) -> Row:
+    def __next__(self) -> Batch:
         pieces, room = [], self._seq_len
         while room and (left := self._pairs.left()):
             pieces.append(self._pairs.take(min(room, left)))
@@ -136,7 +125,7 @@ class _FirstFitIterator(grain.DatasetIterator):
             self._rows[fit].append(self._pairs.take(size))
             rooms[fit] -= size
 
-    def __next__(self) -> Row:
+    def __next__(self) -> Batch:
         if not self._rows:
             self._fill()
         if not self._rows:
@@ -167,5 +156,5 @@ class PackDataset(grain.IterDataset):
         self._seq_len = seq_len
         self._kind = {"concat": _ConcatIterator, "first_fit": _FirstFitIterator}[packing]
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Batch]:
         return self._kind(iter(self._parent), self._seq_len)

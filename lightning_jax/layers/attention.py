@@ -124,8 +124,9 @@ class Attention(nn.Module):
                 implementation=self.config.implementation or None,
             )
 
-        local = sharding.batch_local(attend, batched=(True, True, True, False))
-        return local(query_BTNH, kv, mask, sinks_N)
+        rows = ("batch",)
+        run = sharding.island(attend, inputs=(rows, rows, rows, ("heads",)), outputs=rows)
+        return run(query_BTNH, kv, mask, sinks_N)
 
     def _head_gate(self, x_BTD: jax.Array) -> jax.Array:
         """Head-wise output gate, 1/2 at the start (as in Step 3.5 Flash)."""

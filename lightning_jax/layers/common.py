@@ -82,7 +82,7 @@ def param(
     """
     stored = module.param(name, lambda key: Declared(init.sample(key, shape), axes, init=init))
     # Cast before the gather: half the bytes travel when computing in bfloat16.
-    return sharding.in_use(stored.astype(dtype), *axes)
+    return sharding.shard(stored.astype(dtype), *axes)
 
 
 class RMSNorm(nn.Module):

@@ -90,7 +90,8 @@ class MoE(nn.Module):
             )
 
         # Sorting tokens by expert stays on the device that has them: experts come to the tokens.
-        run = sharding.batch_local(local, batched=(True, True, False, False))
+        tokens, whole = ("batch",), ("expert",)
+        run = sharding.island(local, inputs=(tokens, tokens, whole, whole), outputs=tokens)
         return run(x_MD, routed, (gate_EDF, up_EDF, down_EFD), self._biases(dim))
 
     def _biases(self, dim: int) -> tuple[jax.Array, ...]:

@@ -18,6 +18,7 @@ from lightning_jax.checkpoint import load_run
 from lightning_jax.config import DataConfig, MeshConfig, RunConfig, SourceConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require
+from lightning_jax.data.batch import Batch
 from lightning_jax.data.mixture import EvalBatches, eval_batches, open_eval_sources
 from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
 from lightning_jax.runtime import compiler
@@ -27,28 +28,26 @@ ONE_DEVICE = MeshConfig(data=1, fsdp=1, expert=1, tensor=1, sequence=1)
 POSITION_BUCKETS = (16, 64, 256, 1024, 4096, 16384)
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     """Places this process's rows of a global batch onto the mesh."""
     placement = sharding.batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(placement, array)
-        for name, array in batch.items()
-    }
+    return jax.tree.map(
+        lambda array: jax.make_array_from_process_local_data(placement, array), batch
+    )
 
 
-def put_whole(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def put_whole(batch: Batch, mesh: Mesh) -> Batch:
     """Places a global batch that every process has whole onto the mesh."""
     placement = sharding.batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_callback(array.shape, placement, array.__getitem__)
-        for name, array in batch.items()
-    }
+    return jax.tree.map(
+        lambda array: jax.make_array_from_callback(array.shape, placement, array.__getitem__), batch
+    )
 
 
 def make_eval_step(config: RunConfig, mesh: Mesh, rope_base_global: float) -> Callable[..., Any]:
     """Returns the jitted `(params, router, batch) -> {"nll_BT", "stats"}`, outputs replicated."""
 
-    def run(params: Any, router: lm.Router, batch: dict[str, jax.Array]) -> Any:
+    def run(params: Any, router: lm.Router, batch: Batch) -> Any:
         return steps.eval_step(config, params, router, batch, rope_base_global)
 
     return jax.jit(
@@ -77,9 +76,9 @@ def evaluate_batches(
     seen: list[np.ndarray] = []
     for batch in batches:
         result = eval_step(params, router, put_whole(batch, mesh))
-        nll_BT, mask_BT = np.asarray(result["nll_BT"], np.float64), batch["loss_mask"] > 0
+        nll_BT, mask_BT = np.asarray(result["nll_BT"], np.float64), batch.loss_mask > 0
         for index, (low, high) in enumerate(buckets):
-            inside = mask_BT & (batch["positions"] >= low) & (batch["positions"] < high)
+            inside = mask_BT & (batch.positions >= low) & (batch.positions < high)
             nll[index] += nll_BT[inside].sum()
             tokens[index] += inside.sum()
         if result["stats"] is not None:

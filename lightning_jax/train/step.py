@@ -18,11 +18,10 @@ import optax
 from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.config import MoeConfig, RunConfig
+from lightning_jax.data.batch import Batch
 from lightning_jax.ops import balance, loss
 from lightning_jax.train import schedule
 from lightning_jax.train.optimizer import update_ema
-
-Batch = dict[str, jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -90,9 +89,9 @@ def forward_loss(
     model = lm.LightningLM(config.model, train=True)
     output = model.apply(
         {"params": params},
-        batch["tokens"],
-        batch["positions"],
-        batch["segment_ids"],
+        batch.tokens,
+        batch.positions,
+        batch.segment_ids,
         router=router,
         rope_base_global=rope_base_global,
     )
@@ -100,8 +99,8 @@ def forward_loss(
         loss_sum, nll_sum, z_sum = loss.cross_entropy(
             output.hidden_BTD.reshape(-1, config.model.model_dim),
             output.head_DV,
-            batch["targets"].reshape(-1),
-            batch["loss_mask"].reshape(-1),
+            batch.targets.reshape(-1),
+            batch.loss_mask.reshape(-1),
             z_weight=config.optimizer.z_loss_weight,
             chunk=config.model.head_chunk,
         )
@@ -134,7 +133,7 @@ def loss_and_grad(
     expert. So with accumulation a first pass over the micro-batches counts (forward only, a third
     of the cost more), and the second differentiates with those counts given.
     """
-    total_weight = batch["loss_mask"].sum()
+    total_weight = batch.loss_mask.sum()
 
     def part(params: Any, micro: Batch, counts: balance.RoutingStats | None) -> Any:
         return forward_loss(
@@ -231,7 +230,7 @@ def train_step(
         "grad_norm": grad_norm,
         "learning_rate": rate,
         "bad_steps": new.bad_steps,
-        "target_tokens": batch["loss_mask"].sum(),
+        "target_tokens": batch.loss_mask.sum(),
     }
     if stats is not None:
         metrics["top_p"] = state.router.top_p
@@ -262,17 +261,17 @@ def eval_step(
     """Returns cross-entropy of each position in nats, and statistics under `eval_routing`."""
     output = lm.LightningLM(config.model).apply(
         {"params": params},
-        batch["tokens"],
-        batch["positions"],
-        batch["segment_ids"],
+        batch.tokens,
+        batch.positions,
+        batch.segment_ids,
         router=router,
         rope_base_global=rope_base_global,
     )
     nll_M, _ = loss.token_losses(
         output.hidden_BTD.reshape(-1, config.model.model_dim),
         output.head_DV,
-        batch["targets"].reshape(-1),
+        batch.targets.reshape(-1),
         chunk=config.model.head_chunk,
     )
-    nll_BT = nll_M.reshape(batch["tokens"].shape) * batch["loss_mask"]
+    nll_BT = nll_M.reshape(batch.tokens.shape) * batch.loss_mask
     return {"nll_BT": nll_BT, "stats": output.stats}

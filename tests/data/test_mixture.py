@@ -9,6 +9,7 @@ import pytest
 from lightning_jax.config import DataConfig, SourceConfig, StageConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.data import mixture, packing
+from lightning_jax.data.batch import Batch
 from lightning_jax.data.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -57,7 +58,7 @@ def letter_tokens(batches):
     """Real tokens by source: the letter is in the text of every short document part."""
     counts = dict.fromkeys("abc", 0)
     for batch in batches:
-        for tokens, mask in zip(batch["tokens"], batch["loss_mask"], strict=True):
+        for tokens, mask in zip(batch.tokens, batch.loss_mask, strict=True):
             present = [n for n in "abc" if ord(n) in tokens]
             assert len(present) == 1  # a row has one source
             counts[present[0]] += int(mask.sum())
@@ -68,7 +69,7 @@ def letter_tokens(batches):
 def test_shapes_shares_and_determinism(data, packing_kind):
     data = dataclasses.replace(data, packing=packing_kind)
     batches = take(iterator(data), 50)
-    assert all(a.shape == (4, 48) for a in batches[0].values())
+    assert all(a.shape == (4, 48) for a in batches[0])
     counts = letter_tokens(batches)
     total = sum(counts.values())
     for name, weight in stage().mixture:
@@ -115,7 +116,7 @@ def document_counts(batches):
     """How often each document begins, by its name in its first tokens."""
     counts = {}
     for batch in batches:
-        for tokens in batch["tokens"]:
+        for tokens in batch.tokens:
             for at in np.flatnonzero(tokens[:-4] == TOKENIZER.bos_id):
                 name = bytes(tokens[at + 1 : at + 5].astype(np.uint8)).decode()
                 counts[name] = counts.get(name, 0) + 1
@@ -147,7 +148,7 @@ def test_processes_share_each_epoch(data):
     assert set(rows[0]) | set(rows[1]) == names
     assert len(rows[0]) + len(rows[1]) == len(names)
     batches = take(iterator(data, config, process_index=1, process_count=2), 3)
-    assert batches[0]["tokens"].shape == (1, 160)
+    assert batches[0].tokens.shape == (1, 160)
     first = [name for name in document_counts(batches[:1])]
     assert first and set(first) <= set(rows[1])
 
@@ -216,11 +217,11 @@ def test_eval_predicts_every_token_once(data, processes):
     ]
     batches = []
     for shards in zip(*parts, strict=True):
-        assert all(a.shape == (4 // processes, 16) for s in shards for a in s.values())
-        batches.append({k: np.concatenate([s[k] for s in shards]) for k in shards[0]})
+        assert all(a.shape == (4 // processes, 16) for s in shards for a in s)
+        batches.append(Batch(*map(np.concatenate, zip(*shards, strict=True))))
     assert len(batches) == len(parts[0])
-    mask = np.concatenate([b["loss_mask"].ravel() for b in batches]) > 0
-    targets = np.concatenate([b["targets"].ravel() for b in batches])
+    mask = np.concatenate([b.loss_mask.ravel() for b in batches]) > 0
+    targets = np.concatenate([b.targets.ravel() for b in batches])
     expected = [t for text in source.texts() for t in [*text.encode(), TOKENIZER.eos_id]]
     assert targets[mask].tolist() == expected
     assert np.all(np.diff(mask.astype(int)) <= 0)
@@ -238,7 +239,7 @@ def test_eval_truncates_by_whole_documents(data):
         chosen = batches.documents
         assert batches.num_bytes == sum(sizes[i] for i in chosen)
         assert batches.num_targets == batches.num_bytes + len(chosen) >= limit
-        assert sum(b["loss_mask"].sum() for b in batches) == batches.num_targets
+        assert sum(b.loss_mask.sum() for b in batches) == batches.num_targets
         assert list(chosen) == sorted(set(chosen))
     assert len(mixture.eval_batches(source, max_tokens=1, **options).documents) == 1
     assert len(mixture.eval_batches(source, max_tokens=10**9, **options).documents) == len(source)

@@ -45,23 +45,23 @@ def test_every_pair_once_and_segments_do_not_mix(kind, name, seq_len):
     seen, count, padding = [], 0, 0
     for row in dataset(docs, seq_len, kind):
         count += 1
-        assert set(row) == {"tokens", "targets", "segment_ids", "positions", "loss_mask"}
-        assert all(a.shape == (seq_len,) for a in row.values())
-        assert row["loss_mask"].dtype == np.float32
-        assert all(row[k].dtype == np.int32 for k in row if k != "loss_mask")
-        real = row["segment_ids"] > 0
-        np.testing.assert_array_equal(row["loss_mask"], real)
+        assert row._fields == ("tokens", "targets", "segment_ids", "positions", "loss_mask")
+        assert all(a.shape == (seq_len,) for a in row)
+        assert row.loss_mask.dtype == np.float32
+        assert all(array.dtype == np.int32 for array in row[:-1])
+        real = row.segment_ids > 0
+        np.testing.assert_array_equal(row.loss_mask, real)
         assert np.all(np.diff(real.astype(int)) <= 0)  # padding is at the end
-        assert not any(row[k][~real].any() for k in row)
+        assert not any(array[~real].any() for array in row)
         padding += int((~real).sum())
-        for segment in range(1, row["segment_ids"].max() + 1):
-            at = np.flatnonzero(row["segment_ids"] == segment)
+        for segment in range(1, row.segment_ids.max() + 1):
+            at = np.flatnonzero(row.segment_ids == segment)
             assert np.all(np.diff(at) == 1)
-            np.testing.assert_array_equal(row["positions"][at], np.arange(len(at)))
-            np.testing.assert_array_equal(row["targets"][at], row["tokens"][at] + 1)
-            assert len({owner[int(t)] for t in row["tokens"][at]}) == 1
-            assert len({owner[int(t)] for t in row["targets"][at]}) == 1
-        seen += list(zip(row["tokens"][real].tolist(), row["targets"][real].tolist(), strict=True))
+            np.testing.assert_array_equal(row.positions[at], np.arange(len(at)))
+            np.testing.assert_array_equal(row.targets[at], row.tokens[at] + 1)
+            assert len({owner[int(t)] for t in row.tokens[at]}) == 1
+            assert len({owner[int(t)] for t in row.targets[at]}) == 1
+        seen += list(zip(row.tokens[real].tolist(), row.targets[real].tolist(), strict=True))
     assert len(seen) == len(set(seen))
     assert sorted(seen) == pairs(docs)
     if kind == "concat":
@@ -73,9 +73,9 @@ def test_first_fit_cuts_only_long_documents():
     docs = documents(LENGTHS["many"])
     starts = {int(d[0]): len(d) - 1 for d in docs}
     for row in dataset(docs, 16, "first_fit"):
-        for at in np.flatnonzero((row["positions"] == 0) & (row["segment_ids"] > 0)):
-            size = int((row["segment_ids"] == row["segment_ids"][at]).sum())
-            length = starts.get(int(row["tokens"][at]))
+        for at in np.flatnonzero((row.positions == 0) & (row.segment_ids > 0)):
+            size = int((row.segment_ids == row.segment_ids[at]).sum())
+            length = starts.get(int(row.tokens[at]))
             assert length is None or size == min(length, 16)
 
 

@@ -40,16 +40,16 @@ def logits(config, params, router=None):
             lm.LightningLM(config)
             .apply(
                 {"params": params},
-                batch["tokens"],
-                batch["positions"],
-                batch["segment_ids"],
+                batch.tokens,
+                batch.positions,
+                batch.segment_ids,
                 router=router,
             )
             .logits()
         )
     )
     # Padding meets no expert, so its logits are not those of a dense MLP.
-    return np.asarray(run(params, router))[batch["segment_ids"] > 0]
+    return np.asarray(run(params, router))[batch.segment_ids > 0]
 
 
 def slow(**changes):

@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     def poison(batch, mesh):
         calls.append(0)
         if len(calls) == 4:
-            batch = {**batch, "loss_mask": batch["loss_mask"] * np.nan}
+            batch = batch._replace(loss_mask=batch.loss_mask * np.nan)
         return put(batch, mesh)
 
     monkeypatch.setattr(loop.evaluation, "put_batch", poison)

@@ -74,7 +74,7 @@ def test_balance_losses_act_and_need_the_counts_of_the_whole_batch():
                     p,
                     router,
                     b,
-                    total_weight=batch["loss_mask"].sum(),
+                    total_weight=batch.loss_mask.sum(),
                     counts=None,
                     rope_base_global=1e4,
                 )[0]
@@ -158,7 +158,7 @@ def test_a_step_that_is_not_finite_changes_nothing(on_nan):
     config, _, _, batch = setup(optimizer__on_nan=on_nan)
     state, run = make_step(config)
     state, _ = run(state, batch)
-    bad = {**batch, "loss_mask": batch["loss_mask"] * jnp.nan}
+    bad = batch._replace(loss_mask=batch.loss_mask * jnp.nan)
     after, metrics = run(state, bad)
     assert int(metrics["bad_steps"]) == 1 and int(after.step) == 2
     for before, now in zip(
@@ -184,6 +184,6 @@ def test_balance_value_of_uniform_routing_is_its_weight():
         lambda path, p: p * 0 if "router" in jax.tree_util.keystr(path) else p, params
     )
     model = lm.LightningLM(config.model, train=True)
-    out = jax.jit(lambda p: model.apply({"params": p}, batch["tokens"], router=router))(flat)
+    out = jax.jit(lambda p: model.apply({"params": p}, batch.tokens, router=router))(flat)
     losses = jax.vmap(jax.vmap(balance.balance_losses))(out.stats)
     np.testing.assert_allclose(losses["true_group"], 1, rtol=1e-5)
