@@ -58,6 +58,19 @@ class Declared(nn.LogicallyPartitioned):
     init: Init = flax.struct.field(default=ZEROS, pytree_node=False)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """The parameter `array_U[unit]` of a stack over units, still inside the stack.
+
+    A decode step reads few of a unit's experts: taken out where they are used, the others are
+    never copied.
+    """
+
+    array_U: jax.Array
+    unit: jax.Array
+
+
 def fan_in(size: int, scale: float = 1.0) -> Init:
     """Standard deviation `scale * size ** -0.5`."""
     return Init(scale * size**-0.5)
@@ -75,11 +88,14 @@ def param(
     shape: tuple[int, ...],
     axes: tuple[str, ...],
     dtype: Any = jnp.float32,
-) -> jax.Array:
-    """Declares a float32 parameter with one logical name an axis; returns it ready for use.
+) -> jax.Array | Stacked:
+    """Declares a float32 parameter with one logical name per axis; returns it ready for use.
 
-    Ready means gathered from its FSDP shards and cast to `dtype`.
+    Ready means gathered from its FSDP shards and cast to `dtype`. A `Stacked` one comes back as it
+    was passed in.
     """
+    if isinstance(module.get_variable("params", name), Stacked):
+        return module.get_variable("params", name)
     stored = module.param(name, lambda key: Declared(init.sample(key, shape), axes, init=init))
     # Cast before the gather: half the bytes travel when computing in bfloat16.
     return sharding.shard(stored.astype(dtype), *axes)
