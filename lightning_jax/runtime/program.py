@@ -27,6 +27,7 @@ from ml_collections import config_flags
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build, suggest
+from lightning_jax.runtime.huge_pages import restart_with_huge_pages
 
 # The flags defined here belong to the program that asks for them.
 flags.disclaim_key_flags()
@@ -49,13 +50,13 @@ def run(
     Args:
       main: the program. Called as `main(command)` where `commands` are given.
       commands: names of which the command line must hold exactly one, besides its flags.
-      huge_pages: start the program again with huge pages where `memory` says that helps.
+      huge_pages: start the program again with huge pages where that helps (see `huge_pages`).
     """
     if any(argument in _HELP for argument in sys.argv[1:]):
         print(_help(commands))
         sys.exit(0)
     if huge_pages:
-        huge_pages.restart_with_huge_pages()
+        restart_with_huge_pages()
     _reserve_stdout()
     _quiet_logging()
     try:

@@ -16,7 +16,7 @@ from lightning_jax.config.fields import build, suggest, to_dict
 from lightning_jax.config.model import ROUTINGS
 from lightning_jax.config.pattern import parse_pattern
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def changed(path, value):

@@ -12,7 +12,7 @@ import pytest
 from lightning_jax.config.errors import UserError
 from lightning_jax.runtime import program
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 PROGRAM = '''
 """Does nothing, in several ways.

@@ -39,8 +39,7 @@ KINDS = {
 @pytest.fixture
 def tasks():
     pytest.importorskip("lm_eval", reason="needs the lm-eval extra")
-
-    return tasks
+    return importlib.import_module("lightning_jax.interop.lm_eval.tasks")
 
 
 @pytest.fixture
@@ -148,8 +147,8 @@ def test_without_the_harness_one_line_says_how_to_get_it(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    for name in ("lm_eval", "lm_eval_tasks"):
-        monkeypatch.delitem(sys.modules, f"lightning_jax.interop.{name}", raising=False)
+    for name in ("adapter", "tasks"):
+        monkeypatch.delitem(sys.modules, f"lightning_jax.interop.lm_eval.{name}", raising=False)
     with pytest.raises(
         UserError, match=r"^package lm_eval.* is missing: pip install .*\[lm-eval\]$"
     ):
