@@ -16,8 +16,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lightning_jax.config import MeshConfig, ModelConfig
-from lightning_jax.config.errors import UserError
-from lightning_jax.config.fields import suggest
+from lightning_jax.config.errors import UserError, suggest
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 _RESERVED = ("expert", "tensor", "sequence")

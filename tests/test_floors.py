@@ -40,6 +40,8 @@ MAY_IMPORT = {
 }
 # The values that kernels take; the ops that choose a kernel stand above it.
 KERNELS_MAY_IMPORT = {f"lightning_jax.ops.{name}" for name in ("activation", "mask", "routing")}
+# Every message about an unknown name ends in the same "did you mean", that of ops too.
+OPS_MAY_IMPORT = {"lightning_jax.config.errors"}
 # Libraries that only these parts may import; jax is the other way round.
 ONLY_IN = {
     "flax": {"layers", "model", "checkpoint", "interop"},
@@ -84,6 +86,8 @@ def edge_allowed(source, target):
     part = part_of(source)
     allowed = MAY_IMPORT[part] | {part}
     if part == "ops.kernels" and target in KERNELS_MAY_IMPORT:
+        return True
+    if part == "ops" and target in OPS_MAY_IMPORT:
         return True
     return bool(part) and part_of(target) in allowed
 
@@ -136,6 +140,8 @@ def library_of_ops(library):
         ("lightning_jax.ops.kernels.cpu.banded", "lightning_jax.ops.mask", True),
         ("lightning_jax.ops.kernels.cpu.banded", "lightning_jax.ops.attention", False),
         ("lightning_jax.ops.loss", "lightning_jax.config", False),
+        ("lightning_jax.ops.loss", "lightning_jax.config.errors", True),
+        ("lightning_jax.ops.loss", "lightning_jax.config.fields", False),
         ("lightning_jax.model", "lightning_jax.checkpoint", False),
         ("lightning_jax.train.loop", "lightning_jax.infer.engine", False),
         ("lightning_jax.data.packing", "lightning_jax.model", False),

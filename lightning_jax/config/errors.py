@@ -1,6 +1,9 @@
-"""The one exception that means: the person who called us can mend this."""
+"""The exception for bad input, and the "did you mean" of all messages about unknown names."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -10,3 +13,15 @@ class UserError(ValueError):
     `experiments/` print that line and exit with status 2; anything else that escapes is our bug
     and shows its traceback.
     """
+
+
+def did_you_mean(value: object, options: Iterable[str]) -> str:
+    """Returns ` (did you mean "b"?)` where an option is close to `value`, else nothing."""
+    close = difflib.get_close_matches(str(value), list(options), n=1)
+    return f' (did you mean "{close[0]}"?)' if close else ""
+
+
+def suggest(value: object, options: Iterable[str]) -> str:
+    """Returns `one of a, b, c`, followed by the option that `value` was meant to be, if any."""
+    options = list(options)
+    return f"one of {', '.join(options)}{did_you_mean(value, options)}"

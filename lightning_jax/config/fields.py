@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_jax.config.errors import UserError
-
-
-def suggest(value: str, options: Sequence[str]) -> str:
-    """Returns `one of a, b, c`, with `(did you mean "b"?)` where something is close to `value`."""
-    close = difflib.get_close_matches(str(value), list(options), n=1)
-    hint = f' (did you mean "{close[0]}"?)' if close else ""
-    return f"one of {', '.join(options)}{hint}"
+from lightning_jax.config.errors import UserError, suggest
 
 
 def require(condition: bool, field: str, value: object, right: str) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_jax.checkpoint import load_run
-from lightning_jax.config.errors import UserError
+from lightning_jax.config.errors import UserError, did_you_mean
 from lightning_jax.config.fields import require
 from lightning_jax.data.tokenizer import resolve_tokenizer
 from lightning_jax.infer.text import with_top_p
@@ -138,8 +137,7 @@ def _manager(names: Sequence[str], include_path: str | None) -> tuple[Any, list[
     for name in names:
         found = [name] if Path(name).is_file() else manager.match_tasks([name])
         if not found:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
-            hint = f' (did you mean "{near[0]}"?)' if near else ""
+            hint = did_you_mean(name, manager.all_tasks)
             place = f" and none of {include_path}" if include_path else ""
             raise UserError(f"tasks = {name!r}: no task of lm_eval{place}{hint}")
         expanded += found
