@@ -138,8 +138,8 @@ def _by_top_p(passes: str, options: Options) -> dict[str, Any]:
 
 
 def _mean_filled(logits_ME: Any, p: float) -> float:
-    routing = route(jnp.asarray(logits_ME), kind="top_p", slots=2 * CHOICES, top_p=p)
-    return float(routing.filled_MC.sum(-1).mean())
+    choices, _ = route(jnp.asarray(logits_ME), kind="top_p", slots=2 * CHOICES, top_p=p)
+    return float(choices.filled_MC.sum(-1).mean())
 
 
 def _p_that_fills(logits_ME: np.ndarray, target: float) -> float:
@@ -164,14 +164,14 @@ def _arrays(tokens: int, experts: int, dtype: str) -> tuple[jax.Array, ...]:
 
 
 def _layer(x_MD, router_DE, *weights, choices, top_p, implementation):
-    routing = route(
+    choices, _ = route(
         x_MD.astype(jnp.float32) @ router_DE,
         kind="top_p" if top_p else "top_k",
         slots=choices,
         top_p=top_p or 1.0,
         renormalize=True,
     )
-    return routed_experts(x_MD, routing, *weights, implementation=implementation)
+    return routed_experts(x_MD, choices, *weights, implementation=implementation)
 
 
 def _compiled(

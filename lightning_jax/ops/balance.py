@@ -10,6 +10,7 @@ experts, E/J in each.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ def routing_stats(
     """The sums of one layer's routing over its real tokens.
 
     Args:
-      routing: from `ops.routing.route`.
+      routing: from `ops.routing.route`; M stands for any number of leading axes.
       token_mask_M: bool, False for tokens to leave out. Tokens with no chosen expert, that is,
         those masked when routing, are left out anyway.
       num_groups: expert-parallel groups; must divide E.
@@ -70,7 +71,43 @@ def routing_stats(
     Raises:
       ValueError: a grouping that does not divide E.
     """
-    E = routing.num_experts
+    choices, scores = routing
+    E = choices.num_experts
+    _check_groups(E, num_groups, num_partitions)
+    mask_M = choices.filled_MC[..., 0]
+    if token_mask_M is not None:
+        mask_M &= token_mask_M
+    over_tokens = functools.partial(_sum_where, axes=tuple(range(mask_M.ndim)))
+    mask_M1 = mask_M[..., None]
+    # An empty slot's index, E, is outside the one-hot range.
+    chosen_ME = jnp.any(jax.nn.one_hot(choices.expert_index_MC, E, dtype=bool), axis=-2) & mask_M1
+    used_M = jnp.sum(choices.filled_MC, axis=-1)
+    bins = choices.expert_index_MC.shape[-1] + 1
+    frozen_ME = jax.lax.stop_gradient(scores.probs_ME)
+    log_scores_ME = scores.log_scores_ME
+    logprob_ME = jax.nn.log_softmax(log_scores_ME, axis=-1)
+    entropy_M = -jnp.sum(scores.probs_ME * logprob_ME, axis=-1)
+    z_M = jax.nn.logsumexp(scores.logits_ME, axis=-1) ** 2
+    top1_ME = jax.nn.one_hot(jnp.argmax(frozen_ME, axis=-1), E, dtype=bool)
+    group = _group_sums(over_tokens, log_scores_ME, chosen_ME, num_groups)
+    partition = _group_sums(over_tokens, log_scores_ME, chosen_ME, num_groups * num_partitions)
+    return RoutingStats(
+        tokens=over_tokens(mask_M, 1.0),
+        top1_count_E=over_tokens(mask_M1 & top1_ME, 1.0),
+        assigned_count_E=over_tokens(chosen_ME, 1.0),
+        prob_sum_E=over_tokens(mask_M1, scores.probs_ME),
+        group_member_count_J=group[0],
+        group_prob_sum_E=group[1],
+        partition_member_count_J=partition[0],
+        partition_prob_sum_E=partition[1],
+        entropy_sum=over_tokens(mask_M, entropy_M),
+        z_sum=over_tokens(mask_M, z_M),
+        kept_mass_sum=jnp.sum(over_tokens(chosen_ME, frozen_ME)),
+        experts_histogram=over_tokens(mask_M1 & jax.nn.one_hot(used_M, bins, dtype=bool), 1.0),
+    )
+
+
+def _check_groups(E: int, num_groups: int, num_partitions: int) -> None:
     for name, parts in (("num_groups", num_groups), ("num_partitions", num_partitions)):
         if parts < 1:
             raise ValueError(f"{name} must be at least 1, got {parts}")
@@ -79,53 +116,20 @@ def routing_stats(
             f"num_groups * num_partitions must divide the number of experts, {E}, "
             f"got {num_groups} * {num_partitions}"
         )
-    index_MC = routing.expert_index_MC
-    mask_M = routing.filled_MC[:, 0]
-    if token_mask_M is not None:
-        mask_M &= token_mask_M
-    chosen_ME = jnp.any(index_MC[:, :, None] == jnp.arange(E)[None, None, :], axis=1)
-    chosen_ME &= mask_M[:, None]
-    used_M = jnp.sum(routing.filled_MC, axis=-1)
-    bins_C = jnp.arange(index_MC.shape[1] + 1)
-    probs_ME = routing.probs_ME
-    frozen_ME = jax.lax.stop_gradient(probs_ME)
-    log_scores_ME = routing.log_scores_ME
-    logprob_ME = jax.nn.log_softmax(log_scores_ME, axis=-1)
-    entropy_M = -jnp.sum(probs_ME * logprob_ME, axis=-1)
-    z_M = jax.nn.logsumexp(routing.logits_ME, axis=-1) ** 2
-    group = _group_sums(log_scores_ME, chosen_ME, num_groups)
-    partition = _group_sums(log_scores_ME, chosen_ME, num_groups * num_partitions)
-    return RoutingStats(
-        tokens=_sum_where(mask_M, 1.0),
-        top1_count_E=_sum_where(
-            mask_M[:, None] & (jnp.argmax(frozen_ME, axis=-1)[:, None] == jnp.arange(E)[None, :]),
-            1.0,
-        ),
-        assigned_count_E=_sum_where(chosen_ME, 1.0),
-        prob_sum_E=_sum_where(mask_M[:, None], probs_ME),
-        group_member_count_J=group[0],
-        group_prob_sum_E=group[1],
-        partition_member_count_J=partition[0],
-        partition_prob_sum_E=partition[1],
-        entropy_sum=_sum_where(mask_M, entropy_M),
-        z_sum=_sum_where(mask_M, z_M),
-        kept_mass_sum=jnp.sum(_sum_where(chosen_ME, frozen_ME)),
-        experts_histogram=_sum_where(mask_M[:, None] & (used_M[:, None] == bins_C[None, :]), 1.0),
-    )
 
 
-def _sum_where(mask, values) -> jax.Array:
+def _sum_where(mask, values, *, axes) -> jax.Array:
     """Sum over tokens of `values` where `mask`; a where, so that NaN padding adds nothing."""
-    return jnp.sum(jnp.where(mask, values, 0.0), axis=0, dtype=jnp.float32)
+    return jnp.sum(jnp.where(mask, values, 0.0), axis=axes, dtype=jnp.float32)
 
 
-def _group_sums(log_scores_ME, chosen_ME, num_groups):
-    M, E = log_scores_ME.shape
-    member_MJ = jnp.any(chosen_ME.reshape(M, num_groups, -1), axis=-1)
+def _group_sums(over_tokens, log_scores_ME, chosen_ME, num_groups):
+    *M, E = log_scores_ME.shape
+    member_MJ = jnp.any(chosen_ME.reshape(*M, num_groups, -1), axis=-1)
     # A softmax inside the group is p over the group's sum, without dividing by an underflow.
-    prob_MJG = jax.nn.softmax(log_scores_ME.reshape(M, num_groups, -1), axis=-1)
-    prob_sum = _sum_where(member_MJ[:, :, None], prob_MJG)
-    return _sum_where(member_MJ, 1.0), prob_sum.reshape(E)
+    prob_MJG = jax.nn.softmax(log_scores_ME.reshape(*M, num_groups, -1), axis=-1)
+    prob_sum = over_tokens(member_MJ[..., None], prob_MJG)
+    return over_tokens(member_MJ, 1.0), prob_sum.reshape(E)
 
 
 def balance_losses(stats: RoutingStats, counts: RoutingStats | None = None) -> dict[str, jax.Array]:
@@ -248,7 +252,7 @@ def pi_update(
     minimum: float = 0.01,
     maximum: float = 1.0,
 ) -> PIState:
-    """One step of DTop-p's controller of the mean number of experts a token uses (2512.13996).
+    """One step of DTop-p's controller of the mean number of experts per token (2512.13996).
 
     e = (target - mean_experts) / E and top_p = initial_p + kp * e + ki * sum(e), clamped to
     [minimum, maximum]; the sum does not grow while clamped in its direction (anti-windup). Once

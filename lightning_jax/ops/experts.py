@@ -1,5 +1,9 @@
 """Dropless mixture-of-experts MLP: y = sum over a token's slots of gate * expert MLP.
 
+In three parts, so that a transport can exchange rows between them: `dispatch` sorts the slots by
+expert, `grouped_mlp` runs each expert on its rows, `combine` sums each token's rows.
+`routed_experts` is all three, where the experts are at hand.
+
 Letters: M tokens, E experts, C choices (slots) per token, S = M*C slots, D model, F hidden.
 """
 
@@ -11,9 +15,10 @@ import logging
 import jax
 import jax.numpy as jnp
 
+from lightning_jax.config.errors import suggest
 from lightning_jax.ops.activation import gated_unit
-from lightning_jax.ops.kernels.cpu.experts import blocked_experts
-from lightning_jax.ops.routing import Routing, SlotOrder, ordered_sum, sort_slots
+from lightning_jax.ops.kernels.cpu.experts import blocked_experts, blocked_grouped_mlp
+from lightning_jax.ops.routing import Choices, SlotOrder, ordered_sum, sort_slots
 from lightning_jax.runtime import target
 
 IMPLEMENTATIONS = ("onehot", "blocked", "ragged_dot")
@@ -21,32 +26,110 @@ IMPLEMENTATIONS = ("onehot", "blocked", "ragged_dot")
 
 def routed_experts(
     x_MD: jax.Array,
-    routing: Routing,
+    choices: Choices,
     gate_EDF: jax.Array,
     up_EDF: jax.Array,
     down_EFD: jax.Array,
     *,
     biases: tuple[jax.Array, ...] = (),
     clamp: float | None = None,
+    unit: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """y_MD = sum over slots of gate_MC * down(unit(x gate, x up)), in the dtype of x.
+    """y_MD = sum over slots of gate_MC * down(gated_unit(x gate, x up)), in the dtype of x.
 
-    The unit is `ops.activation.gated_unit`: SwiGLU, or its clamped form.
+    `ops.activation.gated_unit` is SwiGLU, or its clamped form.
 
-    No token is dropped. Deterministic: results come back by a gather and a sum in slot order.
-    Empty slots add nothing and carry no gradient. Gradients reach x, `routing.gate_MC` (and
-    through it the router), the three weights and the biases.
+    No token is dropped. Deterministic: each token's slots are summed in a fixed order. Empty slots
+    add nothing and carry no gradient. Gradients reach x, `choices.gate_MC` (and through it the
+    router), the three weights and the biases.
 
     Args:
       x_MD: tokens. Matmuls take its dtype and accumulate in float32.
-      routing: from `ops.routing.route`.
+      choices: from `ops.routing.route`, of M tokens in one axis.
+      gate_EDF, up_EDF, down_EFD, biases, clamp, unit, implementation: as for `grouped_mlp`.
+        "blocked" gathers each block's rows by itself and keeps no row per slot.
+
+    Raises:
+      ValueError: unknown implementation or shapes that do not fit.
+    """
+    implementation = _resolve(implementation)
+    weights = (gate_EDF, up_EDF, down_EFD)
+    _check_weights(x_MD.shape[-1], choices.num_experts, weights, biases, unit)
+    M, C = choices.expert_index_MC.shape
+    _check_shapes(
+        {
+            "x_MD": (x_MD.shape, (M, x_MD.shape[-1])),
+            "choices.gate_MC": (choices.gate_MC.shape, (M, C)),
+        }
+    )
+    with jax.named_scope(f"experts_{implementation}"):
+        if implementation == "blocked":
+            return blocked_experts(x_MD, choices, weights, biases, clamp=clamp, unit=unit)
+        rows_SD, order = dispatch(x_MD, choices)
+        rows_SD = grouped_mlp(
+            rows_SD,
+            order.size_E,
+            *weights,
+            biases=biases,
+            clamp=clamp,
+            unit=unit,
+            implementation=implementation,
+        )
+        return combine(rows_SD, choices.gate_MC, order)
+
+
+def dispatch(x_MD: jax.Array, choices: Choices) -> tuple[jax.Array, SlotOrder]:
+    """Returns rows_SD, a copy of its token's row for each slot, and the order they are in.
+
+    The rows are sorted by expert and within an expert by token; `order.size_E` belong to each
+    expert. The rows of empty slots come last and hold unspecified tokens; their gradients are
+    ignored. Differentiated by a gather and a sum in slot order, not by a scatter-add.
+    """
+    order = sort_slots(choices.expert_index_MC, choices.num_experts)
+    return _dispatch(x_MD, order), order
+
+
+def combine(rows_SD: jax.Array, gate_MC: jax.Array, order: SlotOrder) -> jax.Array:
+    """Returns y_MD, the sum of each token's rows weighted by their gates, in the dtype of the rows.
+
+    Sums in slot order, in at least float32: the same bits on every run and device. Gates of empty
+    slots are taken as 0; the rows of empty slots must be finite.
+    """
+    gate_MC = jnp.where(order.filled_MC, gate_MC, 0.0)
+    return _combine(rows_SD, gate_MC, order).astype(rows_SD.dtype)
+
+
+def grouped_mlp(
+    rows_SD: jax.Array,
+    size_E: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    *,
+    biases: tuple[jax.Array, ...] = (),
+    clamp: float | None = None,
+    unit: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """down(gated_unit(x gate, x up)) of rows sorted by expert, in the dtype of the rows.
+
+    Rows past the last group may hold anything. They are zeros in the result, and so are their
+    gradients. Gradients reach the rows, the weights and the biases; deterministic.
+
+    Args:
+      rows_SD: the rows of expert 0, then those of expert 1, and so on; matmuls take their dtype
+        and accumulate in float32.
+      size_E: int32, rows of each expert, any of them 0; their sum may be less than S.
       gate_EDF, up_EDF, down_EFD: expert weights, bfloat16 or float32.
       biases: gate_EF, up_EF, down_ED of the three projections; empty for none.
       clamp: of the gated unit; None for SwiGLU.
+      unit: int32 scalar, may be traced: weights and biases then lead with a further axis (units),
+        of which this entry is meant. "blocked" reads it expert by expert, so that no expert
+        without rows is copied; the others take out the unit first.
       implementation:
-        "onehot": every expert on every token, in float32; the oracle, E/C times the work.
-        "blocked": sorted blocks of rows in plain XLA; cost follows the filled slots.
+        "onehot": every expert on every row, in float32; the oracle, E times the work.
+        "blocked": blocks of rows in plain XLA; cost follows the filled rows.
         "ragged_dot": `jax.lax.ragged_dot` over the real group sizes. On CPU it expands to E
           dense matmuls.
         None: "blocked" on CPU, else "ragged_dot".
@@ -54,100 +137,121 @@ def routed_experts(
     Raises:
       ValueError: unknown implementation or shapes that do not fit.
     """
-    _check(x_MD, routing, gate_EDF, up_EDF, down_EFD, biases)
-    if implementation is None:
-        implementation = _choose(target.current().platform)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
+    implementation = _resolve(implementation)
     weights = (gate_EDF, up_EDF, down_EFD)
-    with jax.named_scope(f"experts_{implementation}"):
-        if implementation == "onehot":
-            return _onehot(x_MD, routing, weights, biases, clamp)
-        if implementation == "ragged_dot":
-            return _ragged(x_MD, routing, weights, biases, clamp)
-        return blocked_experts(
-            x_MD, routing.expert_index_MC, routing.gate_MC, weights, biases, clamp
-        )
+    _check_weights(rows_SD.shape[-1], size_E.shape[0], weights, biases, unit)
+    if implementation == "blocked":
+        return blocked_grouped_mlp(rows_SD, size_E, weights, biases, clamp=clamp, unit=unit)
+    if unit is not None:
+        weights, biases = jax.tree.map(lambda a: a[unit], (weights, tuple(biases)))
+    grouped = _onehot if implementation == "onehot" else _ragged
+    filled_S1 = (jnp.arange(rows_SD.shape[0]) < jnp.sum(size_E))[:, None]
+    rows_SD = jnp.where(filled_S1, rows_SD, 0)
+    y_SD = grouped(rows_SD, size_E, filled_S1, weights, biases, clamp)
+    return y_SD.astype(rows_SD.dtype)
 
 
-@functools.cache
-def _choose(backend: str) -> str:
-    implementation = "blocked" if backend == "cpu" else "ragged_dot"
-    logging.getLogger(__name__).info("routed_experts on %s: %s", backend, implementation)
+def _resolve(implementation: str | None) -> str:
+    if implementation is None:
+        return _choose(target.current().platform)
+    if implementation not in IMPLEMENTATIONS:
+        known = suggest(implementation, IMPLEMENTATIONS)
+        raise ValueError(f"implementation must be {known}, got {implementation!r}")
     return implementation
 
 
-def _check(x_MD, routing, gate_EDF, up_EDF, down_EFD, biases) -> None:
-    E, D, F = gate_EDF.shape
-    M, C = routing.expert_index_MC.shape
-    expected = {
-        "x_MD": (x_MD.shape, (M, D)),
-        "routing.gate_MC": (routing.gate_MC.shape, (M, C)),
-        "routing.probs_ME": (routing.probs_ME.shape, (M, E)),
-        "up_EDF": (up_EDF.shape, (E, D, F)),
-        "down_EFD": (down_EFD.shape, (E, F, D)),
-    }
+@functools.cache
+def _choose(platform: str) -> str:
+    implementation = "blocked" if platform == "cpu" else "ragged_dot"
+    logging.getLogger(__name__).info("routed_experts on %s: %s", platform, implementation)
+    return implementation
+
+
+def _check_weights(D, E, weights, biases, unit) -> None:
+    F = weights[0].shape[-1]
+    lead = (E,) if unit is None else (weights[0].shape[0], E)
+    wanted = ((*lead, D, F), (*lead, D, F), (*lead, F, D))
+    names = ("gate_EDF", "up_EDF", "down_EFD")
+    expected = {n: (w.shape, s) for n, w, s in zip(names, weights, wanted, strict=True)}
     if biases:
-        expected["biases"] = (tuple(bias.shape for bias in biases), ((E, F), (E, F), (E, D)))
+        shapes = ((*lead, F), (*lead, F), (*lead, D))
+        expected["biases"] = (tuple(bias.shape for bias in biases), shapes)
+    _check_shapes(expected)
+
+
+def _check_shapes(expected) -> None:
     for name, (got, want) in expected.items():
         if got != want:
             raise ValueError(f"{name} must have shape {want} to fit the rest, got {got}")
 
 
-def _onehot(x_MD, routing, weights, biases, clamp):
-    dtype = jnp.promote_types(x_MD.dtype, jnp.float32)
+def _expert_of(size_E: jax.Array, rows: int) -> jax.Array:
+    """expert_S of sorted rows; E past the last group."""
+    return jnp.searchsorted(jnp.cumsum(size_E), jnp.arange(rows), side="right")
+
+
+def _onehot(rows_SD, size_E, filled_S1, weights, biases, clamp):
+    dtype = jnp.promote_types(rows_SD.dtype, jnp.float32)
+    # A TPU would round the operands of float32 products to bfloat16.
+    einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     gate_EDF, up_EDF, down_EFD = (w.astype(dtype) for w in weights)
     gate_E1F, up_E1F, down_E1D = (b[:, None].astype(dtype) for b in biases) if biases else (0,) * 3
-    wide_MD = x_MD.astype(dtype)
-    # An empty slot's index, E, is outside the one-hot range: a row of zeros.
-    onehot_MCE = jax.nn.one_hot(routing.expert_index_MC, gate_EDF.shape[0], dtype=dtype)
-    gate_ME = jnp.einsum("MC,MCE->ME", routing.gate_MC.astype(dtype), onehot_MCE)
-    hidden_EMF = gated_unit(
-        jnp.einsum("MD,EDF->EMF", wide_MD, gate_EDF) + gate_E1F,
-        jnp.einsum("MD,EDF->EMF", wide_MD, up_EDF) + up_E1F,
+    rows_SD = rows_SD.astype(dtype)
+    hidden_ESF = gated_unit(
+        einsum("SD,EDF->ESF", rows_SD, gate_EDF) + gate_E1F,
+        einsum("SD,EDF->ESF", rows_SD, up_EDF) + up_E1F,
         clamp=clamp,
     )
-    y_EMD = jnp.einsum("EMF,EFD->EMD", hidden_EMF, down_EFD) + down_E1D
-    return jnp.einsum("ME,EMD->MD", gate_ME, y_EMD).astype(x_MD.dtype)
+    y_ESD = einsum("ESF,EFD->ESD", hidden_ESF, down_EFD) + down_E1D
+    onehot_SE = jax.nn.one_hot(_expert_of(size_E, len(rows_SD)), len(size_E), dtype=dtype)
+    return jnp.where(filled_S1, einsum("SE,ESD->SD", onehot_SE, y_ESD), 0)
 
 
-def _ragged(x_MD, routing, weights, biases, clamp):
+def _ragged(rows_SD, size_E, filled_S1, weights, biases, clamp):
     gate_EDF, up_EDF, down_EFD = weights
     gate_EF, up_EF, down_ED = biases or (None, None, None)
-    order = sort_slots(routing.expert_index_MC, gate_EDF.shape[0])
-    filled_S1 = order.filled_S[:, None]
+    dtype = rows_SD.dtype
 
     def grouped_dot(rows_SX, weight_EXY, bias_EY):
-        # Rows past the last group are unspecified, forward and backward: zero them on both sides.
         y_SY = jax.lax.ragged_dot(
-            jnp.where(filled_S1, rows_SX, 0),
-            weight_EXY.astype(rows_SX.dtype),
-            order.size_E,
-            preferred_element_type=jnp.promote_types(rows_SX.dtype, jnp.float32),
+            rows_SX,
+            weight_EXY.astype(dtype),
+            size_E,
+            preferred_element_type=jnp.promote_types(dtype, jnp.float32),
         )
         if bias_EY is not None:
-            y_SY += bias_EY[_expert_of(order)]
+            y_SY += _bias_of(bias_EY, _expert_of(size_E, len(rows_SX))).astype(y_SY.dtype)
+        # What `ragged_dot` makes of other rows is unspecified, forward and backward.
         return jnp.where(filled_S1, y_SY, 0)
 
-    rows_SD = _dispatch(x_MD, order)
     hidden_SF = gated_unit(
         grouped_dot(rows_SD, gate_EDF, gate_EF), grouped_dot(rows_SD, up_EDF, up_EF), clamp=clamp
     )
-    y_SD = grouped_dot(hidden_SF.astype(x_MD.dtype), down_EFD, down_ED).astype(x_MD.dtype)
-    gate_MC = jnp.where(routing.filled_MC, routing.gate_MC, 0.0)
-    return _combine(y_SD, gate_MC, order).astype(x_MD.dtype)
+    return grouped_dot(hidden_SF.astype(dtype), down_EFD, down_ED)
 
 
-def _expert_of(order: SlotOrder) -> jax.Array:
-    """expert_S, the expert of each sorted slot; the last one for empty slots."""
-    slots_S = jnp.arange(order.slot_S.shape[0])
-    expert_S = jnp.searchsorted(order.end_E, slots_S, side="right")
-    return jnp.minimum(expert_S, order.end_E.shape[0] - 1)
+@jax.custom_vjp
+def _bias_of(bias_EY: jax.Array, expert_S: jax.Array) -> jax.Array:
+    """The bias of each row, 0 past the last; differentiated by a product, not by a scatter-add."""
+    return bias_EY.at[expert_S].get(mode="fill", fill_value=0)
+
+
+def _bias_of_forward(bias_EY, expert_S):
+    return _bias_of(bias_EY, expert_S), (bias_EY[:, :0], expert_S)
+
+
+def _bias_of_backward(residuals, dbias_SY):
+    like_E0, expert_S = residuals
+    onehot_SE = jax.nn.one_hot(expert_S, len(like_E0), dtype=dbias_SY.dtype)
+    dbias_EY = jnp.dot(onehot_SE.T, dbias_SY, precision=jax.lax.Precision.HIGHEST)
+    return dbias_EY.astype(like_E0.dtype), None
+
+
+_bias_of.defvjp(_bias_of_forward, _bias_of_backward)
 
 
 @jax.custom_vjp
 def _dispatch(x_MD: jax.Array, order: SlotOrder) -> jax.Array:
-    """The rows of x in sorted slot order; differentiated by gather, not by scatter-add."""
     return x_MD[order.token_S]
 
 
@@ -156,8 +260,7 @@ def _dispatch_forward(x_MD, order):
 
 
 def _dispatch_backward(order, drows_SD):
-    filled_MC = order.position_MC < order.end_E[-1]
-    dx_MD = ordered_sum(drows_SD, order.position_MC, filled_MC)
+    dx_MD = ordered_sum(drows_SD, order.position_MC, order.filled_MC)
     return dx_MD.astype(drows_SD.dtype), None
 
 
@@ -166,7 +269,6 @@ _dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 @jax.custom_vjp
 def _combine(rows_SD: jax.Array, gate_MC: jax.Array, order: SlotOrder) -> jax.Array:
-    """The weighted sum of each token's rows, in slot order."""
     return ordered_sum(rows_SD, order.position_MC, gate_MC)
 
 

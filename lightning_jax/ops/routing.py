@@ -1,16 +1,19 @@
 """Which experts each token visits, and in which order the visits are computed.
 
-Letters: M tokens, E experts, C choices (slots) per token, S = M*C slots, D model width.
+Letters: M tokens, E experts, C choices (slots) per token, S = M*C slots, D model width. In `route`
+and its results M stands for any number of leading axes, such as [B, T].
 Everything here is float32: bfloat16 cumulative sums over many experts mis-threshold.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from lightning_jax.config.errors import suggest
 
 KINDS = ("top_k", "top_p", "dense")
 SCORES = ("softmax", "sigmoid")
@@ -18,39 +21,52 @@ SCORES = ("softmax", "sigmoid")
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Routing:
-    """The routing of M tokens to E experts through C slots each.
+class Choices:
+    """The experts of each token: all that computing them needs.
 
-    expert_index_MC: int32, the chosen experts in selection order; E marks an empty slot.
-      Filled slots come first.
+    expert_index_MC: int32, the chosen experts in selection order; `num_experts` marks an empty
+      slot. Filled slots come first.
     gate_MC: float32, the weight of each choice; 0 in empty slots. Differentiable.
-    logits_ME: float32 router logits; 0 for masked tokens. Differentiable.
-    probs_ME: float32 scores over their sum over all E experts. Differentiable.
-    score: static, what the scores are: "softmax" or "sigmoid" of the logits.
+    num_experts: static, E.
     """
 
     expert_index_MC: jax.Array
     gate_MC: jax.Array
-    logits_ME: jax.Array
-    probs_ME: jax.Array
-    score: str = dataclasses.field(default="softmax", metadata={"static": True})
-
-    @property
-    def num_experts(self) -> int:
-        return self.probs_ME.shape[-1]
+    num_experts: int = dataclasses.field(metadata={"static": True})
 
     @property
     def filled_MC(self) -> jax.Array:
         return self.expert_index_MC < self.num_experts
 
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What the router says about every expert: all that balance losses need beside the choices.
+
+    logits_ME: float32 router logits; 0 for masked tokens. Differentiable.
+    probs_ME: float32 scores over their sum over all E experts. Differentiable.
+    score: static, what the scores are: "softmax" or "sigmoid" of the logits.
+    """
+
+    logits_ME: jax.Array
+    probs_ME: jax.Array
+    score: str = dataclasses.field(default="softmax", metadata={"static": True})
+
     @property
     def log_scores_ME(self) -> jax.Array:
-        """Logarithms of the scores, up to a constant a token: their softmax is `probs_ME`."""
-        return log_scores(self.logits_ME, self.score)
+        """Logarithms of the scores, up to a constant per token: their softmax is `probs_ME`."""
+        return _log_scores(self.logits_ME, self.score)
 
 
-def log_scores(logits_ME: jax.Array, score: str) -> jax.Array:
-    """Logarithms of the scores up to a constant a token; a softmax of them sums the scores to 1."""
+class Routing(NamedTuple):
+    """The choices of M tokens, and the scores that they were made from."""
+
+    choices: Choices
+    scores: Scores
+
+
+def _log_scores(logits_ME: jax.Array, score: str) -> jax.Array:
     return logits_ME if score == "softmax" else jax.nn.log_sigmoid(logits_ME)
 
 
@@ -81,7 +97,8 @@ def route(
       kind: one of the above.
       slots: C, static.
       score: "softmax" or "sigmoid".
-      top_p: probability mass to reach; may be a traced scalar. Read by "top_p" only.
+      top_p: probability mass to reach: a number, a traced scalar, or one value per token. Read by
+        "top_p" only.
       bias_E: added to the scores to order the selection, and for nothing else: gates and
         probability mass stay unbiased, and no gradient reaches it (2408.15664). It cannot change
         "dense", which selects every expert.
@@ -92,21 +109,22 @@ def route(
       ValueError: unknown kind or score, bad `slots`, `top_p` not above 0, or shapes that misfit.
     """
     _check(logits_ME, kind, score, slots, top_p, bias_E, token_mask_M)
-    M, E = logits_ME.shape
+    E = logits_ME.shape[-1]
     logits_ME = logits_ME.astype(jnp.float32)
     if token_mask_M is not None:
         # Before the softmax, so that not even a NaN in padding reaches a gradient.
-        logits_ME = jnp.where(token_mask_M[:, None], logits_ME, 0.0)
-    probs_ME = jax.nn.softmax(log_scores(logits_ME, score), axis=-1)
+        logits_ME = jnp.where(token_mask_M[..., None], logits_ME, 0.0)
+    probs_ME = jax.nn.softmax(_log_scores(logits_ME, score), axis=-1)
     scores_ME = probs_ME if score == "softmax" else jax.nn.sigmoid(logits_ME)
 
     if kind == "dense":
-        index_MC = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[None, :], (M, E))
+        index_MC = jax.lax.broadcasted_iota(jnp.int32, logits_ME.shape, logits_ME.ndim - 1)
         gate_MC = scores_ME
     else:
         order_ME = jax.lax.stop_gradient(scores_ME)
         if bias_E is not None:
-            order_ME += jax.lax.stop_gradient(bias_E.astype(jnp.float32))[None, :]
+            bias_E = jax.lax.stop_gradient(bias_E.astype(jnp.float32))
+            order_ME += jnp.broadcast_to(bias_E, order_ME.shape)
         _, index_MC = jax.lax.top_k(order_ME, slots)
         gate_MC = jnp.take_along_axis(scores_ME, index_MC, axis=-1)
 
@@ -115,43 +133,47 @@ def route(
         mass_MC = jnp.take_along_axis(jax.lax.stop_gradient(probs_ME), index_MC, axis=-1)
         keep_MC = _reaches(mass_MC, jnp.asarray(top_p, jnp.float32))
     if token_mask_M is not None:
-        keep_MC &= token_mask_M[:, None]
+        keep_MC &= token_mask_M[..., None]
     gate_MC = jnp.where(keep_MC, gate_MC, 0.0)
     if renormalize:
         total_M = jnp.sum(gate_MC, axis=-1)
-        gate_MC = gate_MC / jnp.where(total_M > 0, total_M, 1.0)[:, None]
-    return Routing(jnp.where(keep_MC, index_MC, E), gate_MC, logits_ME, probs_ME, score)
+        gate_MC = gate_MC / jnp.where(total_M > 0, total_M, 1.0)[..., None]
+    choices = Choices(jnp.where(keep_MC, index_MC, E), gate_MC, E)
+    return Routing(choices, Scores(logits_ME, probs_ME, score))
 
 
 def _reaches(prob_MC: jax.Array, top_p: jax.Array) -> jax.Array:
     """True while the mass before a choice is below `top_p`; a prefix of every row."""
+    last = prob_MC.ndim - 1
     # A parallel prefix sum may dip by a rounding error, which would leave a hole in the prefix.
-    mass_MC = jax.lax.cummax(jnp.cumsum(prob_MC, axis=-1), axis=1)
-    before_MC = jnp.pad(mass_MC[:, :-1], ((0, 0), (1, 0)))
-    first_C = jnp.arange(prob_MC.shape[-1]) == 0
-    return (before_MC < top_p) | (top_p >= 1.0) | first_C[None, :]
+    mass_MC = jax.lax.cummax(jnp.cumsum(prob_MC, axis=last), axis=last)
+    before_MC = jnp.concatenate([jnp.zeros_like(mass_MC[..., :1]), mass_MC[..., :-1]], axis=last)
+    first_MC = jax.lax.broadcasted_iota(jnp.int32, prob_MC.shape, last) == 0
+    top_p_M1 = jnp.broadcast_to(top_p, prob_MC.shape[:-1])[..., None]
+    return (before_MC < top_p_M1) | (top_p_M1 >= 1.0) | first_MC
 
 
 def _check(logits_ME, kind, score, slots, top_p, bias_E, token_mask_M) -> None:
-    if logits_ME.ndim != 2:
-        raise ValueError(f"logits_ME must have shape [tokens, experts], got {logits_ME.shape}")
-    M, E = logits_ME.shape
+    if logits_ME.ndim < 2:
+        raise ValueError(f"logits_ME must have shape [*tokens, experts], got {logits_ME.shape}")
+    *M, E = logits_ME.shape
+    M = tuple(M)
     for name, value, known in (("kind", kind, KINDS), ("score", score, SCORES)):
         if value not in known:
-            close = difflib.get_close_matches(str(value), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"routing {name} must be one of {known}, got {value!r}{hint}")
+            raise ValueError(f"routing {name} must be {suggest(value, known)}, got {value!r}")
     if not 1 <= slots <= E:
         raise ValueError(f"slots must be from 1 to the number of experts, {E}, got {slots}")
     if kind == "dense" and slots != E:
         raise ValueError(f"dense routing needs slots = experts = {E}, got slots={slots}")
     if kind == "top_p" and isinstance(top_p, (int, float)) and not top_p > 0:
         raise ValueError(f"top_p must be above 0, got {top_p}")
+    if jnp.shape(top_p) not in ((), M):
+        raise ValueError(f"top_p must be a scalar or have shape {M}, got {jnp.shape(top_p)}")
     if bias_E is not None and bias_E.shape != (E,):
         raise ValueError(f"bias_E must have shape {(E,)}, got {bias_E.shape}")
-    if token_mask_M is not None and (token_mask_M.shape != (M,) or token_mask_M.dtype != bool):
+    if token_mask_M is not None and (token_mask_M.shape != M or token_mask_M.dtype != bool):
         raise ValueError(
-            f"token_mask_M must be bool of shape {(M,)}, "
+            f"token_mask_M must be bool of shape {M}, "
             f"got {token_mask_M.dtype} of shape {token_mask_M.shape}"
         )
 
@@ -179,6 +201,10 @@ class SlotOrder:
     @property
     def filled_S(self) -> jax.Array:
         return jnp.arange(self.slot_S.shape[0]) < self.end_E[-1]
+
+    @property
+    def filled_MC(self) -> jax.Array:
+        return self.position_MC < self.end_E[-1]
 
 
 def sort_slots(expert_index_MC: jax.Array, num_experts: int) -> SlotOrder:

@@ -87,7 +87,7 @@ def test_losses_match_a_float64_oracle():
     logits = random_logits(scale=2.0)
     stats = stats_of(logits)
     losses = losses_of(stats)
-    index = route(logits, kind="top_k", slots=2).expert_index_MC
+    index = route(logits, kind="top_k", slots=2).choices.expert_index_MC
     x = np.asarray(logits, np.float64)
     p = np.exp(x) / np.exp(x).sum(-1, keepdims=True)
     top1 = np.bincount(p.argmax(-1), minlength=E) / len(p)
@@ -120,7 +120,7 @@ def test_sigmoid_scores_are_balanced_by_their_shares():
     p = np.exp(x) / np.exp(x).sum(-1, keepdims=True)
     top1 = np.bincount(p.argmax(-1), minlength=E) / len(p)
     np.testing.assert_allclose(losses["switch"], E * np.sum(top1 * p.mean(0)), rtol=1e-5)
-    group = numpy_within_groups(x, routing.expert_index_MC, 2)
+    group = numpy_within_groups(x, routing.choices.expert_index_MC, 2)
     np.testing.assert_allclose(losses["group"], group, rtol=1e-5)
     z = np.mean(np.log(np.exp(np.asarray(logits, np.float64)).sum(-1)) ** 2)
     np.testing.assert_allclose(losses["z"], z, rtol=1e-5)
@@ -158,7 +158,9 @@ def test_probabilities_cover_all_experts_and_are_softmaxed_once():
     np.testing.assert_allclose(stats.prob_sum_E, jax.nn.softmax(logits).sum(0), rtol=1e-5)
     np.testing.assert_allclose(stats.prob_sum_E.sum(), 60, rtol=1e-5)
     grad = losses_and_grads(logits)[1]["switch"]
-    unchosen = jax.nn.one_hot(route(logits, kind="top_k", slots=2).expert_index_MC, E).sum(1) == 0
+    unchosen = (
+        jax.nn.one_hot(route(logits, kind="top_k", slots=2).choices.expert_index_MC, E).sum(1) == 0
+    )
     assert float(jnp.abs(jnp.where(unchosen, grad, 0)).max()) > 0
 
 
@@ -177,6 +179,24 @@ def test_micro_batches_add_up_in_value_and_gradient():
         np.testing.assert_allclose(joined, grad, rtol=1e-4, atol=1e-7)
         assert float(jnp.abs(grad).max()) > 1e-5
         np.testing.assert_array_equal(grad[~mask], 0.0)
+
+
+def test_token_axes_need_not_be_flattened():
+    logits, mask = random_logits(scale=2.0), jnp.arange(60) % 7 > 0
+
+    @jax.jit
+    def stats_and_grads(logits, mask):
+        def loss(logits):
+            routing = route(logits, kind="top_p", slots=3, top_p=0.7, token_mask_M=mask)
+            stats = routing_stats(routing, mask, num_groups=2, num_partitions=2)
+            return sum(balance_losses(stats).values()), stats
+
+        return jax.grad(loss, has_aux=True)(logits)
+
+    grad, stats = stats_and_grads(logits, mask)
+    grad_BT, stats_BT = stats_and_grads(logits.reshape(4, 15, E), mask.reshape(4, 15))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), stats_BT, stats)
+    np.testing.assert_allclose(grad_BT.reshape(60, E), grad, atol=1e-6)
 
 
 def test_descending_a_loss_lowers_it():

@@ -1,7 +1,8 @@
-"""Every implementation of the routed experts against a float64 oracle, values and gradients."""
+"""The routed experts and their three parts against float64 oracles, values and gradients."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -9,75 +10,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lightning_jax.ops.experts import IMPLEMENTATIONS, routed_experts
+from lightning_jax.ops.experts import (
+    IMPLEMENTATIONS,
+    combine,
+    dispatch,
+    grouped_mlp,
+    routed_experts,
+)
 from lightning_jax.ops.kernels.cpu import narrow
-from lightning_jax.ops.routing import Routing, route
+from lightning_jax.ops.routing import Choices, route
+from tests.ops.expert_oracle import (
+    COTANGENT,
+    D,
+    M,
+    assignment,
+    expert_biases,
+    gates,
+    oracle,
+    tokens,
+    weights,
+)
 
-D, F = 12, 10
-M, E, C = 37, 8, 4  # Most tests share one shape, and so one compilation.
+E, C = 8, 4  # Most tests share one shape, and so one compilation.
 GROUPED = ("blocked", "ragged_dot")
-COTANGENT = np.random.default_rng(4).standard_normal((M, D))
-
-
-def weights(experts, dtype=np.float64, seed=0):
-    rng = np.random.default_rng(seed)
-    shapes = ((experts, D, F), (experts, D, F), (experts, F, D))
-    return tuple((rng.standard_normal(s) * 0.3).astype(dtype) for s in shapes)
-
-
-def tokens(count, dtype=np.float64, seed=1):
-    return np.random.default_rng(seed).standard_normal((count, D)).astype(dtype)
-
-
-def assignment(kind, count, experts, choices, seed=2):
-    """expert_index_MC of a named shape; `experts` marks empty slots."""
-    rng = np.random.default_rng(seed)
-    index = np.argsort(rng.random((count, experts)), -1)[:, :choices]
-    if kind == "ragged":
-        index = np.where(np.arange(choices) < rng.integers(0, choices + 1, (count, 1)), index, -1)
-    elif kind == "one_expert":
-        index = np.where(np.arange(choices) == 0, experts - 1, -1) + 0 * index
-    elif kind == "half_the_experts":
-        index = index // 2 * 2
-        index = np.where((index[:, :, None] == index[:, None, :]).argmax(-1) == np.arange(choices),
-                         index, -1)  # fmt: skip
-        index = -np.sort(-index, -1)
-    elif kind == "padding":
-        index = np.full_like(index, -1)
-    return np.where(index < 0, experts, index).astype(np.int32)
-
-
-def gates(index, experts, dtype=np.float64, seed=3):
-    rng = np.random.default_rng(seed)
-    return np.where(index < experts, rng.random(index.shape), 0.0).astype(dtype)
-
-
-def oracle(x, index, gate, gate_w, up_w, down_w):
-    """Output and gradients in float64, one expert at a time."""
-    dy = COTANGENT[: len(x)]
-    y, dx, dgate = np.zeros_like(x), np.zeros_like(x), np.zeros_like(gate)
-    dws = [np.zeros_like(w) for w in (gate_w, up_w, down_w)]
-    for e in range(len(gate_w)):
-        m, c = np.nonzero(index == e)
-        g, h, u = gate[m, c][:, None], x[m] @ gate_w[e], x[m] @ up_w[e]
-        sigmoid = 1 / (1 + np.exp(-h))
-        act = h * sigmoid * u
-        dact = g * dy[m] @ down_w[e].T
-        dh, du = dact * u * sigmoid * (1 + h * (1 - sigmoid)), dact * h * sigmoid
-        np.add.at(y, m, g * act @ down_w[e])
-        np.add.at(dx, m, dh @ gate_w[e].T + du @ up_w[e].T)
-        dgate[m, c] = np.sum(act @ down_w[e] * dy[m], -1)
-        for dw, value in zip(dws, (x[m].T @ dh, x[m].T @ du, act.T @ (g * dy[m])), strict=True):
-            dw[e] = value
-    return y, dx, dgate, *dws
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def output_and_grads(implementation, x, index, gate, *w):
     def loss(x, gate, *w):
-        unused_ME = jnp.zeros((len(index), len(w[0])))
-        routing = Routing(index, gate, unused_ME, unused_ME)
-        y = routed_experts(x, routing, *w, implementation=implementation)
+        choices = Choices(index, gate, len(w[0]))
+        y = routed_experts(x, choices, *w, implementation=implementation)
         assert y.dtype == x.dtype and y.shape == x.shape
         return jnp.sum(y.astype(jnp.float32) * COTANGENT[: len(x)].astype(np.float32)), y
 
@@ -170,19 +132,18 @@ def test_biases_and_the_clamped_unit_match_every_expert_on_every_token(implement
     index = assignment("ragged", M, E, C)
     x, gate = tokens(M, np.float32), gates(index, E, np.float32)
     w = weights(E, np.float32)
-    rng = np.random.default_rng(5)
-    biases = tuple(
-        rng.standard_normal(shape).astype(np.float32)
-        for shape in (w[0][:, 0].shape, w[1][:, 0].shape, w[2][:, 0].shape)
-    )
+    biases = expert_biases(E)
 
     @functools.partial(jax.jit, static_argnums=0)
     def output_and_grads(implementation, *args):
         def loss(x, gate, w, biases):
-            unused_ME = jnp.zeros((M, E))
-            routing = Routing(index, gate, unused_ME, unused_ME)
             y = routed_experts(
-                x, routing, *w, biases=biases, clamp=clamp, implementation=implementation
+                x,
+                Choices(index, gate, E),
+                *w,
+                biases=biases,
+                clamp=clamp,
+                implementation=implementation,
             )
             return jnp.sum(y * COTANGENT[:M].astype(np.float32)), y
 
@@ -198,14 +159,14 @@ def test_biases_and_the_clamped_unit_match_every_expert_on_every_token(implement
 
 def test_biases_of_the_wrong_shape_are_named():
     index, w = assignment("full", M, E, C), weights(E, np.float32)
-    routing = Routing(index, gates(index, E, np.float32), jnp.zeros((M, E)), jnp.zeros((M, E)))
+    choices = Choices(index, gates(index, E, np.float32), E)
     with pytest.raises(ValueError, match="biases"):
-        routed_experts(tokens(M, np.float32), routing, *w, biases=(np.zeros(3),) * 3)
+        routed_experts(tokens(M, np.float32), choices, *w, biases=(np.zeros(3),) * 3)
 
 
 def routed(logits, w, implementation, **options):
-    routing = route(logits, **options)
-    return routed_experts(jnp.asarray(tokens(M, np.float32)), routing, *w,
+    choices, _ = route(logits, **options)
+    return routed_experts(jnp.asarray(tokens(M, np.float32)), choices, *w,
                           implementation=implementation)  # fmt: skip
 
 
@@ -238,12 +199,200 @@ def test_permuting_experts_changes_nothing(implementation):
 def test_default_on_cpu_is_blocked_and_bad_arguments_are_named():
     x = jnp.asarray(tokens(M, np.float32))
     w = [jnp.asarray(a, jnp.float32) for a in weights(E)]
-    routing = route(jnp.asarray(tokens(M, np.float32)[:, :E]), kind="top_k", slots=C)
-    program = jax.jit(lambda x: routed_experts(x, routing, *w)).lower(x).as_text(debug_info=True)
+    choices, _ = route(jnp.asarray(tokens(M, np.float32)[:, :E]), kind="top_k", slots=C)
+    program = jax.jit(lambda x: routed_experts(x, choices, *w)).lower(x).as_text(debug_info=True)
     assert "experts_blocked" in program
     with pytest.raises(ValueError, match="implementation must be one of"):
-        routed_experts(x, routing, *w, implementation="megablox")
+        routed_experts(x, choices, *w, implementation="megablox")
     with pytest.raises(ValueError, match="down_EFD must have shape"):
-        routed_experts(x, routing, *w[:2], w[1])
+        routed_experts(x, choices, *w[:2], w[1])
     with pytest.raises(ValueError, match="x_MD must have shape"):
-        routed_experts(x[:5], routing, *w)
+        routed_experts(x[:5], choices, *w)
+
+
+def pulled(function, arguments, cotangent):
+    """Output and gradients of `function`."""
+    y, pull = jax.vjp(function, *arguments)
+    return y, *pull(cotangent)
+
+
+ROUTED_KINDS = ["full", "ragged", "one_expert", "padding"]
+
+
+@pytest.mark.parametrize("kind", ROUTED_KINDS)
+def test_dispatch_copies_the_rows_of_each_expert_in_token_order(kind):
+    index = assignment(kind, M, E, C)
+    choices = Choices(jnp.asarray(index), jnp.zeros(index.shape), E)
+    x = jnp.asarray(tokens(M, np.float32))
+    rows, order = jax.jit(dispatch)(x, choices)
+    expected = np.concatenate([np.nonzero((index == e).any(-1))[0] for e in range(E)])
+    assert rows.shape == (M * C, D)
+    np.testing.assert_array_equal(rows[: len(expected)], x[expected])
+    np.testing.assert_array_equal(order.size_E, [(index == e).sum() for e in range(E)])
+
+    drows = np.random.default_rng(6).standard_normal(rows.shape).astype(np.float32)
+    _, dx = jax.jit(
+        lambda x, d: pulled(lambda x: dispatch(x, choices)[0], (x,), d),
+    )(x, drows)
+    want = np.zeros((M, D))
+    np.add.at(want, expected, drows[: len(expected)])
+    np.testing.assert_allclose(dx, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", ROUTED_KINDS)
+def test_combine_weighs_rows_by_gates_and_ignores_empty_slots(kind, dtype):
+    index = assignment(kind, M, E, C)
+    _, order = dispatch(jnp.zeros((M, D)), Choices(jnp.asarray(index), jnp.zeros(index.shape), E))
+    rng = np.random.default_rng(7)
+    rows = jnp.asarray(rng.standard_normal((M * C, D)), dtype)
+    gate = rng.random(index.shape).astype(np.float32)  # Empty slots have one too.
+    y, drows, dgate = jax.jit(
+        lambda rows, gate, dy: pulled(lambda r, g: combine(r, g, order), (rows, gate), dy)
+    )(rows, gate, COTANGENT.astype(dtype))
+    assert y.dtype == drows.dtype == dtype and dgate.dtype == jnp.float32
+    real = np.where(index < E, gate, 0).astype(np.float64)
+    wide, dy = np.asarray(rows, np.float64), np.asarray(COTANGENT.astype(dtype), np.float64)
+    by_slot = wide[np.asarray(order.position_MC)]
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.05
+    want = np.einsum("mc,mcd->md", real, by_slot)
+    np.testing.assert_allclose(np.asarray(y, np.float64), want, atol=tolerance)
+    want = np.zeros_like(wide)
+    want[np.asarray(order.position_MC)] = real[..., None] * dy[:, None]
+    np.testing.assert_allclose(np.asarray(drows, np.float64), want, atol=tolerance)
+    want = np.where(index < E, np.einsum("mcd,md->mc", by_slot, dy), 0)
+    np.testing.assert_allclose(dgate, want, atol=1e-4)
+
+
+SIZES = {
+    "some_empty": (5, 0, 9, 1, 0, 12, 3, 0),
+    "full": (4, 4, 4, 4, 4, 4, 4, 9),
+    "one_of_eight": (0, 0, 0, M, 0, 0, 0, 0),
+    "no_row": (0,) * 8,
+    "one_expert": (20,),
+}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def grouped_and_grads(implementation, clamp, size, dy, rows, w, biases):
+    def function(rows, w, biases):
+        return grouped_mlp(
+            rows, size, *w, biases=biases, clamp=clamp, implementation=implementation
+        )
+
+    return pulled(function, (rows, w, biases), dy)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", SIZES)
+def test_grouped_mlp_matches_the_oracle_and_reads_no_row_past_the_last_group(name, implementation):
+    size = np.asarray(SIZES[name], np.int32)
+    count, experts, filled = M, len(size), size.sum()
+    index = np.full((count, 1), experts)
+    index[:filled, 0] = np.repeat(np.arange(experts), size)
+    x, w = tokens(count), weights(experts)
+    single = [a.astype(np.float32) for a in (COTANGENT, x, *w)]
+    for tail in single[:2]:
+        tail[filled:] = np.nan
+    dy, rows, *single = single
+    y, drows, dw, _ = grouped_and_grads(implementation, None, size, dy, rows, tuple(single), ())
+    expected = oracle(x, index, (index < experts).astype(float), *w)
+    for a, b in zip((y, drows, *dw), (*expected[:2], *expected[3:]), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(np.abs(b).max(), 1e-3))
+    for tail in (y, drows):
+        np.testing.assert_array_equal(tail[filled:], 0.0)
+
+
+@pytest.mark.parametrize("implementation", GROUPED)
+@pytest.mark.parametrize("name", ["some_empty", "no_row"])
+def test_biases_of_the_grouped_mlp_get_the_sum_of_their_rows(name, implementation):
+    size = np.asarray(SIZES[name], np.int32)
+    dy, rows, *w = (a.astype(np.float32) for a in (COTANGENT, tokens(M), *weights(E)))
+    arguments = (size, dy, rows, tuple(w), expert_biases(E))
+    got = grouped_and_grads(implementation, 0.5, *arguments)
+    want = grouped_and_grads("onehot", 0.5, *arguments)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(np.abs(b).max(), 1e-3))
+
+
+@pytest.mark.parametrize("implementation", GROUPED)
+def test_a_transport_fits_between_the_parts(implementation):
+    """Two peers with half of the experts each, their rows in buffers with room to spare."""
+    index = assignment("ragged", M, E, C)
+    x, w = jnp.asarray(tokens(M, np.float32)), weights(E, np.float32)
+    choices = Choices(jnp.asarray(index), jnp.asarray(gates(index, E, np.float32)), E)
+
+    @jax.jit
+    def exchanged(x, w):
+        rows, order = dispatch(x, choices)
+        size_PE = order.size_E.reshape(2, -1)
+        start = jnp.asarray([0, size_PE[0].sum()])
+        slot_S = jnp.arange(M * C)
+        back = jnp.zeros_like(rows)
+        for peer in range(2):
+            w_peer = [a.reshape(2, -1, *a.shape[1:])[peer] for a in w]
+            received = rows[jnp.minimum(start[peer] + slot_S, M * C - 1)]
+            y = grouped_mlp(received, size_PE[peer], *w_peer, implementation=implementation)
+            mine = (slot_S >= start[peer]) & (slot_S < start[peer] + size_PE[peer].sum())
+            back = jnp.where(mine[:, None], y[slot_S - start[peer]], back)
+        return combine(back, choices.gate_MC, order)
+
+    want = oracle(tokens(M), index, gates(index, E), *weights(E))[0]
+    np.testing.assert_allclose(exchanged(x, w), want, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_unit_of_stacked_weights_equals_those_weights(implementation):
+    index = assignment("ragged", M, E, C)
+    choices = Choices(jnp.asarray(index), jnp.asarray(gates(index, E, np.float32)), E)
+    x = jnp.asarray(tokens(M, np.float32))
+    stack = [np.stack([w, 2 * w, -w]) for w in weights(E, np.float32)]
+    stack += expert_biases(E, lead=(3,))
+
+    @jax.jit
+    def output_and_grads(unit, x, *params):
+        def function(x, *params):
+            return routed_experts(
+                x,
+                choices,
+                *params[:3],
+                biases=params[3:],
+                unit=unit,
+                implementation=implementation,
+            )
+
+        return pulled(function, (x, *params), jnp.asarray(COTANGENT, jnp.float32))
+
+    for unit in (0, 2):
+        want = output_and_grads(None, x, *(a[unit] for a in stack))
+        got = output_and_grads(jnp.int32(unit), x, *stack)
+        for a, b in zip(got[:2], want[:2], strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+        for a, b in zip(got[2:], want[2:], strict=True):
+            np.testing.assert_allclose(a[unit], b, atol=1e-5)
+            np.testing.assert_array_equal(np.delete(a, unit, axis=0), 0.0)
+
+
+def test_stacked_weights_need_a_unit_and_a_unit_stacked_weights():
+    index = assignment("full", M, E, C)
+    choices = Choices(index, gates(index, E, np.float32), E)
+    x, w = tokens(M, np.float32), weights(E, np.float32)
+    with pytest.raises(ValueError, match="gate_EDF must have shape"):
+        routed_experts(x, choices, *w, unit=jnp.int32(0))
+    with pytest.raises(ValueError, match="gate_EDF must have shape"):
+        routed_experts(x, choices, *(a[None] for a in w))
+    with pytest.raises(ValueError, match="implementation must be one of"):
+        grouped_mlp(x, jnp.zeros(E, jnp.int32), *w, implementation="ragged")
+
+
+def test_no_gradient_of_ragged_dot_is_a_scatter_add():
+    """On an accelerator its sums have no order, and another result on every run."""
+    index = assignment("ragged", M, E, C)
+    choices = Choices(index, jnp.asarray(gates(index, E, np.float32)), E)
+
+    def loss(x, gate, w, biases):
+        mine = dataclasses.replace(choices, gate_MC=gate)
+        return routed_experts(x, mine, *w, biases=biases, implementation="ragged_dot").sum()
+
+    arguments = (tokens(M, np.float32), choices.gate_MC, weights(E, np.float32), expert_biases(E))
+    assert "scatter-add" not in str(jax.make_jaxpr(jax.grad(loss, range(4)))(*arguments))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,8 @@ def softmax64(logits):
 
 
 def chosen_sets(routing):
-    E = routing.num_experts
-    return [frozenset(int(e) for e in row if e < E) for row in np.asarray(routing.expert_index_MC)]
+    E, index = routing.choices.num_experts, np.asarray(routing.choices.expert_index_MC)
+    return [frozenset(int(e) for e in row if e < E) for row in index]
 
 
 @pytest.mark.parametrize("slots", [1, 2, 8])
@@ -33,13 +34,13 @@ def test_top_k_chooses_the_most_probable(slots):
     logits = random_logits()
     routing = route(logits, kind="top_k", slots=slots)
     expected = np.argsort(-np.asarray(logits), axis=-1, kind="stable")[:, :slots]
-    np.testing.assert_array_equal(routing.expert_index_MC, expected)
+    np.testing.assert_array_equal(routing.choices.expert_index_MC, expected)
     gates = np.take_along_axis(softmax64(logits), expected, -1)
-    np.testing.assert_allclose(routing.gate_MC, gates, rtol=1e-5)
-    assert routing.expert_index_MC.dtype == jnp.int32
-    for array in (routing.gate_MC, routing.logits_ME, routing.probs_ME):
+    np.testing.assert_allclose(routing.choices.gate_MC, gates, rtol=1e-5)
+    assert routing.choices.expert_index_MC.dtype == jnp.int32
+    for array in (routing.choices.gate_MC, routing.scores.logits_ME, routing.scores.probs_ME):
         assert array.dtype == jnp.float32
-    np.testing.assert_allclose(routing.probs_ME.sum(-1), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(routing.scores.probs_ME.sum(-1), 1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.3, 0.6, 0.9])
@@ -47,30 +48,30 @@ def test_top_k_chooses_the_most_probable(slots):
 def test_top_p_takes_the_smallest_sufficient_set(top_p, scale):
     logits = random_logits(scale=scale)
     routing = route(logits, kind="top_p", slots=8, top_p=top_p)
-    used = np.asarray(routing.filled_MC).sum(-1)
+    used = np.asarray(routing.choices.filled_MC).sum(-1)
     sorted_p = -np.sort(-softmax64(logits), axis=-1)
     reached = np.cumsum(sorted_p, -1)
     for m, k in enumerate(used):
         assert k >= 1
         assert reached[m, k - 1] >= top_p - 1e-6
         assert k == 1 or reached[m, k - 2] < top_p + 1e-6
-    assert bool(jnp.all(routing.filled_MC[:, :-1] >= routing.filled_MC[:, 1:]))
-    assert bool(jnp.all(jnp.where(routing.filled_MC, True, routing.gate_MC == 0)))
+    assert bool(jnp.all(routing.choices.filled_MC[:, :-1] >= routing.choices.filled_MC[:, 1:]))
+    assert bool(jnp.all(jnp.where(routing.choices.filled_MC, True, routing.choices.gate_MC == 0)))
 
 
 def test_top_p_never_exceeds_its_slots():
     routing = route(random_logits(scale=0.01), kind="top_p", slots=3, top_p=0.9)
-    np.testing.assert_array_equal(routing.filled_MC.sum(-1), 3)
+    np.testing.assert_array_equal(routing.choices.filled_MC.sum(-1), 3)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 60.0])
 def test_top_p_of_one_is_everything_despite_rounding(scale):
     routing = route(random_logits(experts=64, scale=scale), kind="top_p", slots=64, top_p=1.0)
-    assert bool(jnp.all(routing.filled_MC))
-    dense = route(routing.logits_ME, kind="dense", slots=64)
-    order = jnp.argsort(routing.expert_index_MC, axis=-1)
+    assert bool(jnp.all(routing.choices.filled_MC))
+    dense = route(routing.scores.logits_ME, kind="dense", slots=64)
+    order = jnp.argsort(routing.choices.expert_index_MC, axis=-1)
     np.testing.assert_array_equal(
-        jnp.take_along_axis(routing.gate_MC, order, axis=-1), dense.gate_MC
+        jnp.take_along_axis(routing.choices.gate_MC, order, axis=-1), dense.choices.gate_MC
     )
 
 
@@ -80,15 +81,64 @@ def test_top_p_may_be_traced():
     for top_p in (0.2, 0.7, 1.0):
         expected = route(logits, kind="top_p", slots=4, top_p=top_p)
         got = traced(jnp.float32(top_p))
-        np.testing.assert_array_equal(got.expert_index_MC, expected.expert_index_MC)
-    assert bool(jnp.all(traced(jnp.float32(0.0)).filled_MC.sum(-1) == 1))
+        np.testing.assert_array_equal(got.choices.expert_index_MC, expected.choices.expert_index_MC)
+    assert bool(jnp.all(traced(jnp.float32(0.0)).choices.filled_MC.sum(-1) == 1))
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_each_token_may_have_its_own_top_p(slots):
+    logits = random_logits()
+    top_p = np.random.default_rng(1).random(64).astype(np.float32) * 1.2
+    # No mass to reach, and none that can be: one expert and all of them.
+    top_p[:3] = 0.0, np.nan, 1.0
+    routing = jax.jit(lambda p: route(logits, kind="top_p", slots=slots, top_p=p))(top_p)
+    one_by_one = jax.jit(lambda x, p: route(x, kind="top_p", slots=slots, top_p=p))
+    for m in range(64):
+        one = one_by_one(logits[m : m + 1], top_p[m])
+        jax.tree.map(
+            lambda a, b, m=m: np.testing.assert_allclose(a[m], b[0], rtol=1e-6), routing, one
+        )
+    np.testing.assert_array_equal(routing.choices.filled_MC.sum(-1)[:3], [1, 1, slots])
+
+
+@pytest.mark.parametrize("kind", ["top_k", "top_p", "dense"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_token_axes_need_not_be_flattened(kind, score):
+    logits, mask = random_logits(), jnp.arange(64) % 3 > 0
+    top_p = jnp.linspace(0.1, 1.0, 64)
+    slots, bias = 8 if kind == "dense" else 3, jnp.linspace(0, 0.5, 8)
+
+    @jax.jit
+    def value_and_grad(logits, mask, top_p):
+        def loss(logits):
+            routing = route(
+                logits,
+                kind=kind,
+                slots=slots,
+                score=score,
+                top_p=top_p,
+                bias_E=bias,
+                renormalize=True,
+                token_mask_M=mask,
+            )
+            return jnp.sum(routing.choices.gate_MC**2) + jnp.sum(
+                routing.scores.probs_ME**2
+            ), routing
+
+        return jax.grad(loss, has_aux=True)(logits)
+
+    flat = value_and_grad(logits, mask, top_p)
+    apart = value_and_grad(*(a.reshape(4, 16, *a.shape[1:]) for a in (logits, mask, top_p)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a.reshape(b.shape), b, rtol=1e-6), apart, flat
+    )
 
 
 def test_dense_is_every_expert_in_index_order():
     logits = random_logits()
     routing = route(logits, kind="dense", slots=8)
-    np.testing.assert_array_equal(routing.expert_index_MC, np.tile(np.arange(8), (64, 1)))
-    np.testing.assert_array_equal(routing.gate_MC, routing.probs_ME)
+    np.testing.assert_array_equal(routing.choices.expert_index_MC, np.tile(np.arange(8), (64, 1)))
+    np.testing.assert_array_equal(routing.choices.gate_MC, routing.scores.probs_ME)
 
 
 @pytest.mark.parametrize("kind", ["top_k", "top_p"])
@@ -97,14 +147,14 @@ def test_permuting_experts_permutes_the_choice(kind):
     permutation = np.random.default_rng(1).permutation(8)
     a = route(logits, kind=kind, slots=3, top_p=0.6)
     b = route(logits[:, permutation], kind=kind, slots=3, top_p=0.6)
-    back = np.append(permutation, 8)[np.asarray(b.expert_index_MC)]
-    np.testing.assert_array_equal(a.expert_index_MC, back)
-    np.testing.assert_allclose(a.gate_MC, b.gate_MC, rtol=1e-6)
+    back = np.append(permutation, 8)[np.asarray(b.choices.expert_index_MC)]
+    np.testing.assert_array_equal(a.choices.expert_index_MC, back)
+    np.testing.assert_allclose(a.choices.gate_MC, b.choices.gate_MC, rtol=1e-6)
 
 
 def test_ties_go_to_the_lower_index():
     routing = route(jnp.zeros((5, 8)), kind="top_k", slots=3)
-    np.testing.assert_array_equal(routing.expert_index_MC, np.tile([0, 1, 2], (5, 1)))
+    np.testing.assert_array_equal(routing.choices.expert_index_MC, np.tile([0, 1, 2], (5, 1)))
 
 
 @pytest.mark.parametrize("kind", ["top_k", "top_p", "dense"])
@@ -113,23 +163,25 @@ def test_renormalized_gates_sum_to_one(kind):
     slots = 8 if kind == "dense" else 3
     raw = route(logits, kind=kind, slots=slots, top_p=0.5)
     norm = route(logits, kind=kind, slots=slots, top_p=0.5, renormalize=True)
-    np.testing.assert_allclose(norm.gate_MC.sum(-1), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(norm.choices.gate_MC.sum(-1), 1.0, rtol=1e-5)
     np.testing.assert_allclose(
-        norm.gate_MC, raw.gate_MC / raw.gate_MC.sum(-1, keepdims=True), rtol=1e-6
+        norm.choices.gate_MC,
+        raw.choices.gate_MC / raw.choices.gate_MC.sum(-1, keepdims=True),
+        rtol=1e-6,
     )
-    np.testing.assert_array_equal(norm.expert_index_MC, raw.expert_index_MC)
+    np.testing.assert_array_equal(norm.choices.expert_index_MC, raw.choices.expert_index_MC)
 
 
 def test_bias_orders_the_selection_and_nothing_else():
     logits = random_logits()
     bias = jnp.zeros(8).at[5].set(10.0)
     routing = route(logits, kind="top_k", slots=2, bias_E=bias)
-    np.testing.assert_array_equal(routing.expert_index_MC[:, 0], 5)
-    np.testing.assert_array_equal(routing.gate_MC[:, 0], routing.probs_ME[:, 5])
+    np.testing.assert_array_equal(routing.choices.expert_index_MC[:, 0], 5)
+    np.testing.assert_array_equal(routing.choices.gate_MC[:, 0], routing.scores.probs_ME[:, 5])
 
     @functools.partial(jax.grad, argnums=(0, 1))
     def grads(bias, logits):
-        return route(logits, kind="top_p", slots=4, top_p=0.5, bias_E=bias).gate_MC.sum()
+        return route(logits, kind="top_p", slots=4, top_p=0.5, bias_E=bias).choices.gate_MC.sum()
 
     dbias, dlogits = jax.jit(grads)(bias, logits)
     np.testing.assert_array_equal(dbias, 0.0)
@@ -139,24 +191,26 @@ def test_bias_orders_the_selection_and_nothing_else():
     logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
     bias = jnp.asarray([0.0, 0.0, 0.0, 1.0])
     routing = route(logits, kind="top_p", slots=4, top_p=0.5, bias_E=bias)
-    np.testing.assert_array_equal(routing.expert_index_MC, [[3, 0, 4, 4]])
+    np.testing.assert_array_equal(routing.choices.expert_index_MC, [[3, 0, 4, 4]])
 
 
 def test_sigmoid_scores_are_gates_and_their_shares_the_mass():
     logits, bias = random_logits(), jnp.asarray([0.0] * 7 + [2.0])
     scores = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
     routing = route(logits, kind="top_k", slots=3, score="sigmoid", bias_E=bias)
-    index = np.asarray(routing.expert_index_MC)
+    index = np.asarray(routing.choices.expert_index_MC)
     assert (index[:, 0] == 7).all()
-    np.testing.assert_allclose(routing.gate_MC, np.take_along_axis(scores, index, -1), rtol=1e-5)
+    np.testing.assert_allclose(
+        routing.choices.gate_MC, np.take_along_axis(scores, index, -1), rtol=1e-5
+    )
     mass = scores / scores.sum(-1, keepdims=True)
-    np.testing.assert_allclose(routing.probs_ME, mass, rtol=1e-5)
-    np.testing.assert_allclose(jax.nn.softmax(routing.log_scores_ME), mass, rtol=1e-5)
+    np.testing.assert_allclose(routing.scores.probs_ME, mass, rtol=1e-5)
+    np.testing.assert_allclose(jax.nn.softmax(routing.scores.log_scores_ME), mass, rtol=1e-5)
     nucleus = route(logits, kind="top_p", slots=8, score="sigmoid", top_p=0.4)
     reached = np.cumsum(-np.sort(-mass, axis=-1), -1)
-    np.testing.assert_array_equal(nucleus.filled_MC.sum(-1), (reached < 0.4).sum(-1) + 1)
+    np.testing.assert_array_equal(nucleus.choices.filled_MC.sum(-1), (reached < 0.4).sum(-1) + 1)
     one = route(logits, kind="top_k", slots=3, score="sigmoid", renormalize=True)
-    np.testing.assert_allclose(one.gate_MC.sum(-1), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(one.choices.gate_MC.sum(-1), 1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["top_k", "top_p", "dense"])
@@ -170,15 +224,28 @@ def test_padding_is_empty_and_has_no_gradient(kind):
         routing = route(
             logits, kind=kind, slots=slots, top_p=0.7, renormalize=True, token_mask_M=mask
         )
-        probs_loss = jnp.sum(routing.probs_ME**2) + jnp.sum(routing.logits_ME**2)
-        return jnp.sum(routing.gate_MC**2) + probs_loss, routing
+        probs_loss = jnp.sum(routing.scores.probs_ME**2) + jnp.sum(routing.scores.logits_ME**2)
+        return jnp.sum(routing.choices.gate_MC**2) + probs_loss, routing
 
     grad, routing = jax.jit(jax.grad(loss, has_aux=True))(logits)
-    np.testing.assert_array_equal(routing.expert_index_MC[~mask], 8)
-    np.testing.assert_array_equal(routing.gate_MC[~mask], 0.0)
+    np.testing.assert_array_equal(routing.choices.expert_index_MC[~mask], 8)
+    np.testing.assert_array_equal(routing.choices.gate_MC[~mask], 0.0)
     np.testing.assert_array_equal(grad[~mask], 0.0)
     assert bool(jnp.all(jnp.isfinite(grad)))
     assert float(jnp.abs(grad[mask]).max()) > 0
+
+
+@pytest.mark.parametrize("kind", ["top_k", "top_p"])
+@pytest.mark.parametrize(("experts", "slots"), [(1, 1), (8, 1), (8, 8)])
+def test_no_token_or_one_expert(kind, experts, slots):
+    logits = random_logits(experts=experts)
+    routing = route(logits, kind=kind, slots=slots, top_p=0.5, token_mask_M=jnp.zeros(64, bool))
+    np.testing.assert_array_equal(routing.choices.expert_index_MC, experts)
+    np.testing.assert_array_equal(routing.choices.gate_MC, 0.0)
+    routing = route(logits, kind=kind, slots=slots, top_p=0.5)
+    assert bool(jnp.all(routing.choices.filled_MC[:, 0]))
+    if experts == 1:
+        np.testing.assert_array_equal(routing.choices.gate_MC, 1.0)
 
 
 def test_bfloat16_logits_are_routed_in_float32():
@@ -193,16 +260,17 @@ def test_bfloat16_logits_are_routed_in_float32():
     [
         ({"slots": 9}, "slots must be from 1 to the number of experts, 8, got 9"),
         ({"slots": 0}, "got 0"),
-        ({"kind": "topp"}, "did you mean 'top_p'"),
-        ({"score": "softmx"}, "did you mean 'softmax'"),
+        ({"kind": "topp"}, 'did you mean "top_p"'),
+        ({"score": "softmx"}, 'did you mean "softmax"'),
         ({"kind": "dense"}, "dense routing needs slots = experts = 8"),
         ({"kind": "top_p", "top_p": 0.0}, "top_p must be above 0"),
+        ({"kind": "top_p", "top_p": jnp.ones(8)}, "top_p must be a scalar or have shape (64,)"),
         ({"bias_E": jnp.zeros(7)}, "bias_E must have shape"),
         ({"token_mask_M": jnp.zeros(64)}, "token_mask_M must be bool"),
     ],
 )
 def test_bad_arguments_name_the_field(change, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         route(random_logits(), **{"kind": "top_k", "slots": 2, **change})
 
 

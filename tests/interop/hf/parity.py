@@ -111,12 +111,12 @@ def check_forward(fixture: Fixture) -> None:
 def _check_routing(routing, io, layer, scale):
     chosen = io[f"router_idx_{layer}"]
     shape = (*chosen.shape[:2], -1)
-    index = np.asarray(routing.expert_index_MC).reshape(shape)
+    index = np.asarray(routing.choices.expert_index_MC).reshape(shape)
     order = np.argsort(index, axis=-1)
     np.testing.assert_array_equal(np.take_along_axis(index, order, -1), chosen)
-    gates = np.take_along_axis(np.asarray(routing.gate_MC).reshape(shape), order, -1)
+    gates = np.take_along_axis(np.asarray(routing.choices.gate_MC).reshape(shape), order, -1)
     np.testing.assert_allclose(scale * gates, io[f"router_w_{layer}"], atol=3e-5, rtol=1e-4)
-    logits = np.asarray(routing.logits_ME).reshape(shape)
+    logits = np.asarray(routing.scores.logits_ME).reshape(shape)
     np.testing.assert_allclose(logits, io[f"router_logits_{layer}"], atol=3e-4)
 
 

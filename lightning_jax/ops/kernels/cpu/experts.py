@@ -3,9 +3,11 @@
 The filled slots, sorted by expert, are walked one expert at a time and, inside an expert, one
 block of rows at a time; both loops run a dynamic number of times, so an empty expert, an empty
 slot or a padded token costs nothing, and cost does not grow with E. A block gathers its rows,
-runs SwiGLU on its expert's weights and adds its output to those of its tokens. Blocks follow one
-another, so a token's sum is taken in the order of its experts, the same on every run; and the
-tokens' outputs stay in cache, which one output a slot, kept until the end, would not.
+runs the gated unit on its expert's weights and adds its output to those of its tokens. Blocks run
+one after another, so each token sums its experts in a fixed order (deterministic); and the tokens'
+outputs stay in cache, which one output per slot, kept until the end, would not.
+
+Rows that are sorted already are tokens with one slot each, and take the same path.
 
 Differentiated, it keeps the projections, in sorted order: on a CPU writing them costs a fifth of
 computing them again (2 of 8 products).
@@ -26,7 +28,7 @@ import jax.numpy as jnp
 
 from lightning_jax.ops.activation import gated_unit
 from lightning_jax.ops.kernels.cpu import narrow
-from lightning_jax.ops.routing import sort_slots
+from lightning_jax.ops.routing import Choices, SlotOrder, sort_slots
 
 # Filled share from which a large block is faster than the small ones that would take its rows.
 _WORTH = 0.625
@@ -53,53 +55,87 @@ def _power_of_two_from(value: float) -> int:
 
 def blocked_experts(
     x_MD: jax.Array,
-    expert_index_MC: jax.Array,
-    gate_MC: jax.Array,
+    choices: Choices,
     weights: tuple[jax.Array, jax.Array, jax.Array],
     biases: tuple[jax.Array, ...] = (),
+    *,
     clamp: float | None = None,
+    unit: jax.Array | None = None,
 ) -> jax.Array:
-    """y_MD = sum over c of gate_MC * down(unit(x gate, x up)), experts as `expert_index_MC`.
+    """y_MD = sum over c of gate_MC * down(gated_unit(x gate, x up)), experts as `choices` says.
 
     Args:
       x_MD: float rows; matmuls take its dtype and accumulate in at least float32.
-      expert_index_MC: int32, E in empty slots.
-      gate_MC: float32; differentiable.
+      choices: the experts and gates of each row.
       weights: gate_EDF, up_EDF, down_EFD, cast to the dtype of x as they are read.
       biases: gate_EF, up_EF, down_ED of the three projections, or none.
-      clamp: of `ops.activation.gated_unit`, the unit.
+      clamp: of `ops.activation.gated_unit`.
+      unit: int32 scalar: weights and biases lead with a further axis, of which this entry is read,
+        expert by expert.
 
     Returns:
-      y_MD in the dtype of x. Gradients reach x, gate_MC, the weights and the biases.
+      y_MD in the dtype of x. Gradients reach x, the gates, the weights and the biases.
     """
-    sizes = block_sizes(expert_index_MC.size, weights[0].shape[0])
-    return _blocked(sizes, clamp, x_MD, expert_index_MC, gate_MC, weights, biases)
+    order = sort_slots(choices.expert_index_MC, choices.num_experts)
+    return _run_blocked(x_MD, choices.gate_MC, order, weights, biases, clamp, unit)
+
+
+def blocked_grouped_mlp(
+    rows_SD: jax.Array,
+    size_E: jax.Array,
+    weights: tuple[jax.Array, jax.Array, jax.Array],
+    biases: tuple[jax.Array, ...] = (),
+    *,
+    clamp: float | None = None,
+    unit: jax.Array | None = None,
+) -> jax.Array:
+    """down(gated_unit(x gate, x up)) of rows sorted by expert, of which `size_E` belong to each.
+
+    Rows past the last group are not read, and are zeros in the result. The other arguments and
+    gradients are those of `blocked_experts`.
+    """
+    slot_S = jnp.arange(rows_SD.shape[0], dtype=jnp.int32)
+    order = SlotOrder(slot_S, slot_S[:, None], size_E, jnp.cumsum(size_E))
+    ones_S1 = jnp.ones((rows_SD.shape[0], 1), jnp.float32)
+    return _run_blocked(rows_SD, ones_S1, order, weights, biases, clamp, unit)
+
+
+def _run_blocked(x_MD, gate_MC, order, weights, biases, clamp, unit):
+    E = order.size_E.shape[0]
+    first = jnp.int32(0)
+    if unit is not None:
+        # The experts of all units in one row: (unit, expert) is then one index.
+        weights, biases = jax.tree.map(
+            lambda a: a.reshape(-1, *a.shape[2:]), (tuple(weights), tuple(biases))
+        )
+        first = unit * E
+    sizes = block_sizes(order.slot_S.shape[0], E)
+    return _blocked(sizes, clamp, x_MD, gate_MC, order, first, weights, biases)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _blocked(sizes, clamp, x_MD, expert_index_MC, gate_MC, weights, biases):
-    return _run(sizes, clamp, x_MD, expert_index_MC, gate_MC, weights, biases, keep=False)[0]
+def _blocked(sizes, clamp, x_MD, gate_MC, order, first, weights, biases):
+    """The sum over each row's slots; expert e's weights are `weights[first + e]`."""
+    return _run(sizes, clamp, x_MD, gate_MC, order, first, weights, biases, keep=False)[0]
 
 
 # J is 2 F: gate and up projections side by side, one product instead of two. Going forward two are
 # as fast, and few rows would not pay for laying the weights side by side.
 
 
-def _forward(sizes, clamp, x_MD, expert_index_MC, gate_MC, weights, biases):
-    arguments = (x_MD, expert_index_MC, gate_MC, weights, biases)
-    y_MD, order, hidden_RJ = _run(sizes, clamp, *arguments, keep=True)
-    return y_MD, (*arguments, order, hidden_RJ)
+def _forward(sizes, clamp, *arguments):
+    y_MD, hidden_RJ = _run(sizes, clamp, *arguments, keep=True)
+    return y_MD, (*arguments, hidden_RJ)
 
 
-def _run(sizes, clamp, x_MD, expert_index_MC, gate_MC, weights, biases, *, keep):
-    """The output, the order of the slots and, to keep, the projections of each sorted row."""
-    order = sort_slots(expert_index_MC, weights[0].shape[0])
+def _run(sizes, clamp, x_MD, gate_MC, order, first, weights, biases, *, keep):
+    """The output and, to keep, the projections of each sorted row."""
     token_S, gate_S, dtype = order.token_S, gate_MC.reshape(-1)[order.slot_S], x_MD.dtype
     x_bits_MD = narrow.to_bits(x_MD)
 
     def expert(e, end, carry):
-        *into_DF, down_FD = _weights_of(weights, e, dtype)
-        biases_e = _biases_of(biases, e)
+        *into_DF, down_FD = _weights_of(weights, first + e, dtype)
+        biases_e = _biases_of(biases, first + e)
 
         def block(start, size, carry):
             y_MD, *kept = carry
@@ -127,11 +163,11 @@ def _run(sizes, clamp, x_MD, expert_index_MC, gate_MC, weights, biases, *, keep)
     kept = [narrow.to_bits(jnp.zeros((rows, 2 * weights[0].shape[2]), dtype))] if keep else []
     zeros_MD = jnp.zeros(x_MD.shape, jnp.promote_types(dtype, jnp.float32))
     y_MD, *kept = _for_each_expert(order, expert, (zeros_MD, *kept))
-    return y_MD.astype(dtype), order, kept[0] if keep else None
+    return y_MD.astype(dtype), kept[0] if keep else None
 
 
 def _backward(sizes, clamp, residuals, dy_MD):
-    x_MD, expert_index_MC, gate_MC, weights, biases, order, hidden_bits_RJ = residuals
+    x_MD, gate_MC, order, first, weights, biases, hidden_bits_RJ = residuals
     dtype = x_MD.dtype
     wide = jnp.promote_types(dtype, jnp.float32)
     token_S = order.token_S
@@ -140,8 +176,9 @@ def _backward(sizes, clamp, residuals, dy_MD):
     gradients_of = functools.partial(_block_gradients, dtype=dtype, clamp=clamp)
 
     def expert(e, end, carry):
-        *into_DF, down_FD = _weights_of(weights, e, dtype)
-        biases_e = _biases_of(biases, e)
+        held = first + e
+        *into_DF, down_FD = _weights_of(weights, held, dtype)
+        biases_e = _biases_of(biases, held)
         into_DJ = jnp.concatenate(into_DF, axis=1)
         into_JD, down_DF = narrow.transposed(into_DJ), narrow.transposed(down_FD)
 
@@ -165,17 +202,16 @@ def _backward(sizes, clamp, residuals, dy_MD):
         sums, *tokens = _for_each_block(sizes, start, end, block, (sums, *tokens))
         sums = (*jnp.split(sums[0], 2, axis=1), *sums[1:])
         parts = zip(full, sums, (*weights, *biases), strict=True)
-        return tuple(narrow.put(buf, one[None], e, p.dtype) for buf, one, p in parts), *tokens
+        return tuple(narrow.put(buf, one[None], held, p.dtype) for buf, one, p in parts), *tokens
 
     zeros = tuple(jnp.zeros_like(narrow.to_bits(p)) for p in (*weights, *biases))
     carry = (zeros, jnp.zeros(x_MD.shape, wide), jnp.zeros(hidden_bits_RJ.shape[0], wide))
     bits, dx_MD, dgate_S = _for_each_expert(order, expert, carry)
-    filled_MC = expert_index_MC < weights[0].shape[0]
-    dgate_MC = jnp.where(filled_MC, dgate_S[order.position_MC], 0.0).astype(gate_MC.dtype)
+    dgate_MC = jnp.where(order.filled_MC, dgate_S[order.position_MC], 0.0).astype(gate_MC.dtype)
     gradients = tuple(
         narrow.from_bits(a, p.dtype) for a, p in zip(bits, (*weights, *biases), strict=True)
     )
-    return dx_MD.astype(dtype), None, dgate_MC, gradients[:3], gradients[3:]
+    return dx_MD.astype(dtype), dgate_MC, None, None, gradients[:3], gradients[3:]
 
 
 _blocked.defvjp(_forward, _backward)

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lightning_jax.ops.experts import routed_experts
+from lightning_jax.ops.experts import grouped_mlp, routed_experts
 from lightning_jax.ops.kernels.cpu import experts as kernel
-from lightning_jax.ops.routing import Routing
+from lightning_jax.ops.kernels.cpu import narrow
+from lightning_jax.ops.routing import Choices, sort_slots
+from lightning_jax.runtime import compiler
 
 
 def arguments(groups, slots, d=8, f=6):
@@ -39,9 +41,8 @@ def value_and_grads(f, x, index, gate, *w):
 @jax.jit
 def onehot(*args):
     def experts(x, index, gate, *w):
-        zeros = jnp.zeros((x.shape[0], w[0].shape[0]))
-        routing = Routing(index, jnp.where(index < len(w[0]), gate, 0), zeros, zeros)
-        return routed_experts(x, routing, *w, implementation="onehot")
+        choices = Choices(index, jnp.where(index < len(w[0]), gate, 0), len(w[0]))
+        return routed_experts(x, choices, *w, implementation="onehot")
 
     return value_and_grads(experts, *args)
 
@@ -49,13 +50,14 @@ def onehot(*args):
 @functools.partial(jax.jit, static_argnums=0)
 def blocked(sizes, *args):
     def experts(x, index, gate, *w):
-        return kernel._blocked(sizes, None, x, index, gate, w, ())
+        order = sort_slots(index, len(w[0]))
+        return kernel._blocked(sizes, None, x, gate, order, jnp.int32(0), w, ())
 
     return value_and_grads(experts, *args)
 
 
 def chosen_sizes(x, index, gate, *w):
-    return kernel.blocked_experts(x, index, gate, w)
+    return kernel.blocked_experts(x, Choices(index, gate, len(w[0])), w)
 
 
 @pytest.mark.parametrize("sizes", [(8,), (16, 4)])
@@ -87,6 +89,26 @@ def test_the_chosen_sizes_match_the_oracle_and_repeat_bit_for_bit():
         np.testing.assert_allclose(a, c, atol=5e-5)
 
 
+@pytest.mark.parametrize("sizes", [(8,), (16, 4)])
+@pytest.mark.parametrize("groups", [(1, 0, 0), (0, 17, 4), (40, 0, 7), (0, 0, 0)])
+def test_sorted_rows_at_block_boundaries(sizes, groups, monkeypatch):
+    monkeypatch.setattr(kernel, "block_sizes", lambda slots, experts: sizes)
+    x, _, _, *w = arguments((0,) * len(groups), slots=100)
+    size = jnp.asarray(groups)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def grads(implementation, x, *w):
+        def loss(x, *w):
+            y = grouped_mlp(x, size, *w, implementation=implementation)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.grad(loss, argnums=range(4), has_aux=True)(x, *w)
+
+    got, want = (jax.tree.leaves(grads(name, x, *w)) for name in ("blocked", "onehot"))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
 def test_block_sizes():
     assert kernel.block_sizes(4096 * 4, 64) == (256, 64, 16)
     assert kernel.block_sizes(4096 * 4, 128) == (128, 32)
@@ -107,3 +129,27 @@ def test_neither_weights_nor_their_gradients_are_copied():
     temporary = grads.lower(*args).compile().memory_analysis().temp_size_in_bytes
     one_weight = E * d * f * 4
     assert temporary < one_weight
+
+
+@pytest.mark.parametrize("multiplied", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_unit_of_a_stack_is_not_copied(dtype, multiplied, monkeypatch):
+    """A scan over the units of a stack reads the experts that it uses where they lie."""
+    monkeypatch.setattr(narrow, "multiplies_bfloat16", lambda: multiplied)
+    U, M, E, d, f = 3, 3, 32, 64, 64
+    shape = lambda *s: jax.ShapeDtypeStruct(s, dtype)  # noqa: E731
+    weights = (shape(U, E, d, f), shape(U, E, d, f), shape(U, E, f, d))
+    biases = (shape(U, E, f), shape(U, E, f), shape(U, E, d))
+
+    def layers(x, index, gate, weights, biases):
+        def layer(x, unit):
+            choices = Choices(index, gate, E)
+            return x + kernel.blocked_experts(x, choices, weights, biases, unit=unit), None
+
+        return jax.lax.scan(layer, x, jnp.arange(U))[0]
+
+    index, gate = jax.ShapeDtypeStruct((M, 2), jnp.int32), jax.ShapeDtypeStruct((M, 2), jnp.float32)
+    program = jax.jit(layers, compiler_options=compiler.options())
+    compiled = program.lower(shape(M, d), index, gate, weights, biases).compile()
+    experts_of_a_unit = E * d * f * jnp.dtype(dtype).itemsize
+    assert compiled.memory_analysis().temp_size_in_bytes < experts_of_a_unit
