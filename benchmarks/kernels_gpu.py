@@ -24,7 +24,7 @@ from lightning_jax.ops.kernels.gpu import backward as gpu_backward
 from lightning_jax.ops.kernels.gpu import blocks as gpu_blocks
 from lightning_jax.ops.kernels.gpu import forward as gpu_forward
 from lightning_jax.ops.kernels.gpu.attention import sliding_window_attention
-from lightning_jax.ops.kernels.gpu.blocks import Tile, Tiles
+from lightning_jax.ops.kernels.gpu.blocks import Band, Tile, Tiles
 
 BATCH, QUERY_HEADS, KV_HEADS, HEAD_DIM, LENGTH = 4, 32, 8, 128, 16_384
 WINDOWS = (1024, 4096)
@@ -102,7 +102,7 @@ def _row(passes: str, window: int, options: Options) -> dict[str, Any]:
     segments_BT = jnp.asarray(packed)
     attend = functools.partial(sliding_window_attention, window=window, scale=HEAD_DIM**-0.5)
     with_documents = functools.partial(
-        attend, query_segments_BT=segments_BT, key_segments_BT=segments_BT
+        attend, query_segments_BT=segments_BT, key_segments_BS=segments_BT
     )
     calls = {
         "ours": _ours(with_documents, passes, arrays),
@@ -196,7 +196,9 @@ def _tiles(kernel: str, options: Options) -> list[dict[str, Any]]:
 def _kernel_call(kernel: str, tile: Tile, window: int, arrays: list[jax.Array]) -> Call:
     query, key, value, dout = arrays
     problem = gpu_forward.Problem(
-        LENGTH, window, gpu_forward.Scores(HEAD_DIM**-0.5, None, False), Tiles(tile, tile, tile)
+        Band(LENGTH, 0, window),
+        gpu_forward.Scores(HEAD_DIM**-0.5, None, False),
+        Tiles(tile, tile, tile),
     )
     if kernel == "forward":
         call = jax.jit(lambda *qkv: gpu_forward.forward(problem, *qkv, None, None))

@@ -107,6 +107,7 @@ def _ours(chip: str, passes: str, heads: int, length: int, window: int) -> Case:
     blocks = blocks_for(CHIPS[chip].kind, HEAD_SIZE, 1, length, window, 2)
     band = Band(
         length=length,
+        offset=0,
         window=window,
         kv_heads=heads,
         group=1,

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lightning_jax.ops.kernels.common import HIDDEN, TRITON_HEAD_SIZES
 from lightning_jax.ops.mask import Mask
 from lightning_jax.runtime import target
 
 _logger = logging.getLogger(__name__)
 
-SEGMENTS, SINKS, SOFTCAP = "segments", "sinks", "logit_softcap"
+SEGMENTS, SINKS, SOFTCAP, OFFSET = "segments", "sinks", "logit_softcap", "query_offset"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,23 +37,22 @@ class _Kernel:
         return getattr(importlib.import_module(self.module), self.function)
 
 
-_ALL = frozenset({SEGMENTS, SINKS, SOFTCAP})
+_ALL = frozenset({SEGMENTS, SINKS, SOFTCAP, OFFSET})
 _FOLDER = "lightning_jax.ops.kernels"
 _KERNELS = {
     "xla_banded": _Kernel(f"{_FOLDER}.cpu.banded", "banded_attention", _ALL),
     "pallas_tpu": _Kernel(f"{_FOLDER}.tpu.attention", "sliding_window_attention", _ALL),
     "pallas_gpu": _Kernel(f"{_FOLDER}.gpu.attention", "sliding_window_attention", _ALL),
-    "splash": _Kernel(f"{_FOLDER}.peers", "splash_attention", frozenset({SOFTCAP})),
+    "splash": _Kernel(f"{_FOLDER}.peers", "splash_attention", frozenset({SOFTCAP, OFFSET})),
     "cudnn": _Kernel(f"{_FOLDER}.peers", "cudnn_attention", frozenset()),
 }
 IMPLEMENTATIONS = ("reference", *_KERNELS)
 
-# From this length on xla_banded is the faster of the two on a CPU, with and without gradients: 1.3
+# From so many keys on xla_banded is the faster of the two on a CPU, with and without gradients: 1.3
 # to 4 times at 256 (no window to window 32); at 128 without a window gradients are slower by 1.6.
-_BANDED_FROM_LENGTH = 256
-
-# Far below any score, yet its difference to another such number is finite.
-_HIDDEN = -1e30
+_BANDED_FROM_KEYS = 256
+# Fewer queries do not fill its smallest block, and the reference computes no pair in vain.
+_BANDED_FROM_QUERIES = 16
 
 
 def dot_product_attention(
@@ -84,7 +84,7 @@ def dot_product_attention(
         implementation: "reference" (all pairs at once, any mask); for causal masks without
             positions "xla_banded" (blocks of pairs in plain XLA), "pallas_tpu" and "pallas_gpu"
             (our kernels), "splash" and "cudnn" (JAX's TPU kernel and NVIDIA's, for comparison);
-            None to choose by device, mask and length.
+            None to choose by device, mask and numbers of queries and keys.
 
     Returns:
         out_BTNH in the queries' dtype. A query that sees nothing gets exactly 0, and sends no
@@ -103,16 +103,17 @@ def dot_product_attention(
     options = {
         SEGMENTS: {
             "query_segments_BT": mask.query_segments_BT,
-            "key_segments_BT": mask.key_segments_BS,
+            "key_segments_BS": mask.key_segments_BS,
         },
         SINKS: {"sinks_N": sinks_N},
         SOFTCAP: {"logit_softcap": logit_softcap},
+        OFFSET: {"query_offset": mask.query_offset or None},
     }
     # Only what is asked for is passed on: a kernel need not know the names of what it lacks.
     used = {name: part for name, part in options.items() if next(iter(part.values())) is not None}
     if implementation is None:
         implementation = _choose(
-            target.current().platform, mask.aligned, mask.causal, T, mask.window, H, frozenset(used)
+            target.current().platform, mask.aligned, mask.causal, T, S, mask.window, H
         )
     if implementation == "reference":
         mask_BTS = mask.as_array(T, S)
@@ -131,7 +132,7 @@ def _reference(query_BTNH, key_BSKH, value_BSKH, mask_BTS, sinks_N, scale, logit
     scores_BKGTS = scale * _dot("BTKGH,BSKH->BKGTS", query_BTKGH, key_BSKH)
     if logit_softcap is not None:
         scores_BKGTS = logit_softcap * jnp.tanh(scores_BKGTS / logit_softcap)
-    scores_BKGTS = jnp.where(visible, scores_BKGTS, _HIDDEN)
+    scores_BKGTS = jnp.where(visible, scores_BKGTS, HIDDEN)
     top_BKGT1 = jnp.max(scores_BKGTS, axis=-1, keepdims=True)
     if sinks_N is not None:
         sinks = sinks_N.astype(jnp.float32).reshape(1, K, N // K, 1, 1)
@@ -156,27 +157,27 @@ def _choose(
     backend: str,
     aligned: bool,
     causal: bool,
-    length: int,
+    queries: int,
+    keys: int,
     window: int | None,
     head_size: int,
-    features: frozenset[str],
 ) -> str:
     # Cached so that each kind of call is logged once, however often it is traced.
     choice = "reference"
     if aligned and causal:
         if backend == "tpu":
             choice = "pallas_tpu"
-        elif backend == "gpu" and head_size in (16, 32, 64, 128, 256):
+        elif backend == "gpu" and head_size in TRITON_HEAD_SIZES:
             choice = "pallas_gpu"
-        elif length >= _BANDED_FROM_LENGTH and features <= _KERNELS["xla_banded"].honours:
+        elif queries >= _BANDED_FROM_QUERIES and keys >= _BANDED_FROM_KEYS:
             choice = "xla_banded"
     _logger.info(
-        "attention: %s on %s for %s %s queries, length %d, window %s",
+        "attention: %s on %s for %s %s queries, length %s, window %s",
         choice,
         backend,
         "causal" if causal else "bidirectional",
         "aligned" if aligned else "positioned",
-        length,
+        keys if queries == keys else f"{keys} ({queries} queries)",
         window,
     )
     return choice
@@ -218,8 +219,7 @@ def _check_shapes(query_BTNH, key_BSKH, value_BSKH, mask, sinks_N) -> None:
         raise ValueError(f"{N} query heads over {K} key/value heads: not a multiple")
     if sinks_N is not None and sinks_N.shape != (N,):
         raise ValueError(f"sinks {sinks_N.shape}: expected one per query head, ({N},)")
-    if mask.aligned and T != S:
-        raise ValueError(f"mask without positions: {T} queries need as many keys, not {S}")
+    mask.check_lengths(T, S)
     for name, length in (
         ("query_positions_BT", T),
         ("key_positions_BS", S),

@@ -20,7 +20,7 @@ EMPTY_POSITION = 2**30
         "query_segments_BT",
         "key_segments_BS",
     ],
-    meta_fields=["window", "causal"],
+    meta_fields=["window", "causal", "query_offset"],
 )
 @dataclasses.dataclass(frozen=True)
 class Mask:
@@ -30,11 +30,17 @@ class Mask:
     * q - k >= 0, if `causal`;
     * q - k < `window`, if there is one.
 
-    A pytree: positions and segments are leaves, `window` and `causal` are static.
+    A pytree: positions and segments are leaves, the other fields are static.
+
+    Without positions the queries are the last T of the row's S keys, which lets a row be computed
+    in parts. T = 2 queries at `query_offset` 3, with a window of 3, see of S = 5 keys:
+
+        query 0 (key 3):  . x x x .
+        query 1 (key 4):  . . x x x
 
     Attributes:
         query_positions_BT: int32, position of each query in its document or row. None together
-            with `key_positions_BS` means aligned: query t is key t of the same row.
+            with `key_positions_BS` means aligned: query t is key t + `query_offset` of its row.
         key_positions_BS: int32, position of each key; `EMPTY_POSITION` for an empty cache slot,
             which a causal mask hides.
         query_segments_BT: int32, document of each query, 0 for padding. None together with
@@ -42,9 +48,11 @@ class Mask:
         key_segments_BS: int32, document of each key, 0 for padding.
         window: number of visible keys, self included; None for all.
         causal: hide the future.
+        query_offset: keys before the first query of a mask without positions, S - T.
 
     Raises:
-        ValueError: a window below 1; positions or segments for one side only.
+        ValueError: a window below 1; positions or segments for one side only; an offset that is
+            negative, or given together with positions.
     """
 
     query_positions_BT: jax.Array | None = None
@@ -53,6 +61,7 @@ class Mask:
     key_segments_BS: jax.Array | None = None
     window: int | None = None
     causal: bool = True
+    query_offset: int = 0
 
     def __post_init__(self):
         if self.window is not None and self.window < 1:
@@ -65,22 +74,36 @@ class Mask:
             # JAX rebuilds pytrees with placeholders for leaves: only arrays are held to the rule.
             if getattr(self, missing) is None and hasattr(getattr(self, given), "shape"):
                 raise ValueError(f"{missing}=None with {given} given: give both or neither")
+        if self.query_offset < 0:
+            raise ValueError(f"query_offset={self.query_offset}: must not be negative")
+        if self.query_offset and hasattr(self.query_positions_BT, "shape"):
+            raise ValueError(
+                f"query_offset={self.query_offset} with positions given: positions say all"
+            )
 
     @property
     def aligned(self) -> bool:
-        """Query t is key t of the same row."""
+        """Query t is key t + `query_offset` of the same row, for want of positions."""
         return self.query_positions_BT is None
+
+    def check_lengths(self, T: int, S: int) -> None:
+        """Raises a ValueError if aligned, unless T queries at the offset are the last of S keys."""
+        if self.aligned and T + self.query_offset != S:
+            needed = "as many keys"
+            if self.query_offset:
+                needed = f"{T + self.query_offset} keys at query_offset={self.query_offset}"
+            raise ValueError(f"mask without positions: {T} queries need {needed}, not {S}")
 
     def as_array(self, T: int, S: int) -> jax.Array:
         """Visibility of every pair as bool_BTS; B is 1 if neither positions nor segments are given.
 
         Raises:
-            ValueError: an aligned mask with T != S.
+            ValueError: an aligned mask with T + `query_offset` != S.
         """
+        self.check_lengths(T, S)
         if self.aligned:
-            if T != S:
-                raise ValueError(f"mask without positions: {T} queries need as many keys, not {S}")
-            query_BT = key_BS = jnp.arange(T, dtype=jnp.int32)[None]
+            key_BS = jnp.arange(S, dtype=jnp.int32)[None]
+            query_BT = key_BS[:, self.query_offset :]
         else:
             query_BT, key_BS = self.query_positions_BT, self.key_positions_BS
         distance_BTS = query_BT[:, :, None] - key_BS[:, None, :]

@@ -20,6 +20,7 @@ ENTRY %main (q: bf16[8]) -> bf16[8] {
 def _band(length, window, tile=128, tiles=2, visit=2):
     return Band(
         length=length,
+        offset=0,
         window=min(window, length),
         kv_heads=1,
         group=1,

@@ -1,6 +1,5 @@
 import functools
 import logging
-import math
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from lightning_jax.ops.kernels import peers
 from lightning_jax.ops.kernels.gpu import attention as gpu_attention
 from lightning_jax.ops.kernels.tpu import attention as tpu_attention
 from lightning_jax.ops.mask import EMPTY_POSITION, Mask
+from tests.ops.kernels.dense_attention import dense_attention
 
 
 def _inputs(B=2, T=6, S=6, N=4, K=2, H=8, dtype=jnp.float32):
@@ -21,22 +21,12 @@ def _inputs(B=2, T=6, S=6, N=4, K=2, H=8, dtype=jnp.float32):
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def _loop(query, key, value, visible, sinks, scale=None, softcap=None):
-    """float64, one query and head at a time."""
-    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
-    B, T, N, H = query.shape
-    out = np.zeros(query.shape)
-    for b, t, n in np.ndindex(B, T, N):
-        seen = np.flatnonzero(np.asarray(visible)[b % len(visible), t])
-        if seen.size:
-            k = n // (N // key.shape[2])
-            scores = key[b, seen, k] @ query[b, t, n] * (scale or 1 / math.sqrt(H))
-            if softcap is not None:
-                scores = softcap * np.tanh(scores / softcap)
-            weights = np.exp(scores)
-            total = weights.sum() + (0 if sinks is None else np.exp(float(sinks[n])))
-            out[b, t, n] = weights @ value[b, seen, k] / total
-    return out
+def _exact(query, key, value, mask, dout=None, **options):
+    """Output and gradients in float64."""
+    visible_BTS = np.asarray(mask.as_array(query.shape[1], key.shape[1]))
+    dout = np.zeros(query.shape) if dout is None else dout
+    options = {"scale": query.shape[-1] ** -0.5} | options
+    return dense_attention(query, key, value, dout, visible_BTS=visible_BTS, **options)
 
 
 def _positioned():
@@ -46,23 +36,29 @@ def _positioned():
     return queries, keys
 
 
+SEGMENTS = jnp.array([[1, 1, 2, 2, 2, 0], [0, 0, 0, 0, 0, 0]])
 MASKS = {
     "causal": Mask(),
     "window": Mask(window=3),
     "bidirectional": Mask(causal=False),
-    "packed": Mask(
-        None, None, *[jnp.array([[1, 1, 2, 2, 2, 0], [0, 0, 0, 0, 0, 0]])] * 2, window=2
-    ),
+    "packed": Mask(None, None, SEGMENTS, SEGMENTS, window=2),
     "cache": Mask(*_positioned(), window=3),
+    "last": Mask(window=3, query_offset=4),
+    "packed last": Mask(None, None, SEGMENTS[:, 2:], SEGMENTS, query_offset=2),
 }
+
+
+def _lengths(name):
+    """Queries and keys of a mask."""
+    return {"cache": (3, 8), "last": (2, 6), "packed last": (4, 6)}.get(name, (6, 6))
 
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("softcap", [None, 0.5])
 @pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
-def test_reference_matches_loop(name, with_sinks, softcap, dtype, tolerance):
-    T, S = (3, 8) if name == "cache" else (6, 6)
+def test_reference_matches_the_dense_softmax(name, with_sinks, softcap, dtype, tolerance):
+    T, S = _lengths(name)
     arrays = _inputs(T=T, S=S, dtype=dtype)
     sinks = jnp.array([0.5, -1.0, 3.0, 0.0]) if with_sinks else None
     attend = functools.partial(
@@ -70,18 +66,17 @@ def test_reference_matches_loop(name, with_sinks, softcap, dtype, tolerance):
     )
     out = jax.jit(attend)(*arrays, MASKS[name], sinks_N=sinks)
     assert out.dtype == dtype
-    expected = _loop(*arrays, MASKS[name].as_array(T, S), sinks, softcap=softcap)
+    expected, _ = _exact(*arrays, MASKS[name], sinks=sinks, softcap=softcap)
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, tolerance, tolerance)
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_reference_gradients_match_differences(name):
-    T, S = (3, 8) if name == "cache" else (6, 6)
+    T, S = _lengths(name)
     arrays = [np.asarray(x, np.float64) for x in _inputs(T=T, S=S)]
     arrays.append(np.array([0.5, -1.0, 3.0, 0.0]))
     rng = np.random.default_rng(1)
     weight = rng.normal(size=arrays[0].shape)
-    visible = MASKS[name].as_array(T, S)
 
     def loss(query, key, value, sinks):
         out = dot_product_attention(
@@ -90,19 +85,22 @@ def test_reference_gradients_match_differences(name):
         return jnp.sum(out * jnp.asarray(weight, jnp.float32))
 
     def exact(arrays):
-        return np.sum(_loop(*arrays[:3], visible, arrays[3]) * weight)
+        return np.sum(_exact(*arrays[:3], MASKS[name], sinks=arrays[3])[0] * weight)
 
     gradients = jax.jit(jax.grad(loss, (0, 1, 2, 3)))(
         *(jnp.asarray(x, jnp.float32) for x in arrays)
     )
-    for index, gradient in enumerate(gradients):
+    _, oracle = _exact(*arrays[:3], MASKS[name], weight, sinks=arrays[3])
+    for index, (gradient, known) in enumerate(zip(gradients, oracle, strict=True)):
         direction = rng.normal(size=gradient.shape)
         moved = [
             exact([x + step * direction if i == index else x for i, x in enumerate(arrays)])
             for step in (1e-5, -1e-5)
         ]
         slope = np.sum(np.asarray(gradient, np.float64) * direction)
-        assert slope == pytest.approx((moved[0] - moved[1]) / 2e-5, rel=1e-4, abs=1e-4)
+        difference = (moved[0] - moved[1]) / 2e-5
+        assert slope == pytest.approx(difference, rel=1e-4, abs=1e-4)
+        assert np.sum(known * direction) == pytest.approx(difference, rel=1e-7, abs=1e-7)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla_banded"])
@@ -145,12 +143,17 @@ def _interpreted(monkeypatch):
         ("packed", "pallas_tpu"),
         ("packed", "pallas_gpu"),
         ("window", "splash"),
+        ("packed last", "xla_banded"),
+        ("packed last", "pallas_tpu"),
+        ("packed last", "pallas_gpu"),
+        ("last", "splash"),
     ],
 )
 def test_implementations_agree(name, implementation, monkeypatch):
     _interpreted(monkeypatch)
     ours = implementation != "splash"
-    arrays, mask = _inputs(H=16), MASKS[name]
+    (T, S), mask = _lengths(name), MASKS[name]
+    arrays = _inputs(T=T, S=S, H=16)
     sinks = jnp.array([0.5, -1.0, 3.0, 0.0]) if ours else None
 
     def outcome(implementation):
@@ -165,7 +168,7 @@ def test_implementations_agree(name, implementation, monkeypatch):
         jax.jit(outcome, static_argnums=0)(implementation), expected, strict=True
     ):
         np.testing.assert_allclose(left, right, 3e-5, 3e-5)
-    exact = _loop(*arrays, mask.as_array(6, 6), sinks, scale=0.7)
+    exact, _ = _exact(*arrays, mask, sinks=sinks, scale=0.7)
     np.testing.assert_allclose(expected[0], exact, 1e-5, 1e-5)
 
 
@@ -185,7 +188,7 @@ def test_softcap_agrees(implementation, monkeypatch):
 
 def test_choice_follows_mask_and_length_and_is_logged_once(caplog):
     def has_loop(T, mask):
-        arrays = _inputs(B=1, T=T, S=T)
+        arrays = _inputs(B=1, T=T - mask.query_offset, S=T)
         return "scan" in str(jax.make_jaxpr(dot_product_attention)(*arrays, mask))
 
     with caplog.at_level(logging.INFO, "lightning_jax.ops.attention"):
@@ -195,6 +198,8 @@ def test_choice_follows_mask_and_length_and_is_logged_once(caplog):
         "attention: xla_banded on cpu for causal aligned queries, length 1024, window 9"
     ]
     assert not has_loop(16, Mask(window=9))
+    assert has_loop(1024, Mask(window=9, query_offset=1000))
+    assert not has_loop(1024, Mask(window=9, query_offset=1023))
     assert not has_loop(1024, Mask(causal=False))
     positions = jnp.arange(1024)[None]
     assert not has_loop(1024, Mask(positions, positions))
@@ -203,10 +208,11 @@ def test_choice_follows_mask_and_length_and_is_logged_once(caplog):
 @pytest.mark.parametrize("backend, kernel", [("tpu", "pallas_tpu"), ("gpu", "pallas_gpu")])
 def test_choice_follows_device(backend, kernel):
     choose = functools.partial(attention._choose, backend)
-    assert choose(True, True, 64, None, 64, frozenset()) == kernel
-    assert choose(False, True, 64, None, 64, frozenset()) == "reference"
-    assert choose(True, False, 64, None, 64, frozenset()) == "reference"
-    assert attention._choose("gpu", True, True, 512, None, 96, frozenset()) == "xla_banded"
+    assert choose(True, True, 64, 64, None, 64) == kernel
+    assert choose(True, True, 64, 300, 100, 64) == kernel
+    assert choose(False, True, 64, 64, None, 64) == "reference"
+    assert choose(True, False, 64, 64, None, 64) == "reference"
+    assert attention._choose("gpu", True, True, 512, 512, None, 96) == "xla_banded"
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
@@ -227,6 +233,12 @@ def test_features_that_an_implementation_lacks_are_named(implementation):
     if attention.SOFTCAP in lacks:
         with pytest.raises(ValueError, match="logit_softcap"):
             attend(Mask(), logit_softcap=1.0)
+    if attention.OFFSET in lacks:
+        query, *keys = arrays
+        with pytest.raises(ValueError, match="query_offset"):
+            dot_product_attention(
+                query[:, 2:], *keys, Mask(query_offset=2), implementation=implementation
+            )
 
 
 def test_softcap_must_be_positive():
@@ -264,3 +276,5 @@ def test_bad_operands_are_one_line():
     segments = jnp.ones((2, 5), jnp.int32)
     with pytest.raises(ValueError, match=r"mask.query_segments_BT \(2, 5\)"):
         dot_product_attention(query, key, value, Mask(None, None, segments, segments))
+    with pytest.raises(ValueError, match="6 queries need 8 keys at query_offset=2, not 6"):
+        dot_product_attention(query, key, value, Mask(query_offset=2))

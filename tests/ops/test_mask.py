@@ -25,6 +25,28 @@ def test_aligned(window, causal):
         mask.as_array(3, 7)
 
 
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("offset", [1, 2, 6])
+def test_queries_at_an_offset_are_the_last_rows(window, causal, offset):
+    segments = jnp.array([[1, 1, 2, 2, 0, 2, 2], [0, 0, 0, 1, 1, 1, 1]])
+    whole = Mask(None, None, segments, segments, window=window, causal=causal)
+    last = Mask(None, None, segments[:, offset:], segments, window, causal, query_offset=offset)
+    assert last.aligned
+    found = last.as_array(7 - offset, 7)
+    np.testing.assert_array_equal(found, whole.as_array(7, 7)[:, offset:])
+    with pytest.raises(ValueError, match=f"7 queries need {7 + offset} keys at query_offset"):
+        last.as_array(7, 7)
+
+
+def test_bad_offsets():
+    with pytest.raises(ValueError, match="query_offset=-1: must not be negative"):
+        Mask(query_offset=-1)
+    positions = jnp.arange(3)[None]
+    with pytest.raises(ValueError, match="query_offset=2 with positions"):
+        Mask(positions, positions, query_offset=2)
+
+
 def test_window_counts_self():
     np.testing.assert_array_equal(Mask(window=2).as_array(5, 5).sum(-1), [[1, 2, 2, 2, 2]])
 
@@ -63,6 +85,7 @@ def test_is_a_pytree_with_static_window():
     mask = Mask(positions, positions, window=2)
     assert len(jax.tree.leaves(mask)) == 2
     assert jax.tree.map(lambda leaf: None, mask).window == 2
+    assert jax.tree.map(lambda leaf: None, Mask(query_offset=2)).query_offset == 2
     assert jax.tree.map(lambda leaf: "spec", mask).query_positions_BT == "spec"
     structure = jax.tree.structure(mask)
     assert jax.tree.unflatten(structure, [None, object()]).causal

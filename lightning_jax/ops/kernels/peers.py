@@ -1,7 +1,7 @@
 """Attention of others behind our signature, for comparison: JAX's splash kernel, and cuDNN's.
 
-Both take a causal window over aligned rows; what else `ops.attention` defines they do otherwise
-(splash lets padding see padding) or not at all.
+Both take a causal window over aligned rows, splash also queries that are the last of the keys; what
+else `ops.attention` defines they do otherwise (splash lets padding see padding) or not at all.
 """
 
 from __future__ import annotations
@@ -21,30 +21,39 @@ _SPLASH_LANES = 128
 
 def splash_attention(
     query_BTNH: jax.Array,
-    key_BTKH: jax.Array,
-    value_BTKH: jax.Array,
+    key_BSKH: jax.Array,
+    value_BSKH: jax.Array,
     *,
     window: int | None,
     scale: float,
     logit_softcap: float | None = None,
+    query_offset: int = 0,
     interpret: bool = False,
 ) -> jax.Array:
     """JAX's splash attention (TPU) with blocks of 512: causal, `window` visible keys.
 
+    Query t is key t + `query_offset`.
+
     Returns:
         out_BTNH in the dtype of the queries, which carry the scale in their own dtype.
     """
-    T, N = query_BTNH.shape[1:3]
-    length = -(-T // _SPLASH_LANES) * _SPLASH_LANES
-    block = next(size for size in (_SPLASH_BLOCK, 256, _SPLASH_LANES) if length % size == 0)
-    shape = length, length
-    if window is not None and window < T:
-        mask = splash_mask.LocalMask(shape, (window - 1, 0), 0)
+    (T, N), S = query_BTNH.shape[1:3], key_BSKH.shape[1]
+    # Padding lies behind all keys that a query sees.
+    shape = tuple(-(-length // _SPLASH_LANES) * _SPLASH_LANES for length in (T, S))
+    if window is not None and window < S:
+        mask = splash_mask.LocalMask(shape, (window - 1, 0), query_offset)
     else:
-        mask = splash_mask.CausalMask(shape)
-    names = "block_q block_kv block_kv_compute block_q_dkv block_kv_dkv block_kv_dkv_compute"
+        mask = splash_mask.CausalMask(shape, query_offset)
+    query_block, key_block = (
+        next(size for size in (_SPLASH_BLOCK, 256, _SPLASH_LANES) if length % size == 0)
+        for length in shape
+    )
     sizes = splash_kernel.BlockSizes(
-        **dict.fromkeys(names.split(), block), use_fused_bwd_kernel=True
+        **dict.fromkeys(("block_q", "block_q_dkv"), query_block),
+        **dict.fromkeys(
+            ("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute"), key_block
+        ),
+        use_fused_bwd_kernel=True,
     )
     attend = splash_kernel.make_splash_mha(
         splash_mask.MultiHeadMask([mask] * N),
@@ -56,10 +65,11 @@ def splash_attention(
     )
 
     def heads_first(x_BTNH):
-        return jnp.pad(x_BTNH, ((0, 0), (0, length - T), (0, 0), (0, 0))).swapaxes(1, 2)
+        padding = -x_BTNH.shape[1] % _SPLASH_LANES
+        return jnp.pad(x_BTNH, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
 
     scaled_BTNH = (query_BTNH.astype(jnp.float32) * scale).astype(query_BTNH.dtype)
-    out_BNTH = jax.vmap(attend)(*map(heads_first, (scaled_BTNH, key_BTKH, value_BTKH)))
+    out_BNTH = jax.vmap(attend)(*map(heads_first, (scaled_BTNH, key_BSKH, value_BSKH)))
     return out_BNTH.swapaxes(1, 2)[:, :T]
 
 

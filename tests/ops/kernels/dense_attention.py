@@ -1,5 +1,6 @@
-"""The oracle of the attention kernels: dense softmax attention and its gradients in float64."""
+"""The oracle of the attention tests: dense softmax attention and its gradients in float64."""
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -43,11 +44,49 @@ def dense_attention(query, key, value, dout, *, visible_BTS, scale, sinks=None, 
     return out, gradients
 
 
-def window_mask(length, window, segments=None):
-    """bool [B, T, S] of a causal window over aligned rows, with segments [B, T] if packed."""
+def window_mask(length, window, segments=None, query_offset=0):
+    """bool [B, T, S] of a causal window over rows of S = `length` keys, their last T as queries.
+
+    `segments` [B, S] are the documents of packed rows; T = length - query_offset.
+    """
     distance = np.arange(length)[:, None] - np.arange(length)[None]
     visible = ((distance >= 0) & (distance < (window or length)))[None]
     if segments is not None:
         visible = visible & (segments[:, :, None] == segments[:, None])
         visible = visible & (segments != 0)[:, None]
-    return visible
+    return visible[:, query_offset:]
+
+
+def random_inputs(length, N, K, H, dtype=jnp.float32, B=1):
+    """Query, key, value, and a gradient of the output, all of `length` positions."""
+    rng = np.random.default_rng(length + N)
+    shapes = [(B, length, heads, H) for heads in (N, K, K, N)]
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def last_queries(inputs, query_offset):
+    """The inputs with their last queries only, and all keys."""
+    query, key, value, dout = inputs
+    return query[:, query_offset:], key, value, dout[:, query_offset:]
+
+
+def packed_rows(length):
+    """Row 0: documents that start inside blocks, then padding. Row 1: nothing but padding."""
+    row = np.repeat([1, 2, 3, 0], [5, length // 2, length - length // 2 - 9, 4])
+    return np.stack([row, np.zeros(length, np.int64)]).astype(np.int32)
+
+
+def assert_matches(found, exact, visible_BTS, tolerance):
+    """Compares (output, gradients) with those of `dense_attention`.
+
+    The gradients of keys and values that no query sees must be exactly 0.
+    """
+    (out, gradients), (expected, expected_gradients) = found, exact
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, tolerance, tolerance)
+    assert len(gradients) == len(expected_gradients)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        gradient = np.asarray(gradient, np.float64)
+        np.testing.assert_allclose(gradient, wanted, tolerance, 4 * tolerance)
+    unseen_BS = np.broadcast_to(~visible_BTS.any(axis=1), gradients[1].shape[:2])
+    for gradient in gradients[1:3]:
+        assert (np.asarray(gradient)[unseen_BS] == 0).all()

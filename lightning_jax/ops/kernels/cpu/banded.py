@@ -17,18 +17,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lightning_jax.ops.kernels.common import FLOOR, HIDDEN, check_band
 from lightning_jax.ops.kernels.cpu import narrow
 from lightning_jax.ops.kernels.cpu.blocks import BlockSizes, block_sizes
-
-# Hidden scores are HIDDEN, running maxima never fall below FLOOR: the exponential of their
-# difference is exactly 0 in float32, so a row that sees nothing needs no special case.
-_HIDDEN = -1e30
-_FLOOR = -5e29
 
 
 class _Layout(NamedTuple):
     """Everything static: the trace is specialised to it."""
 
+    offset: int
     window: int
     scale: float
     softcap: float | None
@@ -37,68 +34,76 @@ class _Layout(NamedTuple):
 
 def banded_attention(
     query_BTNH: jax.Array,
-    key_BTKH: jax.Array,
-    value_BTKH: jax.Array,
+    key_BSKH: jax.Array,
+    value_BSKH: jax.Array,
     *,
     window: int | None = None,
     query_segments_BT: jax.Array | None = None,
-    key_segments_BT: jax.Array | None = None,
+    key_segments_BS: jax.Array | None = None,
     sinks_N: jax.Array | None = None,
     scale: float | None = None,
     logit_softcap: float | None = None,
+    query_offset: int = 0,
     blocks: BlockSizes | None = None,
 ) -> jax.Array:
-    """Causal grouped-query attention over aligned rows: query t sees keys t-window+1 .. t.
+    """Causal grouped-query attention: query t, which is key s = t + offset, sees s-window+1 .. s.
 
-    Differentiable (reverse mode only) in query, key, value and sinks.
+    Differentiable (reverse mode only) in query, key, value and sinks. Time follows the pairs that
+    the queries see; keys that none of them sees are copied once and get gradients of exactly 0.
 
     Args:
         query_BTNH: queries; N is a multiple of K.
-        key_BTKH: keys, of the same length as the queries.
-        value_BTKH: values.
+        key_BSKH: keys, S = T + `query_offset`.
+        value_BSKH: values.
         window: visible keys per query, self included; None for all.
         query_segments_BT: document of each query; 0 is padding, which sees nothing.
-        key_segments_BT: document of each key; 0 is padding, which nobody sees.
+        key_segments_BS: document of each key; 0 is padding, which nobody sees.
         sinks_N: per head logit that joins the softmax denominator only.
         scale: factor of the scores; H**-0.5 by default.
         logit_softcap: c of c * tanh(score / c), applied to scaled scores (Gemma Team, "Gemma 2",
             arXiv:2408.00118, section 2); None for none.
-        blocks: block sizes; `tiling.block_sizes` by default.
+        query_offset: keys before the first query.
+        blocks: block sizes; `cpu.blocks.block_sizes` by default.
 
     Returns:
         out_BTNH in the dtype of the queries; 0 where a query sees nothing. Scores, softmax and
         sums are float32; products take their operands in the input dtype.
+
+    Raises:
+        ValueError: a window below 1; a negative offset; another number of keys than T + offset.
     """
-    length, head_dim = query_BTNH.shape[1], query_BTNH.shape[-1]
+    (T, N, H), (S, K) = query_BTNH.shape[1:], key_BSKH.shape[1:3]
+    check_band("xla_banded", T, S, window, query_offset)
     layout = _Layout(
-        window=min(window or length, length),
-        scale=head_dim**-0.5 if scale is None else float(scale),
+        offset=query_offset,
+        window=min(window or S, S),
+        scale=H**-0.5 if scale is None else float(scale),
         softcap=None if logit_softcap is None else float(logit_softcap),
-        blocks=blocks
-        or block_sizes(length, window, head_dim, query_BTNH.shape[2] // key_BTKH.shape[2]),
+        blocks=blocks or block_sizes(T, window, H, N // K, query_offset),
     )
-    segments = None if query_segments_BT is None else (query_segments_BT, key_segments_BT)
-    return _banded(layout, query_BTNH, key_BTKH, value_BTKH, sinks_N, segments)
+    segments = None if query_segments_BT is None else (query_segments_BT, key_segments_BS)
+    return _banded(layout, query_BTNH, key_BSKH, value_BSKH, sinks_N, segments)
 
 
-# Axes of this module besides the usual ones: P query positions of a block, S keys of one visit,
-# L padded key time. Scores are stored keys first (BKSGP), and keys and values in both orders (BKLH,
-# BKHL) where both are needed: then every product of both passes finds its operands in the order
-# that a CPU multiplies fastest. With scores stored queries first, those of the backward pass that
-# sum over queries run at half speed.
+# Axes of this module besides the usual ones: P query positions of a block, S keys of one visit (all
+# keys in the caller's arrays), L padded keys. Scores are stored keys first (BKSGP), and keys and
+# values in both orders (BKLH, BKHL) where both are needed: then every product of both passes finds
+# its operands in the order that a CPU multiplies fastest. With scores stored queries first, those
+# of the backward pass that sum over queries run at half speed.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _banded(layout, query_BTNH, key_BTKH, value_BTKH, sinks_N, segments):
-    return _forward(layout, query_BTNH, key_BTKH, value_BTKH, sinks_N, segments)[0]
+def _banded(layout, query_BTNH, key_BSKH, value_BSKH, sinks_N, segments):
+    return _forward(layout, query_BTNH, key_BSKH, value_BSKH, sinks_N, segments)[0]
 
 
-def _forward(layout, query_BTNH, key_BTKH, value_BTKH, sinks_N, segments):
+def _forward(layout, query_BTNH, key_BSKH, value_BSKH, sinks_N, segments):
     """Returns the output and what the backward pass needs."""
-    K, dtype = key_BTKH.shape[2], query_BTNH.dtype
+    K, dtype = key_BSKH.shape[2], query_BTNH.dtype
     queries = _pad_queries(query_BTNH, layout)
-    key_BKLH = _pad_keys(key_BTKH, layout)
-    value_BKHL = _pad_keys_last(value_BTKH, layout)
+    padding = _key_padding(query_BTNH, layout)
+    key_BKLH = _pad_keys(key_BSKH, padding)
+    value_BKHL = _pad_keys_last(value_BSKH, padding)
     segments = _pad_segments(segments, layout)
 
     def one_block(out_bits, block):
@@ -124,22 +129,23 @@ def _forward(layout, query_BTNH, key_BTKH, value_BTKH, sinks_N, segments):
 
         B, _, G, P, H = query_BKGPH.shape
         rows = (B, K, G, P)
-        state = _full(rows, _FLOOR), _full(rows, 0.0), _full((B, K, H, G, P), 0.0)
+        state = _full(rows, FLOOR), _full(rows, 0.0), _full((B, K, H, G, P), 0.0)
         out_BKHGP, lse_BKGP = _normalise(*_visit_all(layout, block, visit, state), sinks_N)
         return _put_rows(out_bits, out_BKHGP, block, layout, dtype), lse_BKGP
 
     blocks = jnp.arange(queries.shape[1] // layout.blocks.query)
     out_bits, lse = lax.scan(one_block, _no_rows(queries, dtype), blocks)
     out_BTNH = narrow.from_bits(out_bits[:, : query_BTNH.shape[1]], dtype)
-    return out_BTNH, (query_BTNH, key_BTKH, value_BTKH, sinks_N, segments, out_BTNH, lse)
+    return out_BTNH, (query_BTNH, key_BSKH, value_BSKH, sinks_N, segments, out_BTNH, lse)
 
 
 def _backward(layout, saved, dout_BTNH):
-    query_BTNH, key_BTKH, value_BTKH, sinks_N, segments, out_BTNH, lse = saved
-    (T, K), dtype = key_BTKH.shape[1:3], query_BTNH.dtype
+    query_BTNH, key_BSKH, value_BSKH, sinks_N, segments, out_BTNH, lse = saved
+    T, K, dtype = query_BTNH.shape[1], key_BSKH.shape[2], query_BTNH.dtype
     queries, outs, douts = (_pad_queries(x, layout) for x in (query_BTNH, out_BTNH, dout_BTNH))
-    key_BKLH, value_BKLH = (_pad_keys(x, layout) for x in (key_BTKH, value_BTKH))
-    key_BKHL = _pad_keys_last(key_BTKH, layout)
+    padding = _key_padding(query_BTNH, layout)
+    key_BKLH, value_BKLH = (_pad_keys(x, padding) for x in (key_BSKH, value_BSKH))
+    key_BKHL = _pad_keys_last(key_BSKH, padding)
 
     def one_block(carry, block_and_lse):
         dquery_bits, *dkey_dvalue = carry
@@ -184,8 +190,8 @@ def _backward(layout, saved, dout_BTNH):
     )
     return (
         narrow.from_bits(dquery_bits[:, :T], dtype),
-        _unpad_keys(dkey_BKLH, key_BTKH, layout),
-        _unpad_keys(dvalue_BKLH, value_BTKH, layout),
+        _unpad_keys(dkey_BKLH, key_BSKH, layout),
+        _unpad_keys(dvalue_BKLH, value_BSKH, layout),
         _sink_gradient(sinks_N, lse, delta),
         None,
     )
@@ -196,7 +202,12 @@ _banded.defvjp(_forward, _backward)
 
 def _start(block, visit, layout):
     """Where the keys of a visit start in the padded arrays: visit 0 ends with the block."""
-    return (block + 1) * layout.blocks.query - visit * layout.blocks.key
+    return _end(block, layout) - visit * layout.blocks.key
+
+
+def _end(block, layout):
+    """The key after the last one that a query block can see."""
+    return layout.offset + (block + 1) * layout.blocks.query
 
 
 def _visit_all(layout, block, visit, state):
@@ -205,7 +216,7 @@ def _visit_all(layout, block, visit, state):
     visits = -(-(layout.window - 1 + P) // S)
     if visits == 1:
         return visit(0, state)
-    return lax.fori_loop(0, jnp.minimum(visits, -(-(block + 1) * P // S)), visit, state)
+    return lax.fori_loop(0, jnp.minimum(visits, -(-_end(block, layout) // S)), visit, state)
 
 
 def _scores(layout, start, query_BKGPH, key_BKLH):
@@ -218,10 +229,11 @@ def _scores(layout, start, query_BKGPH, key_BKLH):
 
 
 def _hidden(layout, block, start, segments):
-    """What to add to the scores of one visit: 0 to visible pairs, _HIDDEN to hidden ones."""
+    """What to add to the scores of one visit: 0 to visible pairs, HIDDEN to hidden ones."""
     P, S = layout.blocks.query, layout.blocks.key
     key_S = start - S + jnp.arange(S)
-    distance_SP = block * P + jnp.arange(P)[None] - key_S[:, None]
+    query_P = layout.offset + block * P + jnp.arange(P)
+    distance_SP = query_P[None] - key_S[:, None]
     visible_SP = (distance_SP >= 0) & (distance_SP < layout.window) & (key_S >= 0)[:, None]
     visible_BSP = visible_SP[None]
     if segments is not None:
@@ -230,7 +242,7 @@ def _hidden(layout, block, start, segments):
         key_BS = _keys_at(key_BL, start, layout, axis=1)
         same_BSP = key_BS[:, :, None] == query_BP[:, None]
         visible_BSP = visible_BSP & same_BSP & (key_BS != 0)[:, :, None]
-    hidden_BSP = jnp.where(visible_BSP, 0.0, _HIDDEN).astype(jnp.float32)
+    hidden_BSP = jnp.where(visible_BSP, 0.0, HIDDEN).astype(jnp.float32)
     # Written out once: fused, the comparisons would be made again for every head and every reader.
     return lax.optimization_barrier(hidden_BSP)[:, None, :, None]
 
@@ -291,42 +303,40 @@ def _put_rows(bits_BTNH, x_BKHGP, block, layout, dtype):
     return narrow.put(bits_BTNH, x_BPNH, block * layout.blocks.query, dtype, axis=1)
 
 
-def _pad_keys(x_BTKH, layout):
-    """To x_BKLH: S positions in front, so that every slice stays inside, and whole blocks."""
-    x_BKTH = narrow.operand(x_BTKH, x_BTKH.dtype).swapaxes(1, 2)
-    return jnp.pad(x_BKTH, ((0, 0), (0, 0), _key_padding(x_BTKH, layout), (0, 0)))
+def _pad_keys(x_BSKH, padding):
+    """To x_BKLH."""
+    x_BKSH = narrow.operand(x_BSKH, x_BSKH.dtype).swapaxes(1, 2)
+    return jnp.pad(x_BKSH, ((0, 0), (0, 0), padding, (0, 0)))
 
 
-def _pad_keys_last(x_BTKH, layout):
+def _pad_keys_last(x_BSKH, padding):
     """The same as x_BKHL."""
-    B, T, K, H = x_BTKH.shape
+    B, S, K, H = x_BSKH.shape
     # Written out before it is padded: XLA's padding of a transposed array goes by single elements.
-    x_BXT = lax.optimization_barrier(
-        narrow.operand(x_BTKH, x_BTKH.dtype).reshape(B, T, K * H).swapaxes(1, 2)
+    x_BXS = lax.optimization_barrier(
+        narrow.operand(x_BSKH, x_BSKH.dtype).reshape(B, S, K * H).swapaxes(1, 2)
     )
-    x_BXL = jnp.pad(x_BXT, ((0, 0), (0, 0), _key_padding(x_BTKH, layout)))
+    x_BXL = jnp.pad(x_BXS, ((0, 0), (0, 0), padding))
     return x_BXL.reshape(B, K, H, x_BXL.shape[2])
 
 
-def _key_padding(x_BTKH, layout):
-    return layout.blocks.key, -x_BTKH.shape[1] % layout.blocks.query
+def _key_padding(query_BTX, layout):
+    """Keys of a visit in front, so that every slice stays inside, and behind to whole blocks."""
+    return layout.blocks.key, -query_BTX.shape[1] % layout.blocks.query
 
 
-def _unpad_keys(dx_BKLH, x_BTKH, layout):
-    """Inverse of `_pad_keys` for a gradient, in the shape and dtype of `x_BTKH`."""
-    S, T = layout.blocks.key, x_BTKH.shape[1]
-    return dx_BKLH[:, :, S : S + T].swapaxes(1, 2).astype(x_BTKH.dtype)
+def _unpad_keys(dx_BKLH, x_BSKH, layout):
+    """Inverse of `_pad_keys` for a gradient, in the shape and dtype of `x_BSKH`."""
+    first, S = layout.blocks.key, x_BSKH.shape[1]
+    return dx_BKLH[:, :, first : first + S].swapaxes(1, 2).astype(x_BSKH.dtype)
 
 
 def _pad_segments(segments, layout):
     if segments is None:
         return None
-    query_BT, key_BT = segments
-    back = -query_BT.shape[1] % layout.blocks.query
-    return (
-        jnp.pad(query_BT, ((0, 0), (0, back))),
-        jnp.pad(key_BT, ((0, 0), (layout.blocks.key, back))),
-    )
+    query_BT, key_BS = segments
+    front, back = _key_padding(query_BT, layout)
+    return jnp.pad(query_BT, ((0, 0), (0, back))), jnp.pad(key_BS, ((0, 0), (front, back)))
 
 
 def _full(shape, value):

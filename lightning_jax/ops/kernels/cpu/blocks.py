@@ -38,16 +38,19 @@ class BlockSizes:
                 raise ValueError(f"block size {name}={getattr(self, name)}: must be at least 1")
 
 
-def block_sizes(length: int, window: int | None, head_dim: int, group: int) -> BlockSizes:
-    """Block sizes for rows of `length` tokens and `window` visible keys (None for all).
+def block_sizes(
+    queries: int, window: int | None, head_dim: int, group: int, offset: int = 0
+) -> BlockSizes:
+    """Block sizes for `queries` after `offset` keys, with `window` visible keys (None for all).
 
     A query block of P positions computes window + P - 1 scores a query, so short blocks waste
     least; long ones reuse each key more. A visit is as large as it takes for its products to use
     several cores, where `group` query heads on a key head make that possible with short blocks.
     Rows no longer than the window are a triangle, not a band: shorter visits waste less of it.
+    Queries with a whole window of keys before them (offset) are a band, however few.
 
-    Measured on two AVX2 cores, float32, 8 query heads of 64, milliseconds forward, and forward
-    with backward (experiments.benchmark --suite=attention measures the shape of the first line):
+    Measured on two AVX2 cores without offset, float32, 8 query heads of 64, milliseconds forward,
+    and forward with backward (experiments.benchmark --suite=attention measures the first line):
 
         length, window, group   64 x 192   64 x 288   64 x 576   128 x 256   128 x 640   256 x 256
         4096, 512, 4            80, 249    76, 208    62, 169                69, 197
@@ -58,19 +61,22 @@ def block_sizes(length: int, window: int | None, head_dim: int, group: int) -> B
         2048, None, 4                                            54, 156                 54, 155
         2048, None, 2                                            82, 253                 54, 153
     """
-    span = min(length, window or length) - 1
+    keys = offset + queries
+    span = min(keys, window or keys) - 1
+    # Of the keys that a query sees, where there is no window.
+    average = (offset + keys) // 2
     # Larger heads make larger slices of keys and values: the visit shrinks to keep them in cache.
     shrink = max(head_dim, 64) / 64
-    if span + _SHORT_QUERY <= _SHORT_SPAN and 2 * span < length:
-        query = min(_SHORT_QUERY, _round_up(length, _LANES))
-        keys = min(_SPREAD // (query * group), _SHORT_KEYS if group >= 4 else _FEW_HEADS_KEYS)
-        visits = max(1, round((span + query) * shrink / keys))
-        keys = -(-(span + query) // visits)
+    if span + _SHORT_QUERY <= _SHORT_SPAN and 2 * (span - offset) < queries:
+        query = min(_SHORT_QUERY, _round_up(queries, _LANES))
+        visit = min(_SPREAD // (query * group), _SHORT_KEYS if group >= 4 else _FEW_HEADS_KEYS)
+        visits = max(1, round((span + query) * shrink / visit))
+        visit = -(-(span + query) // visits)
     else:
-        query = min(max(_LONG_ROWS // group, _SHORT_QUERY), _LONG_QUERY, length // 4)
-        query = _round_up(max(query, 1), _LANES)
-        keys = int(min(_SPREAD // (query * group), length // 2) / shrink)
-    return BlockSizes(query=query, key=_round_up(max(keys, 1), _LANES))
+        most = min(max(_LONG_ROWS // group, _SHORT_QUERY), _LONG_QUERY)
+        query = _round_up(max(min(most, queries, average // 2), 1), _LANES)
+        visit = int(min(_SPREAD // (query * group), average) / shrink)
+    return BlockSizes(query=query, key=_round_up(max(visit, 1), _LANES))
 
 
 def _round_up(size: int, multiple: int) -> int:

@@ -11,9 +11,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lightning_jax.ops.kernels import common
 from lightning_jax.ops.kernels.gpu import blocks as gpu_blocks
 from lightning_jax.ops.kernels.gpu.backward import backward
-from lightning_jax.ops.kernels.gpu.blocks import Tiles
+from lightning_jax.ops.kernels.gpu.blocks import Band, Tiles
 from lightning_jax.ops.kernels.gpu.forward import Problem, Scores, forward
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -21,36 +22,39 @@ DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 def sliding_window_attention(
     query_BTNH: jax.Array,
-    key_BTKH: jax.Array,
-    value_BTKH: jax.Array,
+    key_BSKH: jax.Array,
+    value_BSKH: jax.Array,
     *,
     window: int | None,
     query_segments_BT: jax.Array | None = None,
-    key_segments_BT: jax.Array | None = None,
+    key_segments_BS: jax.Array | None = None,
     sinks_N: jax.Array | None = None,
     scale: float,
     logit_softcap: float | None = None,
+    query_offset: int = 0,
     interpret: bool = False,
     tiles: Tiles | None = None,
 ) -> jax.Array:
-    """Causal grouped-query attention over aligned rows: query t sees keys t-window+1 .. t.
+    """Causal grouped-query attention: query t, which is key s = t + offset, sees s-window+1 .. s.
 
     For NVIDIA GPUs from Ampere on. Differentiable (reverse mode only) in query, key, value and
-    sinks; time and memory grow with length x window. Only blocks inside the window, and of
-    documents that meet, are visited. Equal inputs give equal bits.
+    sinks; time grows with queries x window. Only blocks inside the window, and of documents that
+    meet, are visited. Keys that no query sees get gradients of exactly 0. Equal inputs give equal
+    bits.
 
     Args:
         query_BTNH: queries; N is a multiple of K; H is a power of two from 16 to 256.
-        key_BTKH: keys, of the same length as the queries.
-        value_BTKH: values.
+        key_BSKH: keys, S = T + `query_offset`.
+        value_BSKH: values.
         window: visible keys per query, self included; None for all.
         query_segments_BT: int32, document of each query, [B, T] or [1, T]; 0 is padding, which
-            sees nothing. None together with `key_segments_BT` means one document.
-        key_segments_BT: document of each key; 0 is padding, which nobody sees.
+            sees nothing. None together with `key_segments_BS` means one document.
+        key_segments_BS: document of each key, [B, S] or [1, S]; 0 is padding, which nobody sees.
         sinks_N: per head logit that joins the softmax denominator only.
         scale: factor of the scores, positive.
         logit_softcap: c in c x tanh(logit / c) (Gemma 2, arXiv:2408.00118), applied to the scaled
             scores, not to sinks; None for none.
+        query_offset: keys before the first query.
         interpret: run as plain JAX on any device, for tests.
         tiles: block sizes; by device, head size and window from a table by default.
 
@@ -60,23 +64,27 @@ def sliding_window_attention(
         the input dtype (float32 ones are not rounded to TF32).
 
     Raises:
-        ValueError: a head size, dtype, scale, soft-cap or window that the kernels cannot honour.
+        ValueError: a head size, dtype, scale, soft-cap, window or offset that the kernels cannot
+            honour; another number of keys than T + offset.
     """
-    _check(query_BTNH, key_BTKH, value_BTKH, window, scale, logit_softcap)
-    T, H = query_BTNH.shape[1], query_BTNH.shape[-1]
-    reach = min(window or T, T)
+    (T, _, H), S = query_BTNH.shape[1:], key_BSKH.shape[1]
+    common.check_head_size("pallas_gpu", H, common.TRITON_HEAD_SIZES)
+    common.check_dtypes("pallas_gpu", (query_BTNH, key_BSKH, value_BSKH), DTYPES)
+    common.check_band("pallas_gpu", T, S, window, query_offset)
+    common.check_scores("pallas_gpu", scale, logit_softcap)
+    reach = min(window or S, S)
     cap = None if logit_softcap is None else float(logit_softcap)
     if tiles is None:
         device, itemsize = gpu_blocks.device_class(), query_BTNH.dtype.itemsize
         tiles = gpu_blocks.tiles_for(device, H, reach, itemsize)
-    problem = Problem(T, reach, Scores(float(scale), cap, interpret), tiles)
-    segments = None if query_segments_BT is None else (query_segments_BT, key_segments_BT)
-    return _attention(problem, query_BTNH, key_BTKH, value_BTKH, sinks_N, segments)
+    problem = Problem(Band(T, query_offset, reach), Scores(float(scale), cap, interpret), tiles)
+    segments = None if query_segments_BT is None else (query_segments_BT, key_segments_BS)
+    return _attention(problem, query_BTNH, key_BSKH, value_BSKH, sinks_N, segments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(problem, query_BTNH, key_BTKH, value_BTKH, sinks_N, segments):
-    return forward(problem, query_BTNH, key_BTKH, value_BTKH, sinks_N, segments)[0]
+def _attention(problem, query_BTNH, key_BSKH, value_BSKH, sinks_N, segments):
+    return forward(problem, query_BTNH, key_BSKH, value_BSKH, sinks_N, segments)[0]
 
 
 def _forward(problem, *inputs):
@@ -89,25 +97,3 @@ def _backward(problem, saved, dout_BTNH):
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def _check(query_BTNH, key_BTKH, value_BTKH, window, scale, logit_softcap) -> None:
-    H = query_BTNH.shape[-1]
-    if H & (H - 1) or not 16 <= H <= 256:
-        raise ValueError(f"pallas_gpu: head size {H}: must be a power of two from 16 to 256")
-    dtype = query_BTNH.dtype
-    if dtype not in DTYPES or not dtype == key_BTKH.dtype == value_BTKH.dtype:
-        raise ValueError(
-            f"pallas_gpu: dtypes {dtype}, {key_BTKH.dtype}, {value_BTKH.dtype}: must be one of"
-            " bfloat16, float16, float32 for all three"
-        )
-    if query_BTNH.shape[1] != key_BTKH.shape[1]:
-        raise ValueError(
-            f"pallas_gpu: {query_BTNH.shape[1]} queries for {key_BTKH.shape[1]} keys: must be equal"
-        )
-    if window is not None and window < 1:
-        raise ValueError(f"pallas_gpu: window={window}: must be at least 1 (self), or None for all")
-    if not scale > 0:
-        raise ValueError(f"pallas_gpu: scale={scale}: must be positive")
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"pallas_gpu: logit_softcap={logit_softcap}: must be positive, or None")

@@ -17,11 +17,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from lightning_jax.ops.kernels.common import dot, sink_gradient
 from lightning_jax.ops.kernels.gpu import blocks as gpu_blocks
 from lightning_jax.ops.kernels.gpu.forward import (
-    LOG2_E,
     Problem,
-    dot,
     last_first,
     per_batch_row,
     query_walk,
@@ -40,24 +39,16 @@ def backward(problem: Problem, query, key, value, sinks_N, segments, out, lse_BN
     dout = dout.astype(query.dtype)
     dquery, delta_BNT = query_gradient(*inputs, out, lse_BNT, dout)
     dkey, dvalue = key_gradients(*inputs, lse_BNT, delta_BNT, dout)
-    return dquery, dkey, dvalue, _dsinks(sinks_N, lse_BNT, delta_BNT)
-
-
-def _dsinks(sinks_N, lse_BNT, delta_BNT):
-    """-sum of (share of the sink in the softmax) x delta."""
-    if sinks_N is None:
-        return None
-    share_BNT = jnp.exp2(LOG2_E * sinks_N.astype(jnp.float32)[None, :, None] - lse_BNT)
-    return -jnp.sum(share_BNT * delta_BNT, axis=(0, 2)).astype(sinks_N.dtype)
+    return dquery, dkey, dvalue, sink_gradient(sinks_N, lse_BNT, delta_BNT)
 
 
 def query_gradient(
-    problem, query_BTNH, key_BTKH, value_BTKH, segments, out_BTNH, lse_BNT, dout_BTNH
+    problem, query_BTNH, key_BSKH, value_BSKH, segments, out_BTNH, lse_BNT, dout_BTNH
 ):
     """Returns the gradient of the queries, and delta_BNT, the sum of dout x out over H."""
     B, T, N, _ = query_BTNH.shape
     tile = problem.tiles.dquery
-    inputs, specs = query_walk(problem, tile, query_BTNH, key_BTKH, value_BTKH, segments)
+    inputs, specs = query_walk(problem, tile, query_BTNH, key_BSKH, value_BSKH, segments)
     statistic = pl.BlockSpec((None, None, T), lambda n, i, b: (b, n, 0))
     return pl.pallas_call(
         functools.partial(_dquery_kernel, problem=problem),
@@ -89,9 +80,9 @@ def _dquery_kernel(
     *,
     problem: Problem,
 ):
-    tile, T, scores = problem.tiles.dquery, problem.length, problem.scores
-    P, S = tile.query, tile.key
-    block = last_first(problem.length, tile.query)
+    tile, band, scores = problem.tiles.dquery, problem.band, problem.scores
+    P, S, T = tile.query, tile.key, band.queries
+    block = last_first(T, P)
     here = block * P
     query_PH, dout_PH = rows(query_ref, here, P, T), rows(dout_ref, here, P, T)
     out_PH = rows(out_ref, here, P, T)
@@ -101,7 +92,7 @@ def _dquery_kernel(
     segments = query_segments_ref, key_segments_ref
 
     def visit(edge):
-        length = T if edge else None
+        length = band.keys if edge else None
 
         def body(index, dquery_PH):
             start = index * S
@@ -109,7 +100,7 @@ def _dquery_kernel(
             score_PS = scores.squash(dot(query_PH, key_SH, (1, 1)))
             weight_PS = scores.weight(score_PS, lse_P1)
             if edge:
-                seen_PS = visible_pairs((here, P), (start, S), problem.window, *segments, length, 0)
+                seen_PS = visible_pairs((here, P), (start, S), band, *segments, 0)
                 weight_PS = jnp.where(seen_PS, weight_PS, 0.0)
             dweight_PS = dot(dout_PH, rows(value_ref, start, S, length), (1, 1))
             dscore_PS = scores.slope(score_PS, weight_PS * (dweight_PS - delta_P1))
@@ -123,33 +114,32 @@ def _dquery_kernel(
 
 
 def key_gradients(
-    problem, query_BTNH, key_BTKH, value_BTKH, segments, lse_BNT, delta_BNT, dout_BTNH
+    problem, query_BTNH, key_BSKH, value_BSKH, segments, lse_BNT, delta_BNT, dout_BTNH
 ):
     """Returns the gradients of keys and values."""
-    B, T, N, H = query_BTNH.shape
-    K = key_BTKH.shape[2]
+    (B, T, N, H), (S, K) = query_BTNH.shape, key_BSKH.shape[1:3]
     tile = problem.tiles.dkey
-    query_segments_BT, key_segments_BT, spans_BJ4 = None, None, None
+    query_segments_BT, key_segments_BS, spans_BJ4 = None, None, None
     if segments is not None:
-        query_segments_BT, key_segments_BT = segments
-        sides, sizes = (key_segments_BT, query_segments_BT), (tile.key, tile.query)
+        query_segments_BT, key_segments_BS = segments
+        sides, sizes = (key_segments_BS, query_segments_BT), (tile.key, tile.query)
         spans_BJ4 = gpu_blocks.packed_spans(
-            gpu_blocks.query_span, *sides, sizes, T, problem.window, tile
+            gpu_blocks.query_span, *sides, sizes, tile, problem.band
         )
     group = pl.BlockSpec((None, T, N // K, H), lambda k, j, b: (b, 0, k, 0))
-    single = pl.BlockSpec((None, T, None, H), lambda k, j, b: (b, 0, k, 0))
+    single = pl.BlockSpec((None, S, None, H), lambda k, j, b: (b, 0, k, 0))
     statistic = pl.BlockSpec((None, N // K, T), lambda k, j, b: (b, k, 0))
-    packed = query_segments_BT, key_segments_BT, spans_BJ4
+    packed = query_segments_BT, key_segments_BS, spans_BJ4
     return pl.pallas_call(
         functools.partial(_dkey_kernel, problem=problem),
-        grid=(K, pl.cdiv(T, tile.key), B),
+        grid=(K, pl.cdiv(S, tile.key), B),
         in_specs=[group, single, single, *map(per_batch_row, packed), statistic, statistic, group],
         out_specs=[single, single],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key_BTKH, value_BTKH)],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key_BSKH, value_BSKH)],
         compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=problem.scores.interpret,
         name="sliding_window_attention_dkey",
-    )(query_BTNH, key_BTKH, value_BTKH, *packed, lse_BNT, delta_BNT, dout_BTNH)
+    )(query_BTNH, key_BSKH, value_BSKH, *packed, lse_BNT, delta_BNT, dout_BTNH)
 
 
 def _dkey_kernel(
@@ -167,14 +157,14 @@ def _dkey_kernel(
     *,
     problem: Problem,
 ):
-    tile, T, scores = problem.tiles.dkey, problem.length, problem.scores
+    tile, band, scores = problem.tiles.dkey, problem.band, problem.scores
     P, S = tile.query, tile.key
     here = pl.program_id(1) * S
-    key_SH, value_SH = rows(key_ref, here, S, T), rows(value_ref, here, S, T)
+    key_SH, value_SH = (rows(ref, here, S, band.keys) for ref in (key_ref, value_ref))
     segments = query_segments_ref, key_segments_ref
 
     def visit(head, edge):
-        length = T if edge else None
+        length = band.queries if edge else None
 
         def body(index, state):
             dkey_SH, dvalue_SH = state
@@ -186,7 +176,7 @@ def _dkey_kernel(
             score_SP = scores.squash(dot(key_SH, query_PH, (1, 1)))
             weight_SP = scores.weight(score_SP, lse_1P)
             if edge:
-                seen_SP = visible_pairs((start, P), (here, S), problem.window, *segments, T, 1)
+                seen_SP = visible_pairs((start, P), (here, S), band, *segments, 1)
                 weight_SP = jnp.where(seen_SP, weight_SP, 0.0)
             dvalue_SH += dot(weight_SP.astype(dout_PH.dtype), dout_PH, (1, 0))
             dweight_SP = dot(value_SH, dout_PH, (1, 1))
@@ -203,5 +193,5 @@ def _dkey_kernel(
         lambda head, state: walk(span, functools.partial(visit, head), state),
         (zeros, zeros),
     )
-    store_rows(dkey_ref, here, T, dkey_SH * scores.scale)
-    store_rows(dvalue_ref, here, T, dvalue_SH)
+    store_rows(dkey_ref, here, band.keys, dkey_SH * scores.scale)
+    store_rows(dvalue_ref, here, band.keys, dvalue_SH)

@@ -115,25 +115,50 @@ class Span(NamedTuple):
     end: jax.Array
 
 
-def key_span(block: jax.Array, tile: Tile, length: int, window: int) -> Span:
+class Band(NamedTuple):
+    """Which pairs of a row are visible: the queries are the last of the keys.
+
+    Attributes:
+        queries: queries of a row.
+        offset: keys before the first query.
+        window: visible keys, self included, at most `keys`.
+    """
+
+    queries: int
+    offset: int
+    window: int
+
+    @property
+    def keys(self) -> int:
+        """Keys of a row."""
+        return self.offset + self.queries
+
+
+def key_span(block: jax.Array, tile: Tile, band: Band) -> Span:
     """Returns the key blocks that a block of queries sees in one document."""
-    first, after = block * tile.query, (block + 1) * tile.query
-    begin = _div(jnp.maximum(first - window + 1, 0), tile.key)
-    end = _cdiv(jnp.minimum(after, length), tile.key)
-    full_begin = _cdiv(jnp.maximum(after - window, 0), tile.key)
+    first = band.offset + block * tile.query
+    after = first + tile.query
+    begin = _div(jnp.maximum(first - band.window + 1, 0), tile.key)
+    end = _cdiv(jnp.minimum(after, band.keys), tile.key)
+    full_begin = _cdiv(jnp.maximum(after - band.window, 0), tile.key)
     return _ordered(begin, full_begin, _div(first + 1, tile.key), end)
 
 
-def query_span(block: jax.Array, tile: Tile, length: int, window: int) -> Span:
-    """Returns the query blocks that see a block of keys in one document."""
+def query_span(block: jax.Array, tile: Tile, band: Band) -> Span:
+    """Returns the query blocks that see a block of keys in one document; none if no query does."""
     first, after = block * tile.key, (block + 1) * tile.key
-    begin = _div(first, tile.query)
-    end = _cdiv(jnp.minimum(jnp.minimum(after, length) + window - 1, length), tile.query)
-    full_end = _div(jnp.minimum(first + window, length), tile.query)
-    return _ordered(begin, _cdiv(after - 1, tile.query), full_end, end)
+
+    def query(key):
+        """The query that is this key, within the row."""
+        return jnp.clip(key - band.offset, 0, band.queries)
+
+    begin = _div(query(first), tile.query)
+    end = _cdiv(query(jnp.minimum(after, band.keys) + band.window - 1), tile.query)
+    full_begin = _cdiv(query(after - 1), tile.query)
+    return _ordered(begin, full_begin, _div(query(first + band.window), tile.query), end)
 
 
-def packed_spans(span_of, segments_BI, segments_BJ, sizes, length, window, tile) -> jax.Array:
+def packed_spans(span_of, segments_BI, segments_BJ, sizes, tile, band) -> jax.Array:
     """Narrows the spans of one document to those of packed documents.
 
     A block is left out where no document of one side occurs on the other, and needs no mask only
@@ -146,9 +171,8 @@ def packed_spans(span_of, segments_BI, segments_BJ, sizes, length, window, tile)
         segments_BI: document of each position on the side that owns the spans, 0 for padding.
         segments_BJ: the same on the side that is walked.
         sizes: block sizes of the two sides.
-        length: positions of a row.
-        window: visible keys.
         tile: handed to `span_of`.
+        band: likewise.
 
     Returns:
         int32 [B, blocks, 4], a `Span` per row and block.
@@ -156,8 +180,8 @@ def packed_spans(span_of, segments_BI, segments_BJ, sizes, length, window, tile)
     lowest_BI, highest_BI, single_BI = _ranges(segments_BI, sizes[0])
     sides = _ranges(segments_BJ, sizes[1])
     blocks_I = jnp.arange(lowest_BI.shape[1], dtype=jnp.int32)
-    span = jax.vmap(lambda block: span_of(block, tile, length, window))(blocks_I)
-    reach = min(sides[0].shape[1], (min(window, length) + sizes[0] - 2) // sizes[1] + 2)
+    span = jax.vmap(lambda block: span_of(block, tile, band))(blocks_I)
+    reach = min(sides[0].shape[1], (band.window + sizes[0] - 2) // sizes[1] + 2)
     other_IR = span.begin[:, None] + jnp.arange(reach, dtype=jnp.int32)[None]
     inside_IR = other_IR < span.end[:, None]
     whole_IR = (other_IR >= span.full_begin[:, None]) & (other_IR < span.full_end[:, None])

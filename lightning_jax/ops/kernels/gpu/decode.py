@@ -21,21 +21,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from lightning_jax.ops.kernels.gpu.forward import (
-    FLOOR,
-    HIDDEN,
-    LOG2_E,
-    Scores,
-    dot,
-    normalise,
-    rows,
-    store_rows,
-)
+from lightning_jax.ops.kernels import common
+from lightning_jax.ops.kernels.common import FLOOR, HIDDEN, LOG2_E, UNBOUNDED, dot
+from lightning_jax.ops.kernels.gpu.forward import Scores, normalise, rows, store_rows
 
 MAX_ROWS = 128
 # Two programs for each of the 132 multiprocessors of a Hopper GPU.
 _PROGRAMS = 264
-_UNBOUNDED = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +187,7 @@ def _decode(query_BTNH, cache, positions_BT, segments_BT, pages_BJ, stored, sink
     capacity = pages_BJ.shape[1] * page
     span = capacity if window is None else min(capacity, window + T - 1)
     static = _Static(
-        window=_UNBOUNDED if window is None else window,
+        window=UNBOUNDED if window is None else window,
         page=page,
         rows=max(16, pl.next_power_of_2(T * G)),
         # A share of less than two steps would cost more to combine than to compute.
@@ -377,22 +369,7 @@ def _combine(sum_BKCRH, top_BKCR, total_BKCR, sinks_N):
 
 def _check(query_BTNH, key, value, key_scales, value_scales, scale, logit_softcap) -> None:
     T, N, H = query_BTNH.shape[1:]
-    count = T * (N // key.shape[2])
-    if count > MAX_ROWS:
-        raise ValueError(
-            f"GPU decode: {T} queries of {N // key.shape[2]} heads per key head: at most"
-            f" {MAX_ROWS} together"
-        )
-    if H & (H - 1) or not 16 <= H <= 256:
-        raise ValueError(f"GPU decode: head size {H}: must be a power of two from 16 to 256")
-    for name, cached, scales in (("key", key, key_scales), ("value", value, value_scales)):
-        wanted = query_BTNH.dtype if scales is None else jnp.int8
-        if cached.dtype != wanted:
-            raise ValueError(
-                f"GPU decode: {name} cache of {cached.dtype}: must be"
-                f" {wanted} {'without' if scales is None else 'with'} scales"
-            )
-    if not scale > 0:
-        raise ValueError(f"GPU decode: scale={scale}: must be positive")
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"GPU decode: logit_softcap={logit_softcap}: must be positive, or None")
+    common.check_rows("GPU decode", T, N // key.shape[2], MAX_ROWS)
+    common.check_head_size("GPU decode", H, common.TRITON_HEAD_SIZES)
+    common.check_cache("GPU decode", query_BTNH, (key, value), (key_scales, value_scales))
+    common.check_scores("GPU decode", scale, logit_softcap)

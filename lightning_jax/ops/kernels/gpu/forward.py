@@ -9,7 +9,6 @@ unmasked ones inside, masked ones at the diagonal.
 from __future__ import annotations
 
 import functools
-import math
 import struct
 from typing import NamedTuple
 
@@ -20,16 +19,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from lightning_jax.ops.kernels.common import FLOOR, HIDDEN, LOG2_E, dot
 from lightning_jax.ops.kernels.gpu import blocks as gpu_blocks
-from lightning_jax.ops.kernels.gpu.blocks import Span, Tile, Tiles
+from lightning_jax.ops.kernels.gpu.blocks import Band, Span, Tile, Tiles
 
-# Hidden scores are HIDDEN, running maxima never fall below FLOOR: the exponential of their
-# difference is exactly 0 in float32, so a row that sees nothing needs no special case. Powers of
-# two, because FLOOR x factor must be exact: `fma(FLOOR, factor, -rounded(FLOOR x factor))` is then
-# 0, and not a rounding error of 1e22 whose exponential is infinite.
-HIDDEN = -(2.0**100)
-FLOOR = -(2.0**98)
-LOG2_E = math.log2(math.e)
 # Stands for the segment of a padding key: no query is in it.
 _NO_SEGMENT = np.iinfo(np.int32).min
 
@@ -107,31 +100,14 @@ class Problem(NamedTuple):
     """Everything static: the kernels are specialised to it.
 
     Attributes:
-        length: positions of a row.
-        window: visible keys, at most `length`.
+        band: numbers of queries and keys of a row, and which pairs are visible.
         scores: scale, soft-cap, and whether to interpret.
         tiles: tiles of the kernels.
     """
 
-    length: int
-    window: int
+    band: Band
     scores: Scores
     tiles: Tiles
-
-
-def dot(left, right, contract: tuple[int, int]):
-    """Product of two tiles over axis `contract[0]` of the left and `contract[1]` of the right.
-
-    float32 operands are multiplied as such, not in TF32.
-    """
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(
-        left,
-        right,
-        dimensions,
-        precision=lax.Precision.HIGHEST if left.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
 
 
 def rows(ref, start, size, length=None, head=None):
@@ -161,7 +137,7 @@ def store_rows(ref, start, length, tile_PX):
     )
 
 
-def visible_pairs(queries, keys, window, query_segments_ref, key_segments_ref, length, axis):
+def visible_pairs(queries, keys, band: Band, query_segments_ref, key_segments_ref, axis):
     """Mask of the pairs of a block: queries vary along `axis`, keys along the other.
 
     `queries` and `keys` are (first position, count). Without segments a row is one document.
@@ -170,14 +146,14 @@ def visible_pairs(queries, keys, window, query_segments_ref, key_segments_ref, l
     def along(vector, axis):
         return vector[:, None] if axis == 0 else vector[None]
 
-    distance = along(queries[0] + jnp.arange(queries[1]), axis)
+    distance = along(band.offset + queries[0] + jnp.arange(queries[1]), axis)
     distance -= along(keys[0] + jnp.arange(keys[1]), 1 - axis)
     # One comparison for both edges: as unsigned numbers, negative distances are huge.
-    seen = distance.astype(jnp.uint32) < np.uint32(window)
+    seen = distance.astype(jnp.uint32) < np.uint32(band.window)
     if query_segments_ref is not None:
-        key_segments = rows(key_segments_ref, *keys, length)
+        key_segments = rows(key_segments_ref, *keys, band.keys)
         key_segments = jnp.where(key_segments == 0, _NO_SEGMENT, key_segments)
-        query_segments = rows(query_segments_ref, *queries, length)
+        query_segments = rows(query_segments_ref, *queries, band.queries)
         seen &= along(query_segments, axis) == along(key_segments, 1 - axis)
     return seen
 
@@ -189,15 +165,15 @@ def walk(span: Span, visit, state):
     return lax.fori_loop(span.full_end, span.end, visit(True), state)
 
 
-def last_first(length, size):
+def last_first(queries, size):
     """This program's block of queries: the last ones, which see most, are computed first."""
-    return pl.cdiv(length, size) - 1 - pl.program_id(1)
+    return pl.cdiv(queries, size) - 1 - pl.program_id(1)
 
 
 def span_at(span_ref, span_of, block, tile: Tile, problem: Problem) -> Span:
     """Reads a block's span from the table of packed rows, or computes it."""
     if span_ref is None:
-        return span_of(block, tile, problem.length, problem.window)
+        return span_of(block, tile, problem.band)
     return Span(*(span_ref[block, edge] for edge in range(4)))
 
 
@@ -214,22 +190,22 @@ def _kernel(
     *,
     problem: Problem,
 ):
-    tile, scores = problem.tiles.forward, problem.scores
+    tile, band, scores = problem.tiles.forward, problem.band, problem.scores
     P, S = tile.query, tile.key
-    block = last_first(problem.length, tile.query)
+    block = last_first(band.queries, P)
     here = block * P
-    query_PH = rows(query_ref, here, P, problem.length)
+    query_PH = rows(query_ref, here, P, band.queries)
     segments = query_segments_ref, key_segments_ref
 
     def visit(edge):
-        length = problem.length if edge else None
+        length = band.keys if edge else None
 
         def body(index, state):
             top_P, total_P, sum_PH = state
             start = index * S
             score_PS = scores.squash(dot(query_PH, rows(key_ref, start, S, length), (1, 1)))
             if edge:
-                seen_PS = visible_pairs((here, P), (start, S), problem.window, *segments, length, 0)
+                seen_PS = visible_pairs((here, P), (start, S), band, *segments, 0)
                 score_PS = jnp.where(seen_PS, score_PS, HIDDEN)
             new_top_P = jnp.maximum(top_P, jnp.max(score_PS, axis=1))
             shift_P = new_top_P * scores.base2
@@ -254,8 +230,8 @@ def _kernel(
     top_P, total_P, sum_PH = walk(span, visit, state)
     sink = None if sinks_ref is None else sinks_ref[0] * LOG2_E
     out_PH, lse_P = normalise(top_P * scores.base2, total_P, sum_PH, sink)
-    store_rows(out_ref, here, problem.length, out_PH)
-    store_rows(lse_ref, here, problem.length, lse_P)
+    store_rows(out_ref, here, band.queries, out_PH)
+    store_rows(lse_ref, here, band.queries, lse_P)
 
 
 def normalise(top_P, total_P, sum_PH, sink):
@@ -272,11 +248,11 @@ def normalise(top_P, total_P, sum_PH, sink):
     return sum_PH * (1.0 / total_P)[..., None], lse_P
 
 
-def forward(problem: Problem, query_BTNH, key_BTKH, value_BTKH, sinks_N, segments):
+def forward(problem: Problem, query_BTNH, key_BSKH, value_BSKH, sinks_N, segments):
     """Returns (out_BTNH, lse_BNT); `lse_BNT` is the log-sum-exp of the logits in base 2."""
     B, T, N, H = query_BTNH.shape
     tile = problem.tiles.forward
-    inputs, in_specs = query_walk(problem, tile, query_BTNH, key_BTKH, value_BTKH, segments)
+    inputs, in_specs = query_walk(problem, tile, query_BTNH, key_BSKH, value_BSKH, segments)
     if sinks_N is not None:
         sinks_N = sinks_N.astype(jnp.float32)
     return pl.pallas_call(
@@ -294,22 +270,21 @@ def forward(problem: Problem, query_BTNH, key_BTKH, value_BTKH, sinks_N, segment
     )(*inputs, sinks_N)
 
 
-def query_walk(problem: Problem, tile: Tile, query_BTNH, key_BTKH, value_BTKH, segments):
+def query_walk(problem: Problem, tile: Tile, query_BTNH, key_BSKH, value_BSKH, segments):
     """Operands and their specs for a grid (query head, query block, batch row) that walks keys.
 
     Head varies fastest, so the heads of a group run side by side and find their keys in the cache.
     """
-    T, N, H = query_BTNH.shape[1:]
-    G = N // key_BTKH.shape[2]
-    query_segments_BT, key_segments_BT, spans_BI4 = None, None, None
+    (T, N, H), (S, K) = query_BTNH.shape[1:], key_BSKH.shape[1:3]
+    query_segments_BT, key_segments_BS, spans_BI4 = None, None, None
     if segments is not None:
-        query_segments_BT, key_segments_BT = segments
+        query_segments_BT, key_segments_BS = segments
         sizes = tile.query, tile.key
         spans_BI4 = gpu_blocks.packed_spans(
-            gpu_blocks.key_span, *segments, sizes, T, problem.window, tile
+            gpu_blocks.key_span, *segments, sizes, tile, problem.band
         )
-    key_spec = pl.BlockSpec((None, T, None, H), lambda n, i, b: (b, 0, lax.div(n, G), 0))
-    operands = [query_BTNH, key_BTKH, value_BTKH, query_segments_BT, key_segments_BT, spans_BI4]
+    key_spec = pl.BlockSpec((None, S, None, H), lambda n, i, b: (b, 0, lax.div(n, N // K), 0))
+    operands = [query_BTNH, key_BSKH, value_BSKH, query_segments_BT, key_segments_BS, spans_BI4]
     specs = [
         pl.BlockSpec((None, T, None, H), lambda n, i, b: (b, 0, n, 0)),
         key_spec,

@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
+from lightning_jax.ops.kernels import common
 from lightning_jax.ops.kernels.tpu import blocks as tpu_blocks
 from lightning_jax.ops.kernels.tpu.backward import backward
-from lightning_jax.ops.kernels.tpu.band import LANES, LOG2_E, Band, BlockSizes
+from lightning_jax.ops.kernels.tpu.band import LANES, Band, BlockSizes
 from lightning_jax.ops.kernels.tpu.blocks import Blocks
 from lightning_jax.ops.kernels.tpu.forward import forward
 
@@ -20,36 +22,38 @@ DTYPES = (jnp.bfloat16, jnp.float32)
 
 def sliding_window_attention(
     query_BTNH: jax.Array,
-    key_BTKH: jax.Array,
-    value_BTKH: jax.Array,
+    key_BSKH: jax.Array,
+    value_BSKH: jax.Array,
     *,
     window: int | None,
     query_segments_BT: jax.Array | None = None,
-    key_segments_BT: jax.Array | None = None,
+    key_segments_BS: jax.Array | None = None,
     sinks_N: jax.Array | None = None,
     scale: float,
     logit_softcap: float | None = None,
+    query_offset: int = 0,
     interpret: bool | pltpu.InterpretParams = False,
     blocks: Blocks | None = None,
 ) -> jax.Array:
-    """Causal grouped-query attention over aligned rows: query t sees keys t-window+1 .. t.
+    """Causal grouped-query attention: query t, which is key s = t + offset, sees s-window+1 .. s.
 
-    Differentiable (reverse mode only) in query, key, value and sinks; time grows with length x
-    window. Keys and values are read once, only tiles inside the window are visited. Equal inputs
-    give equal bits.
+    Differentiable (reverse mode only) in query, key, value and sinks; time grows with queries x
+    window. Keys and values that are seen are read once, only tiles inside the window are visited.
+    Keys that no query sees get gradients of exactly 0. Equal inputs give equal bits.
 
     Args:
         query_BTNH: queries, bfloat16 or float32; N is a multiple of K.
-        key_BTKH: keys, of the same length and dtype as the queries.
-        value_BTKH: values.
+        key_BSKH: keys in the queries' dtype, S = T + `query_offset`.
+        value_BSKH: values.
         window: visible keys per query, self included; None for all.
         query_segments_BT: int32, document of each query, [B, T] or [1, T]; 0 is padding, which
-            sees nothing. None together with `key_segments_BT` means one document.
-        key_segments_BT: document of each key; 0 is padding, which nobody sees.
+            sees nothing. None together with `key_segments_BS` means one document.
+        key_segments_BS: document of each key, [B, S] or [1, S]; 0 is padding, which nobody sees.
         sinks_N: per head logit that joins the softmax denominator only.
         scale: factor of the scores, positive. The queries carry it, in their own dtype.
         logit_softcap: c in c x tanh(logit / c) (Gemma 2, arXiv:2408.00118), applied to the scaled
             scores, not to sinks; None for none.
+        query_offset: keys before the first query.
         interpret: run as plain JAX on any device, for tests; or a simulation of a TPU's memories.
         blocks: block sizes; by device, head size and window from a table by default.
 
@@ -59,20 +63,28 @@ def sliding_window_attention(
         the input dtype.
 
     Raises:
-        ValueError: a dtype, scale, soft-cap or window that the kernels cannot honour; more keys in
-            sight of a block of queries than fast memory can hold.
+        ValueError: a dtype, scale, soft-cap, window or offset that the kernels cannot honour;
+            another number of keys than T + offset; more keys in sight of a block of queries than
+            fast memory can hold.
     """
-    _check(query_BTNH, key_BTKH, value_BTKH, window, scale, logit_softcap)
-    T, N, H = query_BTNH.shape[1:]
-    K = key_BTKH.shape[2]
+    (T, N, H), (S, K) = query_BTNH.shape[1:], key_BSKH.shape[1:3]
+    common.check_dtypes("pallas_tpu", (query_BTNH, key_BSKH, value_BSKH), DTYPES)
+    common.check_band("pallas_tpu", T, S, window, query_offset)
+    common.check_scores("pallas_tpu", scale, logit_softcap)
     head_size = LANES // 2 if H <= LANES // 2 else -(-H // LANES) * LANES
     blocks = blocks or tpu_blocks.blocks_for(
-        tpu_blocks.device_kind(), head_size, N // K, T, window, query_BTNH.dtype.itemsize
+        tpu_blocks.device_kind(),
+        head_size,
+        N // K,
+        T,
+        window,
+        query_BTNH.dtype.itemsize,
+        query_offset,
     )
-    length = -(-T // blocks.longest) * blocks.longest
+    place = _place(T, query_offset, window, blocks.longest)
     call = _Call(
-        length=length,
-        window=min(window or length, length),
+        place=place,
+        window=min(window or place.length, place.length),
         head_size=head_size,
         scale=float(scale),
         softcap=None if logit_softcap is None else float(logit_softcap),
@@ -81,15 +93,46 @@ def sliding_window_attention(
     )
     segments = None
     if query_segments_BT is not None:
-        shape = query_BTNH.shape[:2]
-        segments = tuple(jnp.broadcast_to(x, shape) for x in (query_segments_BT, key_segments_BT))
-    return _attention(call, query_BTNH, key_BTKH, value_BTKH, sinks_N, segments)
+        segments = tuple(
+            jnp.broadcast_to(x, (query_BTNH.shape[0], x.shape[1]))
+            for x in (query_segments_BT, key_segments_BS)
+        )
+    return _attention(call, query_BTNH, key_BSKH, value_BSKH, sinks_N, segments)
+
+
+class _Place(NamedTuple):
+    """Where queries and keys lie in a padded row, which starts with whole blocks of keys alone.
+
+    Attributes:
+        length: keys of the padded row.
+        offset: those before the first query of the padded row.
+        queries: positions added in front of the queries and behind them.
+        keys: the same for keys; a negative number of them is left out.
+    """
+
+    length: int
+    offset: int
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+
+
+def _place(queries: int, offset: int, window: int | None, block: int) -> _Place:
+    if window is not None and window - 1 <= offset:
+        # What lies before all windows is seen by nobody: keys are left out or added there.
+        first_query, before = 0, -(-(window - 1) // block) * block
+        first_key = before - offset
+    else:
+        first_query, first_key = offset % block, 0
+        before = offset - first_query
+    behind = -(first_query + queries) % block
+    length = before + first_query + queries + behind
+    return _Place(length, before, (first_query, behind), (first_key, behind))
 
 
 class _Call(NamedTuple):
     """Everything static about a call: sizes are padded ones."""
 
-    length: int
+    place: _Place
     window: int
     head_size: int
     scale: float
@@ -97,11 +140,12 @@ class _Call(NamedTuple):
     blocks: Blocks
     interpret: bool | pltpu.InterpretParams
 
-    def band(self, query_BTNH, key_BTKH, sinks_N, segments, blocks: BlockSizes) -> Band:
+    def band(self, query_BTNH, key_BSKH, sinks_N, segments, blocks: BlockSizes) -> Band:
         """The geometry of one pass."""
-        N, K = query_BTNH.shape[2], key_BTKH.shape[2]
+        N, K = query_BTNH.shape[2], key_BSKH.shape[2]
         return Band(
-            length=self.length,
+            length=self.place.length,
+            offset=self.place.offset,
             window=self.window,
             kv_heads=K,
             group=N // K,
@@ -115,80 +159,80 @@ class _Call(NamedTuple):
             interpret=self.interpret,
         )
 
-    def pad(self, x_BTNH: jax.Array) -> jax.Array:
+    def pad(self, x_BTNH: jax.Array, ends: tuple[int, int]) -> jax.Array:
         """Pads time and head size with zeros; heads side by side: x_BTX."""
-        B, T, N, H = x_BTNH.shape
-        padding = (0, 0), (0, self.length - T), (0, 0), (0, self.head_size - H)
-        return jnp.pad(x_BTNH, padding).reshape(B, self.length, N * self.head_size)
+        B, _, N, H = x_BTNH.shape
+        x_BTNH = _extended(_extended(x_BTNH, 1, *ends), 3, 0, self.head_size - H)
+        return x_BTNH.reshape(B, -1, N * self.head_size)
 
-    def unpad(self, x_BTX: jax.Array, like_BTNH: jax.Array) -> jax.Array:
-        """The inverse of `pad`."""
-        B, T, N, H = like_BTNH.shape
-        return x_BTX.reshape(B, self.length, N, self.head_size)[:, :T, :, :H]
+    def unpad(self, x_BTX: jax.Array, like_BTNH: jax.Array, ends: tuple[int, int]) -> jax.Array:
+        """The inverse of `pad`; 0 where positions were left out."""
+        B, _, N, H = like_BTNH.shape
+        x_BTNH = x_BTX.reshape(B, -1, N, self.head_size)[..., :H]
+        return _extended(x_BTNH, 1, *(-end for end in ends))
 
     def pad_segments(self, segments):
         """Pads segments with padding."""
         if segments is None:
             return None
-        return tuple(jnp.pad(x_BT, ((0, 0), (0, self.length - x_BT.shape[1]))) for x_BT in segments)
+        ends = self.place.queries, self.place.keys
+        return tuple(_extended(x, 1, *more) for x, more in zip(segments, ends, strict=True))
+
+
+def _extended(x: jax.Array, axis: int, front: int, behind: int) -> jax.Array:
+    """Adds zeros at both ends of an axis; leaves positions out where a number is negative."""
+    ends = [(0, 0, 0)] * x.ndim
+    ends[axis] = front, behind, 0
+    return lax.pad(x, jnp.zeros((), x.dtype), ends)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(call, query_BTNH, key_BTKH, value_BTKH, sinks_N, segments):
-    return _forward(call, query_BTNH, key_BTKH, value_BTKH, sinks_N, segments)[0]
+def _attention(call, query_BTNH, key_BSKH, value_BSKH, sinks_N, segments):
+    return _forward(call, query_BTNH, key_BSKH, value_BSKH, sinks_N, segments)[0]
 
 
-def _forward(call, query_BTNH, key_BTKH, value_BTKH, sinks_N, segments):
-    arrays = query_BTNH, key_BTKH, value_BTKH
-    band = call.band(query_BTNH, key_BTKH, sinks_N, segments, call.blocks.forward)
-    out_BTX, lse_BGST = forward(band, *map(call.pad, arrays), sinks_N, call.pad_segments(segments))
-    out_BTNH = call.unpad(out_BTX, query_BTNH)
+def _forward(call, query_BTNH, key_BSKH, value_BSKH, sinks_N, segments):
+    band = call.band(query_BTNH, key_BSKH, sinks_N, segments, call.blocks.forward)
+    queries, keys = call.place.queries, call.place.keys
+    out_BTX, lse_BGST = forward(
+        band,
+        call.pad(query_BTNH, queries),
+        call.pad(key_BSKH, keys),
+        call.pad(value_BSKH, keys),
+        sinks_N,
+        call.pad_segments(segments),
+    )
+    out_BTNH = call.unpad(out_BTX, query_BTNH, queries)
     B, T, N, _ = query_BTNH.shape
-    lse_BNT = lse_BGST.reshape(B, N, call.length)[:, :, :T]
-    return out_BTNH, (*arrays, sinks_N, segments, out_BTNH, lse_BNT)
+    lse_BNT = lse_BGST.reshape(B, N, -1)[:, :, queries[0] : queries[0] + T]
+    return out_BTNH, (query_BTNH, key_BSKH, value_BSKH, sinks_N, segments, out_BTNH, lse_BNT)
 
 
 def _backward(call, saved, dout_BTNH):
-    query_BTNH, key_BTKH, value_BTKH, sinks_N, segments, out_BTNH, lse_BNT = saved
-    arrays = query_BTNH, key_BTKH, value_BTKH
-    band = call.band(query_BTNH, key_BTKH, sinks_N, segments, call.blocks.backward)
-    B, T, N, _ = query_BTNH.shape
-    padded_BNT = jnp.pad(lse_BNT, ((0, 0), (0, 0), (0, call.length - T)))
-    lse_BGST = padded_BNT.reshape(B, band.heads_steps, band.heads_step, call.length)
-    gradients = backward(
+    query_BTNH, key_BSKH, value_BSKH, sinks_N, segments, out_BTNH, lse_BNT = saved
+    band = call.band(query_BTNH, key_BSKH, sinks_N, segments, call.blocks.backward)
+    queries, keys = call.place.queries, call.place.keys
+    padded_BNT = _extended(lse_BNT, 2, *queries)
+    dquery_BTX, dkey_BSX, dvalue_BSX = backward(
         band,
-        *map(call.pad, (*arrays, out_BTNH, dout_BTNH)),
-        lse_BGST,
+        call.pad(query_BTNH, queries),
+        call.pad(key_BSKH, keys),
+        call.pad(value_BSKH, keys),
+        call.pad(out_BTNH, queries),
+        call.pad(dout_BTNH, queries),
+        padded_BNT.reshape(len(lse_BNT), band.heads_steps, band.heads_step, -1),
         call.pad_segments(segments),
     )
-    gradients = [call.unpad(x, like) for x, like in zip(gradients, arrays, strict=True)]
-    dsinks_N = None
-    if sinks_N is not None:
-        share_BNT = jnp.exp2(sinks_N.astype(jnp.float32)[None, :, None] * LOG2_E - lse_BNT)
-        delta_BNT = jnp.einsum(
-            "BTNH,BTNH->BNT", out_BTNH, dout_BTNH, preferred_element_type=jnp.float32
-        )
-        dsinks_N = -jnp.sum(share_BNT * delta_BNT, (0, 2)).astype(sinks_N.dtype)
-    return *gradients, dsinks_N, None
+    delta_BNT = jnp.einsum(
+        "BTNH,BTNH->BNT", out_BTNH, dout_BTNH, preferred_element_type=jnp.float32
+    )
+    return (
+        call.unpad(dquery_BTX, query_BTNH, queries),
+        call.unpad(dkey_BSX, key_BSKH, keys),
+        call.unpad(dvalue_BSX, value_BSKH, keys),
+        common.sink_gradient(sinks_N, lse_BNT, delta_BNT),
+        None,
+    )
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def _check(query_BTNH, key_BTKH, value_BTKH, window, scale, logit_softcap) -> None:
-    dtype = query_BTNH.dtype
-    if dtype not in DTYPES or not dtype == key_BTKH.dtype == value_BTKH.dtype:
-        raise ValueError(
-            f"pallas_tpu: dtypes {dtype}, {key_BTKH.dtype}, {value_BTKH.dtype}: must be bfloat16 or"
-            " float32 for all three"
-        )
-    if query_BTNH.shape[1] != key_BTKH.shape[1]:
-        raise ValueError(
-            f"pallas_tpu: {query_BTNH.shape[1]} queries for {key_BTKH.shape[1]} keys: must be equal"
-        )
-    if window is not None and window < 1:
-        raise ValueError(f"pallas_tpu: window={window}: must be at least 1 (self), or None for all")
-    if not scale > 0:
-        raise ValueError(f"pallas_tpu: scale={scale}: must be positive")
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"pallas_tpu: logit_softcap={logit_softcap}: must be positive, or None")

@@ -18,10 +18,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from lightning_jax.ops.kernels.common import LOG2_E, dot
 from lightning_jax.ops.kernels.tpu import tiles
-from lightning_jax.ops.kernels.tpu.band import LOG2_E, Band
+from lightning_jax.ops.kernels.tpu.band import Band
 
-# Letters as in `tpu_forward`, but tiles of scores are [P, R].
+# Letters as in `tpu.forward`, but tiles of scores are [P, R].
 
 
 class _Refs(NamedTuple):
@@ -59,8 +60,8 @@ class _Rows(NamedTuple):
 def backward(
     band: Band,
     query_BTX: jax.Array,
-    key_BTX: jax.Array,
-    value_BTX: jax.Array,
+    key_BSX: jax.Array,
+    value_BSX: jax.Array,
     out_BTX: jax.Array,
     dout_BTX: jax.Array,
     lse_BGST: jax.Array,
@@ -75,9 +76,9 @@ def backward(
     specs = tiles.Specs(band, band.lag)
     rows, keys = specs.queries, specs.keys
     in_specs = [rows, keys, keys, rows, rows, specs.statistics]
-    arrays = [query_BTX, key_BTX, value_BTX, out_BTX, dout_BTX, lse_BGST]
+    arrays = [query_BTX, key_BSX, value_BSX, out_BTX, dout_BTX, lse_BGST]
     if segments is not None:
-        in_specs += [specs.segments] * 2
+        in_specs += [specs.query_segments, specs.key_segments]
         arrays += [x_BT[:, None] for x_BT in segments]
     return pl.pallas_call(
         functools.partial(_kernel, band),
@@ -85,10 +86,10 @@ def backward(
         in_specs=in_specs,
         out_specs=[rows, specs.finished_keys, specs.finished_keys],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[:3]],
-        scratch_shapes=_scratch(band, key_BTX.dtype),
+        scratch_shapes=_scratch(band, key_BSX.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=band.vmem_limit(key_BTX.dtype.itemsize, gradients=True),
+            vmem_limit_bytes=band.vmem_limit(key_BSX.dtype.itemsize, gradients=True),
         ),
         cost_estimate=band.cost(B, 5, [*arrays, *arrays[:3]]),
         interpret=band.interpret,
@@ -124,10 +125,8 @@ def _kernel(band: Band, *refs: Any) -> None:
 
     for kv, heads in band.stacks:
         call = band, refs, step, kv, heads
-        pl.when(step < min(band.folded_from, band.steps))(functools.partial(_running, *call))
-        if band.folded_from < band.steps:
-            full = (step >= band.folded_from) & (step < band.steps)
-            pl.when(full)(functools.partial(_folded, *call))
+        for span, body in ((band.running_steps, _running), (band.folded_steps, _folded)):
+            tiles.during(step, span, band.steps + band.lag, functools.partial(body, *call))
 
     @pl.when((step >= band.lag) & (part == band.parts - 1))
     def _():
@@ -241,8 +240,8 @@ class _Pair(NamedTuple):
 
 def _pair(band: Band, refs: _Refs, kv: int, rows: _Rows, key: jax.Array) -> _Pair:
     slot, lanes = band.ring_slice(key, band.blocks.tile), band.head_lanes(kv)
-    scores_PR = tiles.dot(refs.key_ring[slot, lanes], rows.query_RH, (1, 1))
-    products_PR = tiles.dot(refs.value_ring[slot, lanes], rows.dout_RH, (1, 1))
+    scores_PR = dot(refs.key_ring[slot, lanes], rows.query_RH, (1, 1))
+    products_PR = dot(refs.value_ring[slot, lanes], rows.dout_RH, (1, 1))
     slope_PR = None
     if band.softcap is not None:
         bounded_PR = jnp.tanh(scores_PR)
@@ -268,9 +267,9 @@ def _add(band, refs, kv, rows, key, weights_PR, dscores_PR):
     slot, lanes = band.ring_slice(key, band.blocks.tile), band.head_lanes(kv)
     dtype = rows.query_RH.dtype
     weights_PR, dscores_PR = weights_PR.astype(dtype), dscores_PR.astype(dtype)
-    refs.dvalue_ring[slot, lanes] += tiles.dot(weights_PR, rows.dout_RH, (1, 0))
-    refs.dkey_ring[slot, lanes] += tiles.dot(dscores_PR, rows.query_RH, (1, 0))
-    return tiles.dot(dscores_PR, refs.key_ring[slot, lanes], (0, 0))
+    refs.dvalue_ring[slot, lanes] += dot(weights_PR, rows.dout_RH, (1, 0))
+    refs.dkey_ring[slot, lanes] += dot(dscores_PR, rows.query_RH, (1, 0))
+    return dot(dscores_PR, refs.key_ring[slot, lanes], (0, 0))
 
 
 def _rows(band: Band, refs: _Refs, heads: list[int], index: int) -> _Rows:

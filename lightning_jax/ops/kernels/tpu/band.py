@@ -9,17 +9,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from lightning_jax.ops.kernels.common import LOG2_E
+
 # Rows of a vector register hold 128 lanes; the log-sum-exp of a tile fills whole ones.
 LANES = 128
-LOG2_E = 1.4426950408889634
 
 # What the compiler may spill besides the scores of one visit.
 _SPILL_BYTES = 12 * 2**20
-
-# Hidden scores are HIDDEN, running maxima never fall below FLOOR: the exponential of their
-# difference is exactly 0 in float32, so a row that sees nothing needs no special case.
-HIDDEN = -1e30
-FLOOR = -5e29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +53,14 @@ class BlockSizes:
 class Band:
     """Everything static about one call: the trace is specialised to it.
 
-    Heads lie side by side in the lanes, so a grid step takes `kv_step` key/value heads, enough to
-    fill 128 lanes, and `heads_step` query heads of theirs.
+    A grid step takes a block of keys, and the block of queries at the same place of the row; the
+    first `lead` steps, whose keys lie before all queries, only take keys. Heads lie side by side in
+    the lanes, so a grid step takes `kv_step` key/value heads, enough to fill 128 lanes, and
+    `heads_step` query heads of theirs.
 
     Attributes:
-        length: padded length, whole blocks.
+        length: padded number of keys, whole blocks.
+        offset: keys before the first query, whole blocks.
         window: visible keys, self included; `length` for all.
         kv_heads: K.
         group: query heads per key/value head.
@@ -76,6 +75,7 @@ class Band:
     """
 
     length: int
+    offset: int
     window: int
     kv_heads: int
     group: int
@@ -96,8 +96,13 @@ class Band:
 
     @property
     def steps(self) -> int:
-        """Grid steps along the queries."""
+        """Grid steps along the keys."""
         return self.length // self.blocks.block
+
+    @property
+    def lead(self) -> int:
+        """Grid steps before that of the first queries."""
+        return self.offset // self.blocks.block
 
     @property
     def kv_step(self) -> int:
@@ -134,6 +139,16 @@ class Band:
             for kv in range(self.kv_step)
             for first in range(0, per_kv, stack)
         ]
+
+    @property
+    def running_steps(self) -> range:
+        """Grid steps of queries that may see less than a full window."""
+        return range(self.lead, self.folded_from)
+
+    @property
+    def folded_steps(self) -> range:
+        """Grid steps of queries that all have full windows, whose ends are folded."""
+        return range(max(self.lead, self.folded_from), self.steps)
 
     @property
     def folded_from(self) -> int:
@@ -222,9 +237,13 @@ class Band:
 
     def cost(self, batch: int, products: int, arrays: list[jax.Array]) -> pl.CostEstimate:
         """What a kernel with so many products of every visible pair costs XLA's scheduler."""
-        full = max(0, self.length - self.window)
-        pairs = batch * self.kv_heads * self.group
-        pairs *= (self.length - full) * (self.length - full + 1) // 2 + full * self.window
+
+        def seen(rows: int) -> int:
+            """Pairs that the first queries of a row would see."""
+            full = max(0, rows - self.window)
+            return (rows - full) * (rows - full + 1) // 2 + full * self.window
+
+        pairs = batch * self.kv_heads * self.group * (seen(self.length) - seen(self.offset))
         return pl.CostEstimate(
             flops=2 * products * pairs * self.head_size,
             transcendentals=pairs,

@@ -17,7 +17,7 @@ class Blocks:
 
     @property
     def longest(self) -> int:
-        """Lengths are padded to a multiple of this."""
+        """Queries are padded to a multiple of this, and so are the keys before them."""
         return max(self.forward.block, self.backward.block)
 
 
@@ -69,14 +69,20 @@ def fast_memory(kind: str) -> int:
 
 
 def blocks_for(
-    kind: str, head_size: int, group: int, length: int, window: int | None, itemsize: int
+    kind: str,
+    head_size: int,
+    group: int,
+    queries: int,
+    window: int | None,
+    itemsize: int,
+    offset: int = 0,
 ) -> Blocks:
-    """Returns block sizes for rows of `length` tokens and `window` visible keys (None for all).
+    """Returns block sizes for `queries` after `offset` keys, `window` visible (None for all).
 
     `head_size` is the padded one, `group` the number of query heads per key/value head. Windows
     that are a multiple of the tile are cheapest, so the tile shrinks to divide a short one.
     """
-    reach = "all" if window is None or window >= length else "long"
+    reach = "all" if window is None or window >= offset + queries else "long"
     if reach == "long" and window <= _SHORT:
         reach = "short"
     choices = (kind, reach), (kind, "short"), (_OTHER_DEVICE, "short")
@@ -84,17 +90,23 @@ def blocks_for(
     rows = next(_TABLE[key] for key in keys if key in _TABLE)
     if itemsize == 4:
         rows = _FLOAT32, _FLOAT32
-    return Blocks(*(_fit(row, group, length, window) for row in rows))
+    # Without keys to leave out, blocks start at multiples of their size, even before the queries.
+    before = 0 if window is not None and window - 1 <= offset else offset
+    return Blocks(*(_fit(row, group, queries, window, before) for row in rows))
 
 
-def _fit(row: Tuned, group: int, length: int, window: int | None) -> BlockSizes:
+def _fit(row: Tuned, group: int, queries: int, window: int | None, before: int) -> BlockSizes:
     tile = row.tile
     if window and window % LANES == 0:
         while window % tile:
             tile //= 2
     stack = min(row.chains, group & -group)
     tiles = row.chains // stack
+
+    def padding(block):
+        return before % block + -(before + queries) % block
+
     # Padding to whole blocks may add an eighth.
-    while tile * tiles > LANES and -length % (tile * tiles) > length // 8:
+    while tile * tiles > LANES and padding(tile * tiles) > queries // 8:
         tile, tiles = (tile, tiles // 2) if tiles > 1 else (tile // 2, tiles)
     return BlockSizes(tile=tile, tiles=tiles, stack=stack, visit=row.visit)

@@ -22,11 +22,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lightning_jax.ops.kernels.tpu.band import FLOOR, HIDDEN, LOG2_E
-from lightning_jax.ops.kernels.tpu.tiles import dot
+from lightning_jax.ops.kernels import common
+from lightning_jax.ops.kernels.common import FLOOR, HIDDEN, LOG2_E, UNBOUNDED, dot
 
 MAX_ROWS = 1024
-_UNBOUNDED = 2**30
 _SHARE = 512  # slots of a ring that are one page
 # Rows of a register that holds bfloat16, its smallest tile.
 _SUBLANES = 16
@@ -206,7 +205,7 @@ def paged_decode(
 def _bounds(positions_BT, valid_BT, window):
     """First and last position that a row's queries see; the last is -1 where there is none."""
     high_B = jnp.max(jnp.where(valid_BT, positions_BT, -1), axis=1)
-    low_B = jnp.min(jnp.where(valid_BT, positions_BT, _UNBOUNDED), axis=1)
+    low_B = jnp.min(jnp.where(valid_BT, positions_BT, UNBOUNDED), axis=1)
     low_B = jnp.minimum(low_B, high_B)
     if window is None:
         low_B = jnp.zeros_like(low_B)
@@ -224,7 +223,7 @@ def _decode(
     page, K = pool[0].shape[1:3]
     _check(query_BTNH, pool, scales, scale, softcap)
     static = _Static(
-        window=window or _UNBOUNDED,
+        window=window or UNBOUNDED,
         factor=scale * LOG2_E if softcap is None else scale / softcap,
         softcap=softcap,
         page=page,
@@ -379,22 +378,13 @@ def _update(static, refs, query_RH, page, position, state):
 
 def _check(query_BTNH, pool, scales, scale, logit_softcap) -> None:
     T, N = query_BTNH.shape[1:3]
-    if N * T > MAX_ROWS:
-        raise ValueError(f"pallas_tpu: {T} queries of {N} heads: at most {MAX_ROWS} together")
-    if query_BTNH.dtype not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(f"pallas_tpu: queries of {query_BTNH.dtype}: must be bfloat16 or float32")
-    for name, x, factor in zip(("key", "value"), pool, scales, strict=True):
-        expected = query_BTNH.dtype if factor is None else jnp.dtype(jnp.int8)
-        if x.dtype != expected:
-            given = "without" if factor is None else "with"
-            raise ValueError(f"pallas_tpu: {name} cache of {x.dtype} {given} scales: {expected}")
+    common.check_rows("pallas_tpu", T, N, MAX_ROWS)
+    common.check_dtypes("pallas_tpu", [query_BTNH], (jnp.bfloat16, jnp.float32))
+    common.check_cache("pallas_tpu", query_BTNH, pool, scales)
+    common.check_scores("pallas_tpu", scale, logit_softcap)
     size = 4 * pool[0][0].size * pool[0].dtype.itemsize
     if size > _PAGE_BYTES:
         raise ValueError(
             f"pallas_tpu: pages of {pool[0].shape[1]} tokens take {size} bytes of fast memory:"
             f" at most {_PAGE_BYTES}; a ring is cut into pages if its slots are a multiple of 128"
         )
-    if not scale > 0:
-        raise ValueError(f"pallas_tpu: scale={scale}: must be positive")
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"pallas_tpu: logit_softcap={logit_softcap}: must be positive, or None")

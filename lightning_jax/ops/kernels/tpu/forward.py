@@ -1,7 +1,8 @@
 """Forward pass of sliding-window attention on a TPU.
 
-A grid step takes a block of queries. Its keys and values join a ring in fast memory that holds all
-that the block can see, so every key is read once and no index is looked up. Tiles of queries run
+A grid step takes a block of keys and values, which join a ring in fast memory, and the queries at
+the same place of the row, if any. The ring holds all that they can see, so every key is read once
+and no index is looked up. Tiles of queries run
 interleaved: while one waits for its products another takes its exponentials. The running softmax is
 Milakov & Gimelshein, arXiv:1805.02867, in base 2 with the scale folded into the queries.
 """
@@ -17,8 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from lightning_jax.ops.kernels.common import FLOOR, LOG2_E, dot
 from lightning_jax.ops.kernels.tpu import tiles
-from lightning_jax.ops.kernels.tpu.band import FLOOR, LOG2_E, Band
+from lightning_jax.ops.kernels.tpu.band import Band
 
 # Axes of this module besides the usual ones: X heads side by side in the lanes (N x H or K x H),
 # R rows of a tile (query heads of a stack x query positions), P keys of a tile, W lanes of a
@@ -62,8 +64,8 @@ class _State(NamedTuple):
 def forward(
     band: Band,
     query_BTX: jax.Array,
-    key_BTX: jax.Array,
-    value_BTX: jax.Array,
+    key_BSX: jax.Array,
+    value_BSX: jax.Array,
     sinks_N: jax.Array | None,
     segments: tuple[jax.Array, jax.Array] | None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -72,16 +74,16 @@ def forward(
     The log-sum-exp of a query that sees nothing is 0, or the sink; its output is 0. Axes G and S of
     the log-sum-exp are groups of heads of a grid step and heads of a group.
     """
-    B, S = query_BTX.shape[0], band.heads_step
+    B, T = query_BTX.shape[:2]
     specs = tiles.Specs(band)
-    in_specs, arrays = [specs.queries, specs.keys, specs.keys], [query_BTX, key_BTX, value_BTX]
+    in_specs, arrays = [specs.queries, specs.keys, specs.keys], [query_BTX, key_BSX, value_BSX]
     if segments is not None:
-        in_specs += [specs.segments] * 2
+        in_specs += [specs.query_segments, specs.key_segments]
         arrays += [x_BT[:, None] for x_BT in segments]
     if sinks_N is not None:
         in_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
         arrays.append(sinks_N.astype(jnp.float32))
-    statistics = (B, band.heads_steps, S, band.length)
+    statistics = (B, band.heads_steps, band.heads_step, T)
     return pl.pallas_call(
         functools.partial(_kernel, band),
         grid=(B, band.kv_heads // band.kv_step, band.steps, band.parts),
@@ -91,10 +93,10 @@ def forward(
             jax.ShapeDtypeStruct(query_BTX.shape, query_BTX.dtype),
             jax.ShapeDtypeStruct(statistics, jnp.float32),
         ],
-        scratch_shapes=_scratch(band, key_BTX.dtype),
+        scratch_shapes=_scratch(band, key_BSX.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=band.vmem_limit(key_BTX.dtype.itemsize, gradients=False),
+            vmem_limit_bytes=band.vmem_limit(key_BSX.dtype.itemsize, gradients=False),
         ),
         cost_estimate=band.cost(B, 2, [*arrays, query_BTX]),
         interpret=band.interpret,
@@ -126,11 +128,8 @@ def _kernel(band: Band, *refs: Any) -> None:
 
     for kv, heads in band.stacks:
         call = band, refs, step, first_head, kv, heads
-        if band.folded_from == band.steps:
-            _running(*call)
-        else:
-            pl.when(step < band.folded_from)(functools.partial(_running, *call))
-            pl.when(step >= band.folded_from)(functools.partial(_folded, *call))
+        for span, body in ((band.running_steps, _running), (band.folded_steps, _folded)):
+            tiles.during(step, span, band.steps, functools.partial(body, *call))
 
 
 def _named(band: Band, refs: list[Any]) -> _Refs:
@@ -230,7 +229,7 @@ def _rows(band: Band, refs: _Refs, heads: list[int], index: int) -> _Rows:
 def _scores(band: Band, refs: _Refs, kv: int, rows: _Rows, key: jax.Array) -> jax.Array:
     """Base-2 scores of a tile of keys, those of other segments hidden."""
     slot = band.ring_slice(key, band.blocks.tile)
-    scores_RP = tiles.dot(rows.query_RH, refs.key_ring[slot, band.head_lanes(kv)], (1, 1))
+    scores_RP = dot(rows.query_RH, refs.key_ring[slot, band.head_lanes(kv)], (1, 1))
     if band.softcap is not None:
         scores_RP = band.softcap * LOG2_E * jnp.tanh(scores_RP)
     if band.segments:
@@ -262,7 +261,7 @@ def _update(band, state, scores, values, fold=None):
         near_RP = weights[0] * fold.astype(jnp.float32)
         weights[:1] = [near_RP, weights[0] - near_RP]
     sum_RH = sum(
-        tiles.dot(weight_RP.astype(value_PH.dtype), value_PH, (1, 0))
+        dot(weight_RP.astype(value_PH.dtype), value_PH, (1, 0))
         for weight_RP, value_PH in zip(weights, values, strict=True)
     )
     if state is None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,9 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from lightning_jax.ops.kernels.tpu.band import HIDDEN, Band
+from lightning_jax.ops.kernels.common import HIDDEN
+from lightning_jax.ops.kernels.tpu.band import Band
 
-# Letters as in `tpu_forward`. The grid is (batch, key/value heads of a step, block of queries, part
+# Letters as in `tpu.forward`. The grid is (batch, key/value heads of a step, block of the row, part
 # of the query heads); the last axis is the fastest, so keys and values stay while parts pass.
 
 
@@ -21,18 +25,23 @@ class Specs:
     def __init__(self, band: Band, lag: int = 0):
         """`lag`: blocks that finished keys lag behind the queries, and steps that only finish.
 
-        Those steps keep the last queries, which moves no data. They must: a block of results that
-        were left and met again would be written back with what its buffer then holds.
+        Steps without queries of their own keep the first or the last ones, which moves no data.
+        They must: a block of results that were left and met again would be written back with what
+        its buffer then holds.
         """
-        block, parts, last = band.blocks.block, band.parts, band.steps - 1
+        block, parts, lead, last = band.blocks.block, band.parts, band.lead, band.steps - 1
         lanes, kv_lanes = (x * band.head_size for x in (band.heads_step, band.kv_step))
 
-        def rows(t):
+        def keys(t):
             return jnp.minimum(t, last) if lag else t
+
+        def rows(t):
+            return jnp.maximum(keys(t) - lead, 0) if lead else keys(t)
 
         def heads(k, t, p):
             if parts == 1:
                 return k
+            p = jnp.where(t < lead, 0, p) if lead else p
             return k * parts + (jnp.where(t > last, parts - 1, p) if lag else p)
 
         def finished(t):
@@ -43,21 +52,21 @@ class Specs:
         self.statistics = spec(
             (1, 1, band.heads_step, block), lambda b, k, t, p: (b, heads(k, t, p), 0, rows(t))
         )
-        self.segments = spec((1, 1, block), lambda b, k, t, p: (b, 0, rows(t)))
-        self.keys = spec((1, block, kv_lanes), lambda b, k, t, p: (b, rows(t), k))
+        self.query_segments = spec((1, 1, block), lambda b, k, t, p: (b, 0, rows(t)))
+        self.keys = spec((1, block, kv_lanes), lambda b, k, t, p: (b, keys(t), k))
+        self.key_segments = spec((1, 1, block), lambda b, k, t, p: (b, 0, keys(t)))
         self.finished_keys = spec((1, block, kv_lanes), lambda b, k, t, p: (b, finished(t), k))
 
 
-def dot(left: jax.Array, right: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Product of two tiles over the named axes, accumulated in float32."""
-    exact = left.dtype == jnp.float32
-    return lax.dot_general(
-        left,
-        right,
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=lax.Precision.HIGHEST if exact else None,
-        preferred_element_type=jnp.float32,
-    )
+def during(step: jax.Array, span: range, total: int, body: Callable[[], None]) -> None:
+    """Runs `body` in the grid steps of a span, out of `total`."""
+    if not span:
+        return
+    bounds = [step >= span.start] * (span.start > 0) + [step < span.stop] * (span.stop < total)
+    if bounds:
+        pl.when(functools.reduce(operator.and_, bounds))(body)
+    else:
+        body()
 
 
 def offset(band: Band, query_axis: int) -> jax.Array:

@@ -11,33 +11,40 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lightning_jax.ops.kernels.cpu import narrow
 from lightning_jax.ops.kernels.cpu.banded import banded_attention
 from lightning_jax.ops.kernels.cpu.blocks import BlockSizes, block_sizes
-from tests.ops.kernels.dense_attention import dense_attention, window_mask
+from tests.ops.kernels.dense_attention import (
+    assert_matches,
+    dense_attention,
+    last_queries,
+    packed_rows,
+    random_inputs,
+    window_mask,
+)
 
 BLOCKS = BlockSizes(query=16, key=32)
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
+def _visible(query, key, window, segments):
+    length = key.shape[1]
+    return window_mask(length, window, segments, length - query.shape[1])
+
+
 def _dense(query, key, value, dout, window, segments, sinks, softcap=None):
     """Output and gradients of q, k, v, sinks in float64 from the dense softmax."""
-    T, _, H = query.shape[1:]
-    visible_BTS = window_mask(T, window, segments)
-    options = dict(visible_BTS=visible_BTS, scale=H**-0.5, sinks=sinks, softcap=softcap)
+    visible_BTS = _visible(query, key, window, segments)
+    options = dict(
+        visible_BTS=visible_BTS, scale=query.shape[-1] ** -0.5, sinks=sinks, softcap=softcap
+    )
     return dense_attention(query, key, value, dout, **options)
 
 
 def _inputs(T, N, K, dtype=jnp.float32, B=2, H=8):
-    rng = np.random.default_rng(T + N)
-    shapes = (B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)
-    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
-
-
-def _packed(T):
-    """Row 0: documents that start inside blocks, then padding. Row 1: nothing but padding."""
-    row = np.repeat([1, 2, 3, 0], [5, T // 2, T - T // 2 - 9, 4])
-    return np.stack([row, np.zeros(T, np.int64)]).astype(np.int32)
+    return random_inputs(T, N, K, H, dtype, B)
 
 
 def _run(query, key, value, dout, window, segments, sinks, blocks=BLOCKS, softcap=None):
+    offset = key.shape[1] - query.shape[1]
+
     @jax.jit
     def both(query, key, value, sinks, dout):
         def attend(query, key, value, sinks):
@@ -46,10 +53,11 @@ def _run(query, key, value, dout, window, segments, sinks, blocks=BLOCKS, softca
                 key,
                 value,
                 window=window,
-                query_segments_BT=segments,
-                key_segments_BT=segments,
+                query_segments_BT=None if segments is None else segments[:, offset:],
+                key_segments_BS=segments,
                 sinks_N=sinks,
                 logit_softcap=softcap,
+                query_offset=offset,
                 blocks=blocks,
             )
 
@@ -61,14 +69,10 @@ def _run(query, key, value, dout, window, segments, sinks, blocks=BLOCKS, softca
 
 
 def _check(inputs, window, segments, sinks, tolerance, blocks=BLOCKS, softcap=None):
-    expected, expected_gradients = _dense(*inputs, window, segments, sinks, softcap)
+    exact = _dense(*inputs, window, segments, sinks, softcap)
     out, gradients = _run(*inputs, window, segments, sinks, blocks, softcap)
     assert out.dtype == inputs[0].dtype
-    np.testing.assert_allclose(np.asarray(out, np.float64), expected, tolerance, tolerance)
-    assert len(gradients) == len(expected_gradients)
-    for gradient, exact in zip(gradients, expected_gradients, strict=True):
-        gradient = np.asarray(gradient, np.float64)
-        np.testing.assert_allclose(gradient, exact, tolerance, 4 * tolerance)
+    assert_matches((out, gradients), exact, _visible(*inputs[:2], window, segments), tolerance)
     return out, gradients
 
 
@@ -94,11 +98,37 @@ def test_windows_lengths_and_head_groups(T, window, N, K):
     "window, with_sinks", [(20, False), (None, True), slow(20, True), slow(1, True), slow(1, False)]
 )
 def test_packed_rows_and_padding(window, with_sinks):
-    inputs, segments = _inputs(70, 4, 2), _packed(70)
+    inputs, segments = _inputs(70, 4, 2), packed_rows(70)
     sinks = jnp.array([0.5, -1.0, 3.0, 0.0]) if with_sinks else None
     out, (dquery, dkey, dvalue, *_) = _check(inputs, window, segments, sinks, 1e-5)
     for array in (out, dquery, dkey, dvalue):
         assert (np.asarray(array)[segments == 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "window, offset",
+    [
+        (20, 1),
+        (20, 19),
+        (20, 37),
+        (None, 37),
+        (1, 69),
+        slow(20, 20),
+        slow(20, 21),
+        slow(20, 69),
+        slow(None, 1),
+        slow(None, 32),
+        slow(None, 69),
+        slow(1, 1),
+        slow(1, 2),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_queries_are_the_last_of_the_keys(window, offset, packed):
+    inputs, segments = last_queries(_inputs(70, 4, 2), offset), packed_rows(70) if packed else None
+    sinks = jnp.array([0.5, -1.0, 3.0, 0.0])
+    for blocks in (BLOCKS, None):
+        _check(inputs, window, segments, sinks, 1e-5, blocks)
 
 
 @pytest.mark.parametrize("multiplied", [True, False])
@@ -106,14 +136,14 @@ def test_packed_rows_and_padding(window, with_sinks):
 def test_bfloat16(window, multiplied, monkeypatch):
     monkeypatch.setattr(narrow, "multiplies_bfloat16", lambda: multiplied)
     inputs = _inputs(70, 8, 2, jnp.bfloat16)
-    _check(inputs, window, _packed(70), jnp.zeros(8), 4e-2)
+    _check(inputs, window, packed_rows(70), jnp.zeros(8), 4e-2)
 
 
 @pytest.mark.parametrize("window, softcap", [(20, 0.7), slow(None, 0.7), slow(20, 50.0)])
 def test_softcap(window, softcap):
     query, *rest = _inputs(70, 4, 2)
     inputs = 3 * query, *rest
-    _check(inputs, window, _packed(70), jnp.linspace(-1.0, 1.0, 4), 2e-5, softcap=softcap)
+    _check(inputs, window, packed_rows(70), jnp.linspace(-1.0, 1.0, 4), 2e-5, softcap=softcap)
 
 
 @pytest.mark.parametrize("window", [24, slow(None)])
@@ -186,12 +216,19 @@ def test_batch_sharding_needs_no_communication(window):
         np.testing.assert_allclose(left, right, 1e-5, 1e-5)
 
 
-def _sizes(jaxpr):
-    """Element counts of every value in a jaxpr and the jaxprs inside it."""
+def _equations(jaxpr):
+    """All equations of a jaxpr and the jaxprs inside it."""
     for equation in jaxpr.eqns:
-        yield from (math.prod(getattr(var.aval, "shape", ())) for var in equation.outvars)
+        yield equation
         for inner in jaxprs_in_params(equation.params):
-            yield from _sizes(inner)
+            yield from _equations(inner)
+
+
+def test_blocks_of_queries_are_walked_however_many_the_keys():
+    shapes = [jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32) for length in (40, 5000, 5000)]
+    attend = functools.partial(banded_attention, window=64, query_offset=4960, blocks=BLOCKS)
+    equations = _equations(jax.make_jaxpr(attend)(*shapes).jaxpr)
+    assert [x.params["length"] for x in equations if x.primitive.name == "scan"] == [3]
 
 
 @pytest.mark.parametrize("window", [128, None])
@@ -200,7 +237,8 @@ def test_no_quadratic_array(window):
     shapes = [jax.ShapeDtypeStruct((1, L, heads, H), jnp.float32) for heads in (N, K, K)]
     step = jax.jit(jax.grad(lambda *a: banded_attention(*a, window=window).sum(), (0, 1, 2)))
     traced = step.trace(*shapes)
-    assert max(_sizes(traced.jaxpr.jaxpr)) < L * L / 4
+    results = [var.aval for x in _equations(traced.jaxpr.jaxpr) for var in x.outvars]
+    assert max(math.prod(getattr(value, "shape", ())) for value in results) < L * L / 4
     temporary = traced.lower().compile().memory_analysis().temp_size_in_bytes
     assert temporary < 4 * L * L
 
@@ -215,6 +253,13 @@ def test_block_sizes_fit_rows_and_cache(length, window, head_dim, group):
     assert blocks.query <= max(16, length)
 
 
+def test_block_sizes_after_other_keys():
+    # A band from the first query on, and blocks no longer than the queries.
+    assert block_sizes(256, 512, 64, 4, offset=512) == block_sizes(4096, 512, 64, 4)
+    assert block_sizes(40, None, 64, 4, offset=4096).query == 48
+    assert block_sizes(2048, None, 64, 2, offset=2048).query == 256
+
+
 def test_block_sizes_of_the_measured_shapes():
     assert block_sizes(4096, 512, 64, 4) == BlockSizes(query=64, key=576)
     assert block_sizes(512, 512, 64, 4) == BlockSizes(query=128, key=256)
@@ -224,3 +269,17 @@ def test_block_sizes_of_the_measured_shapes():
 def test_bad_block_size_is_named():
     with pytest.raises(ValueError, match="key=0"):
         BlockSizes(query=1, key=0)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"window": 0}, "window=0"),
+        ({"query_offset": -1}, "query_offset=-1"),
+        ({"query_offset": 2}, "9 queries for 9 keys: at query_offset=2 there must be 11 keys"),
+    ],
+)
+def test_bad_bands_are_named(change, message):
+    query, key, value, _ = _inputs(9, 2, 1)
+    with pytest.raises(ValueError, match=message):
+        banded_attention(query, key, value, **change)

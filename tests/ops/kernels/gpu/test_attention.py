@@ -10,7 +10,14 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lightning_jax.ops.kernels.gpu.attention import sliding_window_attention
 from lightning_jax.ops.kernels.gpu.blocks import Tile, Tiles
-from tests.ops.kernels.dense_attention import dense_attention, window_mask
+from tests.ops.kernels.dense_attention import (
+    assert_matches,
+    dense_attention,
+    last_queries,
+    packed_rows,
+    random_inputs,
+    window_mask,
+)
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
@@ -20,18 +27,12 @@ T, SCALE = 70, 0.3
 
 
 def _inputs(N, K, H=16, dtype=jnp.float32, B=1, length=T):
-    rng = np.random.default_rng(length + N)
-    shapes = [(B, length, heads, H) for heads in (N, K, K, N)]
-    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
-
-
-def _packed(length):
-    """Row 0: documents that start inside blocks, then padding. Row 1: nothing but padding."""
-    row = np.repeat([1, 2, 3, 0], [5, length // 2, length - length // 2 - 9, 4])
-    return np.stack([row, np.zeros(length, np.int64)]).astype(np.int32)
+    return random_inputs(length, N, K, H, dtype, B)
 
 
 def _run(query, key, value, dout, *, window, segments=None, sinks=None, tiles=TILES, **options):
+    offset = key.shape[1] - query.shape[1]
+
     @jax.jit
     def both(query, key, value, sinks, segments, dout):
         def attend(query, key, value, sinks):
@@ -40,10 +41,11 @@ def _run(query, key, value, dout, *, window, segments=None, sinks=None, tiles=TI
                 key,
                 value,
                 window=window,
-                query_segments_BT=segments,
-                key_segments_BT=segments,
+                query_segments_BT=None if segments is None else segments[:, offset:],
+                key_segments_BS=segments,
                 sinks_N=sinks,
                 scale=SCALE,
+                query_offset=offset,
                 interpret=True,
                 tiles=tiles,
                 **options,
@@ -59,13 +61,10 @@ def _run(query, key, value, dout, *, window, segments=None, sinks=None, tiles=TI
 def _check(
     inputs, tolerance=1e-5, *, window, segments=None, sinks=None, logit_softcap=None, **more
 ):
-    length = inputs[0].shape[1]
-    expected, expected_gradients = dense_attention(
-        *inputs,
-        visible_BTS=window_mask(length, window, segments),
-        scale=SCALE,
-        sinks=sinks,
-        softcap=logit_softcap,
+    length = inputs[1].shape[1]
+    visible_BTS = window_mask(length, window, segments, length - inputs[0].shape[1])
+    exact = dense_attention(
+        *inputs, visible_BTS=visible_BTS, scale=SCALE, sinks=sinks, softcap=logit_softcap
     )
     out, gradients = _run(
         *inputs,
@@ -76,11 +75,7 @@ def _check(
         **more,
     )
     assert out.dtype == inputs[0].dtype
-    np.testing.assert_allclose(np.asarray(out, np.float64), expected, tolerance, tolerance)
-    assert len(gradients) == len(expected_gradients)
-    for gradient, exact in zip(gradients, expected_gradients, strict=True):
-        gradient = np.asarray(gradient, np.float64)
-        np.testing.assert_allclose(gradient, exact, tolerance, 4 * tolerance)
+    assert_matches((out, gradients), exact, visible_BTS, tolerance)
     return out, gradients
 
 
@@ -104,11 +99,35 @@ def test_windows_lengths_and_head_groups(length, window, N, K):
 
 @pytest.mark.parametrize("window, with_sinks", [(20, True), slow(None, True), slow(1, False)])
 def test_packed_rows_and_padding(window, with_sinks):
-    inputs, segments = _inputs(4, 2, B=2), _packed(T)
+    inputs, segments = _inputs(4, 2, B=2), packed_rows(T)
     sinks = jnp.array([0.5, -1.0, 3.0, 0.0]) if with_sinks else None
     out, (dquery, dkey, dvalue, *_) = _check(inputs, window=window, segments=segments, sinks=sinks)
     for array in (out, dquery, dkey, dvalue):
         assert (np.asarray(array)[segments == 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "window, offset, packed",
+    [
+        (20, 19, True),
+        (20, 37, False),
+        (None, 37, True),
+        (1, 69, False),
+        slow(20, 1, True),
+        slow(20, 20, False),
+        slow(20, 21, True),
+        slow(20, 69, True),
+        slow(None, 1, False),
+        slow(None, 32, True),
+        slow(None, 69, True),
+        slow(1, 1, True),
+        slow(1, 2, False),
+    ],
+)
+def test_queries_are_the_last_of_the_keys(window, offset, packed):
+    inputs, segments = _inputs(4, 2, B=2), packed_rows(T) if packed else None
+    sinks = jnp.array([0.5, -1.0, 3.0, 0.0])
+    _check(last_queries(inputs, offset), window=window, segments=segments, sinks=sinks)
 
 
 @pytest.mark.slow
@@ -131,7 +150,7 @@ def test_head_sizes_and_the_tiles_of_the_table(H):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, slow(jnp.float16)])
 def test_half_precision(dtype):
-    inputs, segments = _inputs(8, 2, dtype=dtype, B=2), _packed(T)
+    inputs, segments = _inputs(8, 2, dtype=dtype, B=2), packed_rows(T)
     _, gradients = _check(inputs, 4e-2, window=20, segments=segments, sinks=jnp.zeros(8))
     assert [x.dtype for x in gradients] == [dtype] * 3 + [jnp.float32]
 
@@ -218,6 +237,7 @@ def test_same_inputs_same_bits():
         ({"window": 0}, "window=0"),
         ({"scale": 0.0}, "scale=0.0"),
         ({"logit_softcap": -1.0}, "logit_softcap=-1.0"),
+        ({"query_offset": 1}, "70 queries for 70 keys"),
     ],
 )
 def test_what_it_cannot_honour_is_named(changes, match):

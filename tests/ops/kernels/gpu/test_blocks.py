@@ -6,32 +6,33 @@ import numpy as np
 import pytest
 
 from lightning_jax.ops.kernels.gpu import blocks as gpu_blocks
-from lightning_jax.ops.kernels.gpu.blocks import Tile
+from lightning_jax.ops.kernels.gpu.blocks import Band, Tile
 from tests.ops.kernels.dense_attention import window_mask
 
 SIDES = {"keys": gpu_blocks.key_span, "queries": gpu_blocks.query_span}
 
 
-def _spans(side, tile, length, window, segments):
-    size = tile.query if side == "keys" else tile.key
+def _spans(side, tile, band, segments):
+    size, count = (tile.query, band.queries) if side == "keys" else (tile.key, band.keys)
     if segments is None:
-        blocks = jnp.arange(-(-length // size))
-        spans = jax.vmap(lambda block: SIDES[side](block, tile, length, window))(blocks)
+        blocks = jnp.arange(-(-count // size))
+        spans = jax.vmap(lambda block: SIDES[side](block, tile, band))(blocks)
         return np.stack(spans, -1)[None]
-    sizes = (tile.query, tile.key) if side == "keys" else (tile.key, tile.query)
-    spans_of = jax.jit(
-        lambda rows: gpu_blocks.packed_spans(SIDES[side], rows, rows, sizes, length, window, tile)
-    )
-    return np.asarray(spans_of(segments))
+    sizes, sides = (tile.query, tile.key), (segments[:, band.offset :], segments)
+    if side == "queries":
+        sizes, sides = sizes[::-1], sides[::-1]
+    spans_of = jax.jit(lambda *rows: gpu_blocks.packed_spans(SIDES[side], *rows, sizes, tile, band))
+    return np.asarray(spans_of(*sides))
 
 
-def _check(side, tile, length, window, segments):
+def _check(side, tile, length, window, segments, offset=0):
     """Returns visited and needed blocks, after checking that the first contain the second."""
-    visible = window_mask(length, window, segments)
+    visible = window_mask(length, window, segments, offset)
     sizes = (tile.query, tile.key)
     if side == "queries":
         visible, sizes = visible.swapaxes(1, 2), sizes[::-1]
-    spans = _spans(side, tile, length, window, segments)
+    spans = _spans(side, tile, Band(length - offset, offset, window), segments)
+    length = visible.shape[2]
     visited = needed = 0
     for mask, row in zip(visible, spans, strict=True):
         for block, (begin, full_begin, full_end, end) in enumerate(row):
@@ -54,6 +55,17 @@ def test_one_document_visits_what_is_needed(side, length, window):
     for tile in (Tile(32, 16, 4, 1), Tile(16, 64, 4, 1)):
         visited, needed = _check(side, tile, length, window, None)
         assert visited == needed
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("offset", [1, 16, 32, 33, 64, 100, 129])
+def test_the_last_queries_visit_what_is_needed(side, offset):
+    documents = np.repeat([1, 2, 3, 0], [30, 60, 36, 4])[None].astype(np.int32)
+    for window in (1, 33, 64, 130):
+        for tile in (Tile(32, 16, 4, 1), Tile(16, 64, 4, 1)):
+            visited, needed = _check(side, tile, 130, window, None, offset)
+            assert visited == needed
+        _check(side, Tile(32, 16, 4, 1), 130, window, documents, offset)
 
 
 @pytest.mark.parametrize("side", SIDES)

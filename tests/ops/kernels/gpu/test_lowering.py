@@ -20,23 +20,25 @@ def _lowered(function, *shapes):
     return jax.jit(function).trace(*structs).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def _attention(H, dtype, window, length, packed, with_sinks, cap):
+def _attention(H, dtype, window, length, packed, with_sinks, cap, offset=0):
     def loss(query, key, value, sinks, segments):
         out = sliding_window_attention(
             query,
             key,
             value,
             window=window,
-            query_segments_BT=segments,
-            key_segments_BT=segments,
+            query_segments_BT=None if segments is None else segments[:, offset:],
+            key_segments_BS=segments,
             sinks_N=sinks,
             scale=H**-0.5,
             logit_softcap=cap,
+            query_offset=offset,
         )
         return out.astype(jnp.float32).sum()
 
     arguments = (0, 1, 2, 3) if with_sinks else (0, 1, 2)
-    heads = [((B, length, count, H), dtype) for count in (N, K, K)]
+    sizes = (length - offset, N), (length, K), (length, K)
+    heads = [((B, *size, H), dtype) for size in sizes]
     sinks = ((N,), jnp.float32) if with_sinks else None
     segments = ((B, length), jnp.int32) if packed else None
     return _lowered(jax.grad(loss, arguments), *heads, sinks, segments)
@@ -59,6 +61,14 @@ def _attention(H, dtype, window, length, packed, with_sinks, cap):
 def test_every_row_of_the_table_with_all_features(device, H, window, monkeypatch):
     monkeypatch.setattr(gpu_blocks, "device_class", lambda: device)
     text = _attention(H, jnp.bfloat16, window, 2000, packed=True, with_sinks=True, cap=30.0)
+    assert text.count("__gpu$xla.gpu.triton") == 3
+
+
+@pytest.mark.parametrize("window, packed", [(1024, True), slow(None, False)])
+def test_the_last_queries(window, packed):
+    text = _attention(
+        128, jnp.bfloat16, window, 2000, packed, with_sinks=True, cap=None, offset=1023
+    )
     assert text.count("__gpu$xla.gpu.triton") == 3
 
 

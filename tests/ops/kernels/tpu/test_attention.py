@@ -12,7 +12,14 @@ from jax.sharding import Mesh, PartitionSpec
 from lightning_jax.ops.kernels.tpu.attention import sliding_window_attention
 from lightning_jax.ops.kernels.tpu.band import BlockSizes
 from lightning_jax.ops.kernels.tpu.blocks import Blocks, blocks_for
-from tests.ops.kernels.dense_attention import dense_attention, window_mask
+from tests.ops.kernels.dense_attention import (
+    assert_matches,
+    dense_attention,
+    last_queries,
+    packed_rows,
+    random_inputs,
+    window_mask,
+)
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
@@ -21,14 +28,18 @@ def _blocks(tiles=2, stack=1, visit=2, tile=16):
     return Blocks(*[BlockSizes(tile, tiles, stack, visit)] * 2)
 
 
+def _visible(query, key, window, segments):
+    length = key.shape[1]
+    return window_mask(length, window, segments, length - query.shape[1])
+
+
 def _dense(query, key, value, dout, window, segments=None, sinks=None, cap=None):
-    visible = window_mask(query.shape[1], window, segments)
     return dense_attention(
         query,
         key,
         value,
         dout,
-        visible_BTS=visible,
+        visible_BTS=_visible(query, key, window, segments),
         scale=query.shape[-1] ** -0.5,
         sinks=sinks,
         softcap=cap,
@@ -36,15 +47,7 @@ def _dense(query, key, value, dout, window, segments=None, sinks=None, cap=None)
 
 
 def _inputs(T, N, K, dtype=jnp.float32, B=1, H=64):
-    rng = np.random.default_rng(T + N)
-    shapes = (B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)
-    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
-
-
-def _packed(T):
-    """Row 0: documents that start inside blocks, then padding. Row 1: nothing but padding."""
-    row = np.repeat([1, 2, 3, 0], [5, T // 2, T - T // 2 - 9, 4])
-    return np.stack([row, np.zeros(T, np.int64)]).astype(np.int32)
+    return random_inputs(T, N, K, H, dtype, B)
 
 
 def _run(
@@ -59,6 +62,8 @@ def _run(
     blocks=None,
     interpret=True,
 ):
+    offset = key.shape[1] - query.shape[1]
+
     @jax.jit
     def both(query, key, value, sinks, dout):
         def attend(query, key, value, sinks):
@@ -67,11 +72,12 @@ def _run(
                 key,
                 value,
                 window=window,
-                query_segments_BT=segments,
-                key_segments_BT=segments,
+                query_segments_BT=None if segments is None else segments[:, offset:],
+                key_segments_BS=segments,
                 sinks_N=sinks,
                 scale=query.shape[-1] ** -0.5,
                 logit_softcap=cap,
+                query_offset=offset,
                 interpret=interpret,
                 blocks=blocks or _blocks(),
             )
@@ -84,14 +90,10 @@ def _run(
 
 
 def _check(inputs, window, segments=None, sinks=None, cap=None, blocks=None, tolerance=2e-5):
-    expected, expected_gradients = _dense(*inputs, window, segments, sinks, cap)
+    exact = _dense(*inputs, window, segments, sinks, cap)
     out, gradients = _run(*inputs, window, segments, sinks, cap, blocks)
     assert out.dtype == inputs[0].dtype
-    np.testing.assert_allclose(np.asarray(out, np.float64), expected, tolerance, tolerance)
-    assert len(gradients) == len(expected_gradients)
-    for gradient, exact in zip(gradients, expected_gradients, strict=True):
-        gradient = np.asarray(gradient, np.float64)
-        np.testing.assert_allclose(gradient, exact, tolerance, 4 * tolerance)
+    assert_matches((out, gradients), exact, _visible(*inputs[:2], window, segments), tolerance)
     return out, gradients
 
 
@@ -125,17 +127,65 @@ def test_head_sizes(H):
     "window, with_sinks, cap", [(32, True, 2.0), slow(20, False, None), slow(None, True, None)]
 )
 def test_packed_rows_padding_sinks_and_softcap(window, with_sinks, cap):
-    inputs, segments = _inputs(70, 4, 2, B=2), _packed(70)
+    inputs, segments = _inputs(70, 4, 2, B=2), packed_rows(70)
     sinks = jnp.array([0.5, -1.0, 3.0, 0.0]) if with_sinks else None
     out, (dquery, dkey, dvalue, *_) = _check(inputs, window, segments, sinks, cap)
     for array in (out, dquery, dkey, dvalue):
         assert (np.asarray(array)[segments == 0] == 0).all()
 
 
+@pytest.mark.parametrize(
+    "window, offset, packed, blocks",
+    [
+        # Folded from the first query on; behind padding, and without whole windows at first.
+        (32, 31, False, _blocks(tiles=1)),
+        (20, 37, True, _blocks(tiles=1, stack=2)),
+        (None, 37, True, _blocks(tiles=2)),
+        (1, 69, False, _blocks(tiles=1)),
+        slow(32, 1, True, _blocks(tiles=2)),
+        slow(32, 32, True, _blocks(tiles=2)),
+        slow(32, 33, False, _blocks(tiles=1, visit=1)),
+        slow(20, 19, True, _blocks(tiles=2, stack=2)),
+        slow(20, 20, False, _blocks(tiles=1)),
+        slow(20, 21, True, _blocks(tiles=2)),
+        slow(20, 69, True, _blocks(tiles=1)),
+        slow(None, 1, False, _blocks(tiles=2)),
+        slow(None, 64, True, _blocks(tiles=1, stack=2)),
+        slow(None, 69, True, _blocks(tiles=2)),
+        slow(1, 1, True, _blocks(tiles=1)),
+        slow(1, 2, False, _blocks(tiles=2)),
+    ],
+)
+def test_queries_are_the_last_of_the_keys(window, offset, packed, blocks):
+    inputs, segments = _inputs(70, 4, 2, B=2), packed_rows(70) if packed else None
+    sinks = jnp.array([0.5, -1.0, 3.0, 0.0])
+    _check(last_queries(inputs, offset), window, segments, sinks, None, blocks)
+
+
+@pytest.mark.parametrize(
+    "window, offset, steps",
+    [(1, 4096, 1), (32, 4096, 3), (32, 31, 3), (32, 20, 3), (32, 16, 2), (None, 64, 5)],
+)
+def test_grid_steps_follow_the_keys_in_sight(window, offset, steps):
+    """A block of 16 queries, and the blocks of 16 before it that its windows reach."""
+    shapes = [
+        jax.ShapeDtypeStruct((1, length, 1, 64), jnp.float32)
+        for length in (16, offset + 16, offset + 16)
+    ]
+    attend = functools.partial(
+        sliding_window_attention,
+        window=window,
+        scale=1.0,
+        query_offset=offset,
+        blocks=_blocks(tiles=1),
+    )
+    assert f"grid=(1, 1, {steps}, 1)" in str(jax.make_jaxpr(attend)(*shapes))
+
+
 @pytest.mark.parametrize("window", [32, slow(None)])
 def test_bfloat16_with_all_features(window):
     inputs = _inputs(70, 4, 1, jnp.bfloat16, B=2, H=128)
-    _check(inputs, window, _packed(70), jnp.zeros(4), 20.0, _blocks(stack=2), tolerance=4e-2)
+    _check(inputs, window, packed_rows(70), jnp.zeros(4), 20.0, _blocks(stack=2), tolerance=4e-2)
 
 
 @pytest.mark.slow
@@ -169,10 +219,13 @@ def test_gradients_reach_visible_keys_only(window):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("window", [32, 17, None])
-def test_simulated_memories(window):
+@pytest.mark.parametrize(
+    "window, offset", [(32, 0), (17, 0), (None, 0), (32, 40), (17, 37), (None, 37)]
+)
+def test_simulated_memories(window, offset):
     """Blocks that are written back too early, or memory that nobody wrote, show only here."""
-    inputs, segments, sinks = _inputs(70, 4, 1), _packed(70)[:1], jnp.array([0.5, -1.0, 3.0, 0.0])
+    inputs, segments = last_queries(_inputs(70, 4, 1), offset), packed_rows(70)[:1]
+    sinks = jnp.array([0.5, -1.0, 3.0, 0.0])
     out, gradients = _run(
         *inputs,
         window,
@@ -221,12 +274,22 @@ def test_table_fits_length_window_and_heads(length, window, group):
             assert window is None or window < 128 or window % sizes.tile == 0
 
 
+def test_blocks_shrink_where_they_would_start_long_before_the_queries():
+    forward = {
+        offset: blocks_for("TPU v6 lite", 128, 1, 1024, 1024, 2, offset).forward
+        for offset in (0, 1000, 1024, 1023)
+    }
+    assert forward[0].block == forward[1023].block == forward[1024].block == 1024
+    assert forward[1000].block == 128
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"window": 0}, "window=0"),
         ({"scale": 0.0}, "scale=0.0"),
         ({"logit_softcap": -1.0}, "logit_softcap=-1.0"),
+        ({"query_offset": -1}, "query_offset=-1"),
     ],
 )
 def test_bad_options_are_named(change, message):

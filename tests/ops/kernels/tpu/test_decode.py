@@ -1,4 +1,4 @@
-"""The TPU decode kernels, interpreted, against the reference attention over the dense mask."""
+"""The TPU decode kernels, interpreted, against the dense softmax over all slots in float64."""
 
 import functools
 
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from lightning_jax.ops.attention import dot_product_attention
 from lightning_jax.ops.kernels.tpu.decode import paged_decode, ring_decode
 from lightning_jax.ops.mask import EMPTY_POSITION, Mask
+from tests.ops.kernels.dense_attention import dense_attention
 
 SINKS = jnp.array([0.5, -1.0, 3.0, 0.0, 1.0, 2.0])
 
@@ -34,6 +34,13 @@ def _queries(last, T):
     """The newest T positions of each row; a row without any has -1."""
     last = np.asarray(last)[:, None]
     return jnp.asarray(np.maximum(last - np.arange(T)[::-1], -1), jnp.int32)
+
+
+def _expected(query, key, value, mask, sinks=None, softcap=None):
+    visible_BTS = np.asarray(mask.as_array(query.shape[1], key.shape[1]))
+    options = {"scale": 0.3, "sinks": sinks, "softcap": softcap}
+    dout = np.zeros(query.shape)
+    return dense_attention(query, key, value, dout, visible_BTS=visible_BTS, **options)[0]
 
 
 def _quantized(x_BSKH):
@@ -63,9 +70,7 @@ def test_ring(T, S, window, features):
         segments = {"query_segments_BT": query_segments, "key_segments_BS": key_segments}
         options = {"sinks_N": SINKS, "logit_softcap": 2.0}
     mask = Mask(query_positions, key_positions, window=window, **segments)
-    expected = dot_product_attention(
-        query, key, value, mask, scale=0.3, implementation="reference", **options
-    )
+    expected = _expected(query, key, value, mask, *options.values())
     decode = functools.partial(
         ring_decode, window=window, scale=0.3, interpret=True, **options, **segments
     )
@@ -109,9 +114,7 @@ def test_pages(window, int8):
         seen[np.asarray(pages)[row, first // page : newest // page + 1]] = True
     if not int8:
         pools = [pool.at[~seen].set(jnp.nan) for pool in pools]
-    expected = dot_product_attention(
-        query, key, value, mask, sinks_N=SINKS, scale=0.3, implementation="reference"
-    )
+    expected = _expected(query, key, value, mask, SINKS)
     decode = functools.partial(paged_decode, window=window, scale=0.3, interpret=True)
     out = jax.jit(decode)(
         query, *pools, query_positions_BT=positions, pages_BJ=pages, sinks_N=SINKS, **scales
@@ -134,7 +137,7 @@ def test_simulated_memories():
         interpret=pltpu.InterpretParams(uninitialized_memory="nan"),
     )
     mask = Mask(positions, jnp.tile(jnp.arange(64), (2, 1)), window=40)
-    expected = dot_product_attention(query, key, value, mask, scale=0.3, implementation="reference")
+    expected = _expected(query, key, value, mask)
     np.testing.assert_allclose(out, expected, 1e-5, 1e-5)
 
 
@@ -149,8 +152,8 @@ def test_bfloat16_ring_and_repeated_bits():
     assert first.dtype == jnp.bfloat16
     np.testing.assert_array_equal(first, second)
     mask = Mask(positions, slots, window=100)
-    expected = dot_product_attention(query, key, value, mask, scale=0.3, implementation="reference")
-    np.testing.assert_allclose(first.astype(jnp.float32), expected.astype(jnp.float32), 2e-2, 2e-2)
+    expected = _expected(query, key, value, mask)
+    np.testing.assert_allclose(first.astype(jnp.float32), expected, 2e-2, 2e-2)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 Sizes are the smallest that reach every branch: two blocks of queries and more, windows that fold,
 cut tiles, or do not end.
 
-    python tests/ops/kernels/tpu_variants.py v5e
+    python tests/ops/kernels/tpu/variants.py v5e
 """
 
 import functools
@@ -37,14 +37,15 @@ def _attention(
     segments=False,
     sinks=False,
     softcap=None,
+    offset=0,
 ):
     """Forward and backward with small tiles: the larger ones of the table run the same code."""
     blocks = Blocks(*[BlockSizes(tile=128, tiles=tiles, stack=stack, visit=1)] * 2)
-    B, T = 2, length
+    B, T, S = 2, length - offset, length
     query = Shape((B, T, query_heads, head_size), dtype)
-    key = Shape((B, T, kv_heads, head_size), dtype)
+    key = Shape((B, S, kv_heads, head_size), dtype)
     arguments = [query, key, key, query]
-    arguments += [Shape((B, T), jnp.int32)] * segments + [
+    arguments += [Shape((B, S), jnp.int32)] * segments + [
         Shape((query_heads,), jnp.float32)
     ] * sinks
 
@@ -57,11 +58,12 @@ def _attention(
                 key,
                 value,
                 window=window,
-                query_segments_BT=ids,
-                key_segments_BT=ids,
+                query_segments_BT=ids[:, offset:] if segments else None,
+                key_segments_BS=ids,
                 sinks_N=sinks_N[0] if sinks_N else None,
                 scale=head_size**-0.5,
                 logit_softcap=softcap,
+                query_offset=offset,
                 blocks=blocks,
             )
 
@@ -135,6 +137,19 @@ VARIANTS = {
     ),
     "half registers of one head": functools.partial(_attention, head_size=64),
     "head size 256": functools.partial(_attention, head_size=256, query_heads=1),
+    "last queries, folded": functools.partial(_attention, offset=255, query_heads=1),
+    "last queries, cut tiles": functools.partial(_attention, offset=150, window=200, tiles=2),
+    "last queries, no window, all features": functools.partial(
+        _attention,
+        window=None,
+        offset=333,
+        query_heads=4,
+        stack=2,
+        segments=True,
+        sinks=True,
+        softcap=30.0,
+    ),
+    "one last query": functools.partial(_attention, offset=699),
     "float32": functools.partial(_attention, dtype=jnp.float32, query_heads=1),
     "ring": _ring,
     "ring, few queries, all features": functools.partial(
