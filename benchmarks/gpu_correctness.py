@@ -10,47 +10,58 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.measure import Options
+from lightning_jax.ops.attention import dot_product_attention
 from lightning_jax.ops.kernels.cpu.banded import banded_attention
 from lightning_jax.ops.kernels.gpu.attention import sliding_window_attention
+from lightning_jax.ops.mask import Mask
 
 # Largest error over largest value. Half precision rounds the probabilities before they multiply.
 LIMITS = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 2e-5}
 _LENGTH, _BATCH = 1000, 2
 
-# (window, query heads, key heads, head size, documents, sinks, soft-cap, dtype)
+# (window, query heads, key heads, head size, documents, sinks, soft-cap, dtype, query offset)
 CASES = (
-    (1, 8, 2, 128, True, False, None, "bfloat16"),
-    (64, 8, 8, 64, False, True, None, "bfloat16"),
-    (65, 8, 1, 64, True, True, None, "bfloat16"),
-    (256, 8, 2, 128, True, True, None, "bfloat16"),
-    (255, 8, 2, 256, True, False, None, "bfloat16"),
-    (None, 8, 1, 128, True, False, 30.0, "bfloat16"),
-    (None, 8, 8, 64, False, False, None, "bfloat16"),
-    (5000, 4, 4, 256, False, True, 20.0, "bfloat16"),
-    (300, 8, 2, 128, True, False, None, "float16"),
-    (100, 4, 2, 64, True, True, None, "float32"),
-    (None, 4, 1, 128, False, False, 30.0, "float32"),
-    (200, 4, 2, 256, True, False, None, "float32"),
+    (1, 8, 2, 128, True, False, None, "bfloat16", 0),
+    (64, 8, 8, 64, False, True, None, "bfloat16", 0),
+    (65, 8, 1, 64, True, True, None, "bfloat16", 0),
+    (256, 8, 2, 128, True, True, None, "bfloat16", 0),
+    (255, 8, 2, 256, True, False, None, "bfloat16", 0),
+    (None, 8, 1, 128, True, False, 30.0, "bfloat16", 0),
+    (None, 8, 8, 64, False, False, None, "bfloat16", 0),
+    (5000, 4, 4, 256, False, True, 20.0, "bfloat16", 0),
+    (300, 8, 2, 128, True, False, None, "float16", 0),
+    (100, 4, 2, 64, True, True, None, "float32", 0),
+    (None, 4, 1, 128, False, False, 30.0, "float32", 0),
+    (200, 4, 2, 256, True, False, None, "float32", 0),
+    (256, 8, 2, 128, True, True, None, "bfloat16", 255),
+    (None, 8, 2, 64, True, False, None, "bfloat16", 700),
+    (100, 4, 1, 128, False, True, None, "float32", 999),
 )
 
 
 def correctness_rows(options: Options) -> list[dict[str, Any]]:
     """One row a case: error of the output and of each gradient over the largest value."""
     rows = []
-    for window, N, K, H, packed, with_sinks, cap, dtype in CASES:
+    for window, N, K, H, packed, with_sinks, cap, dtype, offset in CASES:
         features = "".join(
             f"_{name}"
-            for name, on in (("packed", packed), ("sinks", with_sinks), ("cap", cap))
+            for name, on in (
+                ("packed", packed),
+                ("sinks", with_sinks),
+                ("cap", cap),
+                (f"offset{offset}", offset),
+            )
             if on
         )
         name = f"correctness_{dtype}_H{H}_G{N // K}_W{window or 'full'}{features}"
         if not options.wants(name):
             continue
-        arrays = _arrays(_BATCH, _LENGTH, N, K, H, dtype)
-        segments_BT = _documents(_BATCH, _LENGTH) if packed else None
+        query, key, value, dout = _arrays(_BATCH, _LENGTH, N, K, H, dtype)
+        arrays = [query[:, offset:], key, value, dout[:, offset:]]
+        segments_BS = _documents(_BATCH, _LENGTH) if packed else None
         sinks_N = jnp.linspace(-1.0, 3.0, N) if with_sinks else None
-        exact = functools.partial(dense, window=window, segments_BT=segments_BT, cap=cap)
-        ours = functools.partial(_ours, window=window, segments_BT=segments_BT, cap=cap)
+        call = {"window": window, "segments_BS": segments_BS, "cap": cap}
+        exact, ours = (functools.partial(attend, **call) for attend in (dense, _ours))
         rows.append(_compare(name, dtype, ours, exact, arrays, sinks_N))
     name = "correctness_bfloat16_long_W1024_packed"
     if options.wants(name):
@@ -58,42 +69,38 @@ def correctness_rows(options: Options) -> list[dict[str, Any]]:
     return rows
 
 
-def dense(query_BTNH, key_BTKH, value_BTKH, sinks_N, *, window, segments_BT, cap) -> jax.Array:
-    """Attention by all pairs at once, in float32 without TF32."""
-    B, T, N, H = query_BTNH.shape
-    K = key_BTKH.shape[2]
-    dot = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
-    query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H)
-    logits_BKGTS = H**-0.5 * dot("BTKGH,BSKH->BKGTS", query_BTKGH, key_BTKH)
-    if cap is not None:
-        logits_BKGTS = cap * jnp.tanh(logits_BKGTS / cap)
-    distance_TS = jnp.arange(T)[:, None] - jnp.arange(T)[None]
-    visible_BTS = ((distance_TS >= 0) & (distance_TS < (window or T)))[None]
-    if segments_BT is not None:
-        visible_BTS &= segments_BT[:, :, None] == segments_BT[:, None]
-        visible_BTS &= (segments_BT != 0)[:, None]
-    visible = visible_BTS[:, None, None]
-    logits_BKGTS = jnp.where(visible, logits_BKGTS, -1e30)
-    top = jnp.max(logits_BKGTS, axis=-1, keepdims=True)
-    sinks = -jnp.inf if sinks_N is None else sinks_N.reshape(1, K, N // K, 1, 1)
-    top = jax.lax.stop_gradient(jnp.maximum(top, sinks))
-    weights_BKGTS = jnp.where(visible, jnp.exp(logits_BKGTS - top), 0.0)
-    total = jnp.sum(weights_BKGTS, axis=-1, keepdims=True) + jnp.exp(sinks - top)
-    weights_BKGTS /= jnp.where(total == 0, 1.0, total)
-    return dot("BKGTS,BSKH->BTKGH", weights_BKGTS, value_BTKH).reshape(B, T, N, H)
+def dense(query_BTNH, key_BSKH, value_BSKH, sinks_N, *, window, segments_BS, cap) -> jax.Array:
+    """Attention by all pairs at once, in float32 without TF32; the queries are the last of S."""
+    offset = key_BSKH.shape[1] - query_BTNH.shape[1]
+    segments = None, None
+    if segments_BS is not None:
+        segments = segments_BS[:, offset:], segments_BS
+    mask = Mask(None, None, *segments, window=window, query_offset=offset)
+    with jax.default_matmul_precision("highest"):
+        return dot_product_attention(
+            query_BTNH,
+            key_BSKH,
+            value_BSKH,
+            mask,
+            sinks_N=sinks_N,
+            logit_softcap=cap,
+            implementation="reference",
+        )
 
 
-def _ours(query_BTNH, key_BTKH, value_BTKH, sinks_N, *, window, segments_BT, cap) -> jax.Array:
+def _ours(query_BTNH, key_BSKH, value_BSKH, sinks_N, *, window, segments_BS, cap) -> jax.Array:
+    offset = key_BSKH.shape[1] - query_BTNH.shape[1]
     return sliding_window_attention(
         query_BTNH,
-        key_BTKH,
-        value_BTKH,
+        key_BSKH,
+        value_BSKH,
         window=window,
-        query_segments_BT=segments_BT,
-        key_segments_BT=segments_BT,
+        query_segments_BT=None if segments_BS is None else segments_BS[:, offset:],
+        key_segments_BS=segments_BS,
         sinks_N=sinks_N,
         scale=query_BTNH.shape[-1] ** -0.5,
         logit_softcap=cap,
+        query_offset=offset,
     )
 
 
@@ -101,7 +108,7 @@ def _long(name: str) -> dict[str, Any]:
     """The benchmark's length, one row of it, against the banded form in float32."""
     arrays = _arrays(1, 16_384, 8, 2, 128, "bfloat16")
     segments_BT = _documents(1, 16_384)
-    ours = functools.partial(_ours, window=1024, segments_BT=segments_BT, cap=None)
+    ours = functools.partial(_ours, window=1024, segments_BS=segments_BT, cap=None)
 
     def exact(query, key, value, sinks_N):
         with jax.default_matmul_precision("highest"):
@@ -111,7 +118,7 @@ def _long(name: str) -> dict[str, Any]:
                 value,
                 window=1024,
                 query_segments_BT=segments_BT,
-                key_segments_BT=segments_BT,
+                key_segments_BS=segments_BT,
             )
 
     return _compare(name, "bfloat16", ours, exact, arrays, None)

@@ -35,7 +35,7 @@ def test_the_reference_of_the_correctness_table():
     query, key, value = (jnp.asarray(rng.normal(size=(2, 40, heads, 8))) for heads in (4, 2, 2))
     segments, sinks = kernels_gpu.documents(2, 40, 16) - 1, np.linspace(-1, 2, 4)
     found = gpu_correctness.dense(
-        query, key, value, jnp.asarray(sinks), window=9, segments_BT=jnp.asarray(segments), cap=2.0
+        query, key, value, jnp.asarray(sinks), window=9, segments_BS=jnp.asarray(segments), cap=2.0
     )
     expected, _ = dense_attention(
         query,
@@ -54,7 +54,9 @@ def test_the_reference_of_the_correctness_table():
 def test_correctness_rows_tell_right_from_wrong(monkeypatch):
     interpreted = functools.partial(sliding_window_attention, interpret=True)
     monkeypatch.setattr(gpu_correctness, "sliding_window_attention", interpreted)
-    monkeypatch.setattr(gpu_correctness, "CASES", ((70, 4, 2, 16, True, True, 20.0, "bfloat16"),))
+    monkeypatch.setattr(
+        gpu_correctness, "CASES", ((70, 4, 2, 16, True, True, 20.0, "bfloat16", 90),)
+    )
     monkeypatch.setattr(gpu_correctness, "_LENGTH", 200)
     options = Options(only=("H16",))
     [row] = gpu_correctness.correctness_rows(options)
