@@ -69,14 +69,9 @@ def run(options: Options) -> list[dict[str, Any]]:
 
 def one_step(config: RunConfig) -> RunConfig:
     """The run cut down to one step of its first stage, without evaluation on the way."""
-    stage = config.stages[0]
-    stage = dataclasses.replace(
-        stage,
-        tokens=stage.batch_size * stage.seq_len,
-        warmup_tokens=0,
-        decay="none",
-        decay_tokens=0,
-    )
+    first = config.stages[0]
+    # A stage lasts whole steps: the fewest that consume its tokens.
+    stage = dataclasses.replace(first, tokens=1, warmup_tokens=0, decay="none", decay_tokens=0)
     return dataclasses.replace(config, stages=(stage,), log_every=1, eval_every=0)
 
 

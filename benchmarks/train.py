@@ -8,6 +8,7 @@ autocast there and `model.compute_dtype` here.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from typing import Any
 
 import jax
@@ -17,18 +18,18 @@ from benchmarks.measure import Call, Options, interleave, peer, temp_mb
 from benchmarks.peers import mixtral_train_call
 from benchmarks.profile import profiles
 from lightning_jax import accounting, sharding
-from lightning_jax import model as lm
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.data.batch import Batch
-from lightning_jax.train import placement, step
-from lightning_jax.train.optimizer import make_optimizer
+from lightning_jax.train import placement
+from lightning_jax.train.plan import Plan, Segment
+from lightning_jax.train.resolve import resolve
 
 DTYPES = ("float32", "bfloat16")
 
 
 def run(options: Options) -> list[dict[str, Any]]:
-    """Rows: one a dtype.
+    """Rows: one per dtype.
 
     Raises:
       UserError: no config.
@@ -37,29 +38,27 @@ def run(options: Options) -> list[dict[str, Any]]:
         raise UserError(
             "--config is missing: the train suite times the step of a run's first stage"
         )
-    rows = []
-    for dtype in DTYPES:
-        if options.wants(f"step_{dtype}"):
-            rows.append(_row(dtype, options, options.config))
-    return rows
+    with tempfile.TemporaryDirectory() as folder:
+        config, _ = resolve(options.config, folder)
+    return [_row(dtype, options, config) for dtype in DTYPES if options.wants(f"step_{dtype}")]
 
 
 def _row(dtype: str, options: Options, config: RunConfig) -> dict[str, Any]:
     model = dataclasses.replace(config.model, compute_dtype=dtype)
     config = dataclasses.replace(config, model=model)
-    stage = config.stages[0]
-    tokens = stage.batch_size * stage.seq_len
+    segment = Plan.of(config).segments[0]
     program, ours = our_step(config)
     peers, note = {}, "torch or transformers is not installed (extra peers): rows are skipped"
     if peer("torch") and peer("transformers"):
         note = ""
-        shape = (stage.batch_size, stage.seq_len)
+        shape = (segment.batch_size, segment.seq_len)
         peers = {
             f"transformers_{kind}": mixtral_train_call(model, shape, dtype, kind)
             for kind in ("eager", "grouped_mm")
         }
     found = interleave({"ours": ours, **peers}, rounds=options.rounds, probe=np.dtype("float32"))
-    flops = tokens * accounting.flops_per_token(model, seq_len=stage.seq_len)
+    tokens = segment.step_tokens
+    flops = tokens * accounting.flops_per_token(model, seq_len=segment.seq_len)
     row = {
         "table": "train step",
         "name": f"step_{dtype}",
@@ -87,29 +86,29 @@ def our_step(config: RunConfig) -> tuple[Any, Call]:
     Every call takes the state that the last one returned, as the loop does.
     """
     mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=1), jax.devices()[:1])
-    stage = config.stages[0]
+    plan = Plan.of(config)
+    segment, knobs = plan.segments[0], plan.knobs(0)
     with jax.set_mesh(mesh):
-        optimizer = make_optimizer(config.optimizer, lm.logical_axes(config.model))
-        steps = placement.TrainSteps(config, optimizer, mesh)
-        state = jax.jit(lambda: step.init_state(config, optimizer), out_shardings=steps.shardings)()
-        base = stage.rope_base_global or config.model.attention.rope_base_global
-        batch = jax.device_put(_batch(config), sharding.batch_sharding(mesh))
-        train_step = steps.get(stage.accumulate, base).lower(state, batch).compile()
+        program = placement.TrainProgram(config, mesh)
+        batch = placement.abstract_batch(segment, mesh)
+        lowered = program.step.lower(program.abstract_state, batch, knobs, segment.accumulate)
+        train_step = lowered.compile()
+        state = program.init()
+        batch = placement.put_batch(_batch(segment, config.model.vocab_size), mesh)
 
     def call() -> Any:
         nonlocal state
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, batch, knobs)
         return metrics["loss"]
 
     return train_step, call
 
 
-def _batch(config: RunConfig) -> Batch:
+def _batch(segment: Segment, vocab_size: int) -> Batch:
     """Random tokens, one document a row."""
-    stage = config.stages[0]
-    shape = (stage.batch_size, stage.seq_len)
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
-    positions = np.broadcast_to(np.arange(stage.seq_len, dtype=np.int32), shape)
+    shape = (segment.batch_size, segment.seq_len)
+    tokens = np.random.default_rng(0).integers(0, vocab_size, shape, np.int32)
+    positions = np.broadcast_to(np.arange(segment.seq_len, dtype=np.int32), shape)
     ones = np.ones(shape, np.int32)
     targets = np.roll(tokens, -1, axis=1)
     positions = np.ascontiguousarray(positions)

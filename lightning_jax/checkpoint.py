@@ -1,8 +1,8 @@
 """Checkpoints of a run: named trees, the data iterator and the config, saved in the background.
 
-A checkpoint is the folder `<workdir>/checkpoints/<step>/` with one Orbax item a tree, so inference
-reads parameters and router alone. It gets its number only when everything in it is on disk. Orbax
-and Grain are imported by the first save or restore: starting a run does not wait for them.
+A checkpoint is the folder `<workdir>/checkpoints/<step>/` with one Orbax item per tree, so
+inference reads parameters and router alone. It gets its number only when all of it is on disk.
+Orbax and Grain are imported by the first save or restore: starting a run does not wait for them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from flax import traverse_util
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from lightning_jax import sharding
-from lightning_jax.config import RunConfig
+from lightning_jax.config import CheckpointMeta, RunConfig
 from lightning_jax.config.errors import UserError
-from lightning_jax.config.fields import build, require
+from lightning_jax.config.fields import require
 
 StrPath = str | os.PathLike[str]
 DATA_ITEM, META_ITEM = "data", "meta"
@@ -100,8 +100,8 @@ class Checkpointer:
         """Copies the state, then writes it in the background; a step already saved stays as it is.
 
         `items` are, by name, pytrees of arrays and Python numbers, which the caller may donate or
-        overwrite afterwards. The position of the Grain iterator (or None) is saved a file a
-        process. `meta` is what JSON can hold; `load_run` needs its `config` (`fields.to_dict`).
+        overwrite afterwards. The position of the Grain iterator (or None) is saved in one
+        file per process. `meta` is what JSON can hold: a `CheckpointMeta` for `load_run` to read.
         """
         reserved = {DATA_ITEM, META_ITEM} & set(items)
         if reserved:
@@ -197,13 +197,15 @@ class Checkpointer:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """What inference needs of a run; `meta` as it was saved."""
+    """What inference needs of a run."""
 
-    config: RunConfig
+    meta: CheckpointMeta
     params: Any
     router: Any
-    step: int
-    meta: dict[str, Any]
+
+    @property
+    def config(self) -> RunConfig:
+        return self.meta.config
 
 
 def load_run(
@@ -212,7 +214,6 @@ def load_run(
     """Reads config, parameters and router of a run, also while it is still training.
 
     Args:
-      workdir: folder of the run.
       step: which checkpoint; None is the newest.
       mesh: where to put parameters, stored as in training; None is the first device.
       weights: "params", "ema" (their moving average), or "auto": "ema" where it was saved.
@@ -222,15 +223,8 @@ def load_run(
     require(weights in ("auto", "params", "ema"), "weights", weights, "auto, params or ema")
     from lightning_jax import model
 
-    directory = checkpoints_dir(workdir)
-    step = _find(directory, step)
-    folder = directory / str(step)
-    with _read_errors(directory, step):
-        _verify(folder, {META_ITEM})
-        meta = _orbax().JsonCheckpointHandler().restore(folder / META_ITEM)
-        if "config" not in meta:
-            raise UserError(f"it lacks config in {META_ITEM}")
-    config = build(RunConfig, meta["config"])
+    meta = read_meta(workdir, step)
+    directory, config = checkpoints_dir(workdir), meta.config
     params = model.abstract_params(config.model)
     router = jax.eval_shape(lambda: model.init_router(config.model))
     if mesh is None:
@@ -239,14 +233,24 @@ def load_run(
     else:
         whole = sharding.replicated(mesh)
         split = sharding.tree_shardings(model.logical_axes(config.model), mesh)
-    average = weights == "ema" or (weights == "auto" and (folder / "ema").is_dir())
-    name = "ema" if average else "params"
+    averaged = (directory / str(meta.step) / "ema").is_dir()
+    name = "ema" if weights == "ema" or (weights == "auto" and averaged) else "params"
     abstract = {
         name: jax.tree.map(_placed, params, split),
         "router": jax.tree.map(lambda leaf: _placed(leaf, whole), router),
     }
-    items = _read(directory, step, abstract)
-    return LoadedRun(config, items[name], items["router"], step, meta)
+    items = _read(directory, meta.step, abstract)
+    return LoadedRun(meta, items[name], items["router"])
+
+
+def read_meta(workdir: StrPath, step: int | None = None) -> CheckpointMeta:
+    """Returns what a checkpoint (None: the newest) says of itself. Raises as `load_run` does."""
+    directory = checkpoints_dir(workdir)
+    step = _find(directory, step)
+    folder = directory / str(step)
+    with _read_errors(directory, step):
+        _verify(folder, {META_ITEM})
+        return CheckpointMeta.parse(_orbax().JsonCheckpointHandler().restore(folder / META_ITEM))
 
 
 def checkpoints_dir(workdir: StrPath) -> Path:
@@ -257,9 +261,7 @@ def checkpoints_dir(workdir: StrPath) -> Path:
 
 def all_steps(directory: Path) -> list[int]:
     """Returns the steps of the complete checkpoints in `directory`, ascending."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
 
 
 def _placed(leaf: Any, where: Sharding) -> jax.ShapeDtypeStruct:
@@ -288,9 +290,8 @@ def _read(
 
         args[DATA_ITEM] = grain.checkpoint.CheckpointRestore(data_iterator)
     with _read_errors(directory, step):
-        for name, tree in trees.items():
-            if tree:
-                _check(folder / name, _leaves(tree))
+        for name in [name for name, tree in trees.items() if tree]:
+            _check(folder / name, _leaves(trees[name]))
         _verify(folder, args)
         with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as reader:
             restored = reader.restore(folder, args=ocp.args.Composite(**args))

@@ -25,6 +25,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
+from lightning_jax import sharding  # noqa: E402
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Programs that run in processes of their own (the examples, the kill and resume test) are compiled
 # as users have them.
@@ -43,6 +45,15 @@ def compile_afresh():
     yield
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Runs take one device: eight emulated ones would only make them slower."""
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(
+        sharding, "make_mesh", lambda config, devices=None: make_mesh(config, jax.devices()[:1])
+    )
 
 
 def pytest_sessionstart():

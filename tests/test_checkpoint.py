@@ -21,8 +21,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lightning_jax import checkpoint, sharding
-from lightning_jax.checkpoint import Checkpointer, load_run, write_json
-from lightning_jax.config import MeshConfig
+from lightning_jax.checkpoint import Checkpointer, load_run, read_meta, write_json
+from lightning_jax.config import CheckpointMeta, MeshConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import to_dict
 
@@ -415,12 +415,13 @@ def run(tmp_path_factory):
     )
     ema = jax.tree.map(lambda a: jnp.asarray(np.asarray(a) + 1), params)
     router = model.init_router(settings.model)
-    meta = {"config": to_dict(settings), "tokens": 99}
+    position = dict(tokens=99, stage="stable", seq_len=32, rope_base_global=1e4)
+    metas = [to_dict(CheckpointMeta(config=settings, step=step, **position)) for step in (1, 2)]
     with Checkpointer(workdir, keep=2) as checkpointer:
         optimizer = {"mu": params}
         items = {"params": params, "router": router, "optimizer": optimizer}
-        checkpointer.save(1, items, None, meta)
-        checkpointer.save(2, items | {"ema": ema}, None, meta)
+        checkpointer.save(1, items, None, metas[0])
+        checkpointer.save(2, items | {"ema": ema}, None, metas[1])
     return workdir, settings, params, ema, router
 
 
@@ -431,7 +432,9 @@ def run(tmp_path_factory):
 def test_load_run(run, step, weights, average):
     workdir, settings, params, ema, router = run
     loaded = load_run(workdir, step=step, weights=weights)
-    assert (loaded.config, loaded.step, loaded.meta["tokens"]) == (settings, step or 2, 99)
+    meta = loaded.meta
+    assert (loaded.config, meta.step, meta.tokens) == (settings, step or 2, 99)
+    assert read_meta(workdir, step) == meta
     assert [stage.name for stage in loaded.config.stages] == ["stable", "decay"]
     assert_bitwise(loaded.params, ema if average else params)
     assert_bitwise(loaded.router, router)
@@ -464,6 +467,6 @@ def test_load_run_refuses(run, tmp_path):
 def test_load_run_leaves_a_save_in_progress_alone(run):
     unfinished = checkpoint.checkpoints_dir(run[0]) / "3.orbax-checkpoint-tmp"
     unfinished.mkdir()
-    assert load_run(run[0]).step == 2
+    assert load_run(run[0]).meta.step == 2
     assert unfinished.is_dir()
     unfinished.rmdir()

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.config import MeshConfig, RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build
 from lightning_jax.sharding import Rules
 from lightning_jax.train import placement, step
-from lightning_jax.train.evaluation import put_batch
-from lightning_jax.train.optimizer import make_optimizer
+from lightning_jax.train.placement import put_batch
+from lightning_jax.train.plan import Plan
 from tests.tiny import random_batch, tiny_config
 
 ONE = dict(data=1, fsdp=1, expert=1, tensor=1, sequence=1)
@@ -77,25 +76,18 @@ def train(data, fsdp, accumulate):
     mesh = sharding.make_mesh(
         MeshConfig(**{**ONE, "data": data, "fsdp": fsdp}), jax.devices()[: data * fsdp]
     )
-    how = dict(accumulate=accumulate, rope_base_global=1e4)
-    optimizer = make_optimizer(config.optimizer, lm.logical_axes(config.model))
-    _, shardings = placement.state_shardings(config, optimizer, mesh)
+    knobs = Plan.of(config).knobs(0)
     with jax.set_mesh(mesh):
-        init = jax.jit(lambda: step.init_state(config, optimizer), out_shardings=shardings)
+        program = placement.TrainProgram(config, mesh)
         batches = [put_batch(random_batch(16, 24, 64, seed), mesh) for seed in range(3)]
-        state = init()
-        value, _, grads = jax.jit(functools.partial(step.loss_and_grad, config, **how))(
-            state.params, state.router, batches[0]
-        )
-        advance = jax.jit(
-            functools.partial(step.train_step, config, optimizer, **how),
-            out_shardings=(shardings, sharding.replicated(mesh)),
-        )
+        state = program.init()
+        compute = functools.partial(step.loss_and_grad, config, accumulate=accumulate)
+        value, _, grads = jax.jit(compute)(state.params, state.router, batches[0], knobs)
         runs = []
         for _ in range(2):
-            state, losses = init(), []
+            state, losses = program.init(), []
             for batch in batches:
-                state, metrics = advance(state, batch)
+                state, metrics = program.step(state, batch, knobs, accumulate)
                 losses.append(float(metrics["loss"]))
             runs.append((losses, state))
     return jax.device_get((value, grads)), runs

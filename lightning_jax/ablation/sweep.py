@@ -234,7 +234,7 @@ def run_sweep(
 
     Raises:
       UserError: the folder holds runs of another sweep; names the field.
-      loop.Stopped: SIGTERM or SIGINT; the state has been saved.
+      session.Stopped: SIGTERM or SIGINT; the state has been saved.
     """
     root = Path(workdir).absolute()
     runs = sweep.runs(only, seeds)

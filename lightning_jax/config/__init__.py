@@ -2,6 +2,7 @@
 
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build
+from lightning_jax.config.meta import CheckpointMeta
 from lightning_jax.config.model import AttentionConfig, ModelConfig, MoeConfig, RopeScalingConfig
 from lightning_jax.config.run import (
     DataConfig,
@@ -14,6 +15,7 @@ from lightning_jax.config.run import (
 
 __all__ = [
     "AttentionConfig",
+    "CheckpointMeta",
     "DataConfig",
     "MeshConfig",
     "ModelConfig",

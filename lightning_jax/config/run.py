@@ -105,16 +105,6 @@ class StageConfig:
             "0 (the model's) or above 1",
         )
 
-    @property
-    def step_tokens(self) -> int:
-        """Positions consumed by one optimizer step, padding included."""
-        return self.batch_size * self.seq_len
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps: the fewest that consume at least `tokens`."""
-        return -(-self.tokens // self.step_tokens)
-
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
@@ -203,11 +193,3 @@ class RunConfig:
                     source,
                     suggest(source, self.data.source_names),
                 )
-
-    @property
-    def total_tokens(self) -> int:
-        return sum(stage.steps * stage.step_tokens for stage in self.stages)
-
-    @property
-    def total_steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)

@@ -129,7 +129,7 @@ def generate_run(
         run.params,
         with_top_p(run.config.model, run.router, options.routing_top_p),
         max_length=len(prompt) + options.max_new_tokens,
-        rope_base_global=run.meta["rope_base_global"],
+        rope_base_global=run.meta.rope_base_global,
         valid_vocab=tokenizer.vocab_size,
     )
     for index in range(options.num_samples):

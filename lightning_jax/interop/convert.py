@@ -106,7 +106,7 @@ def to_hugging_face(
         raise UserError(f"workdir = {str(workdir)!r}: not the folder of a run")
     run = load_run(workdir, step=step, weights=weights)
     # The stage's RoPE base is the one that the weights were trained with.
-    base = run.meta["rope_base_global"]
+    base = run.meta.rope_base_global
     attention = dataclasses.replace(run.config.model.attention, rope_base_global=base)
     model = dataclasses.replace(run.config.model, attention=attention, compute_dtype=dtype)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), run.params)
@@ -117,7 +117,7 @@ def to_hugging_face(
     kept = Path(workdir) / "tokenizer"
     if kept.is_dir():
         shutil.copytree(kept, path, dirs_exist_ok=True)
-    return {"path": str(path), **_summary(model, model_type), "step": run.step}
+    return {"path": str(path), **_summary(model, model_type), "step": run.meta.step}
 
 
 def _summary(model: ModelConfig, model_type: str) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import jax
 from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.config import ModelConfig, RunConfig
-from lightning_jax.data.tokenizer import resolve_tokenizer
 from lightning_jax.interop.convert import describe, load_any
 from lightning_jax.interop.upcycle import is_exact, upcycle
 from lightning_jax.train.evaluation import ONE_DEVICE, Evaluator
+from lightning_jax.train.plan import Plan
+from lightning_jax.train.resolve import resolve
 from lightning_jax.train.start import write_start
 from lightning_jax.train.workdir import prepare
 
@@ -53,19 +54,19 @@ def upcycle_run(
         config.model, vocab_size=config.model.vocab_size or dense.vocab_size
     )
     data = dataclasses.replace(config.data, tokenizer=tokenizer or config.data.tokenizer)
-    config = dataclasses.replace(config, model=model, data=data)
+    config, tokenizer = resolve(dataclasses.replace(config, model=model, data=data), path)
     made, made_router = upcycle(dense, params, model, jax.random.key(config.seed), pool=pool)
     write_start(path, config, made, made_router, origin={"path": str(source), "pool": pool})
-    tokenizer = resolve_tokenizer(data, path)
+    segment = Plan.of(config).segments[0]
 
     def losses(model: ModelConfig, params: Any, router: lm.Router) -> dict[str, float]:
-        run, stage = dataclasses.replace(config, model=model), config.stages[0]
+        run = dataclasses.replace(config, model=model)
         mesh = sharding.make_mesh(ONE_DEVICE, jax.devices()[:1])
         results = Evaluator(run, data, tokenizer, mesh)(
             params,
             router,
-            seq_len=stage.seq_len,
-            batch_size=stage.batch_size // stage.accumulate,
+            seq_len=segment.seq_len,
+            batch_size=segment.micro_batch,
             rope_base_global=model.attention.rope_base_global,
             max_tokens=eval_tokens,
         )

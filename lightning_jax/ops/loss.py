@@ -59,7 +59,7 @@ def cross_entropy(
     targets_M: jax.Array,
     weights_M: jax.Array,
     *,
-    z_weight: float,
+    z_weight: float | jax.Array,
     chunk: int,
     valid_vocab: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -73,7 +73,7 @@ def cross_entropy(
 
     Args:
       weights_M: weight of each token, 0 for padding.
-      z_weight: factor of the z-loss.
+      z_weight: factor of the z-loss; may be traced.
 
     See `token_losses` for the other arguments and the dtypes.
 
@@ -107,7 +107,7 @@ def _losses(logits_MV: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.
     return logsumexp_M - target_M, logsumexp_M
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _sums(hidden_MD, head_DV, targets_M, weights_M, z_weight, chunk, valid_vocab):
     losses = token_losses(hidden_MD, head_DV, targets_M, chunk=chunk, valid_vocab=valid_vocab)
     return _weigh(*losses, weights_M, z_weight)
@@ -145,12 +145,12 @@ def _sums_and_gradients(hidden_MD, head_DV, targets_M, weights_M, z_weight, chun
     return _weigh(*losses, weights_M, z_weight), (dhidden, dhead.astype(head_DV.dtype))
 
 
-def _scale_gradients(z_weight, chunk, valid_vocab, gradients, cotangents):
+def _scale_gradients(chunk, valid_vocab, gradients, cotangents):
     dhidden, dhead = (
         (gradient.astype(jnp.float32) * cotangents[0]).astype(gradient.dtype)
         for gradient in gradients
     )
-    return dhidden, dhead, None, None
+    return dhidden, dhead, None, None, None
 
 
 _sums.defvjp(_sums_and_gradients, _scale_gradients)

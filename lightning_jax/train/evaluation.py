@@ -23,35 +23,24 @@ from lightning_jax.data.mixture import EvalBatches, eval_batches, open_eval_sour
 from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
 from lightning_jax.runtime import compiler
 from lightning_jax.train import step as steps
+from lightning_jax.train.placement import put_whole
+from lightning_jax.train.plan import Plan
 
 ONE_DEVICE = MeshConfig(data=1, fsdp=1, expert=1, tensor=1, sequence=1)
 POSITION_BUCKETS = (16, 64, 256, 1024, 4096, 16384)
 
 
-def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Places this process's rows of a global batch onto the mesh."""
-    placement = sharding.batch_sharding(mesh)
-    return jax.tree.map(
-        lambda array: jax.make_array_from_process_local_data(placement, array), batch
-    )
+def make_eval_step(config: RunConfig, mesh: Mesh) -> Callable[..., Any]:
+    """Returns the jitted `(params, router, batch, rope_base_global) -> {"nll_BT", "stats"}`.
 
+    The outputs are whole on every device. It compiles once for each shape of batch.
+    """
 
-def put_whole(batch: Batch, mesh: Mesh) -> Batch:
-    """Places a global batch that every process has whole onto the mesh."""
-    placement = sharding.batch_sharding(mesh)
-    return jax.tree.map(
-        lambda array: jax.make_array_from_callback(array.shape, placement, array.__getitem__), batch
-    )
-
-
-def make_eval_step(config: RunConfig, mesh: Mesh, rope_base_global: float) -> Callable[..., Any]:
-    """Returns the jitted `(params, router, batch) -> {"nll_BT", "stats"}`, outputs replicated."""
-
-    def run(params: Any, router: lm.Router, batch: Batch) -> Any:
+    def eval_step(params: Any, router: lm.Router, batch: Batch, rope_base_global: Any) -> Any:
         return steps.eval_step(config, params, router, batch, rope_base_global)
 
     return jax.jit(
-        run, out_shardings=sharding.replicated(mesh), compiler_options=compiler.options()
+        eval_step, out_shardings=sharding.replicated(mesh), compiler_options=compiler.options()
     )
 
 
@@ -62,11 +51,11 @@ def position_buckets(seq_len: int) -> list[tuple[int, int]]:
 
 
 def evaluate_batches(
-    eval_step: Callable[..., Any], params: Any, router: lm.Router, batches: EvalBatches, mesh: Mesh
+    eval_step: Callable[[Batch], Any], batches: EvalBatches, mesh: Mesh
 ) -> dict[str, Any]:
-    """Evaluates one domain.
+    """Evaluates one domain; `eval_step` maps a batch on the mesh to what `step.eval_step` returns.
 
-    Returns `loss` (nats a token), `perplexity`, `bits_per_byte` (of the text's UTF-8 bytes; the
+    Returns `loss` (nats per token), `perplexity`, `bits_per_byte` (of the text's UTF-8 bytes; the
     end-of-document tokens' cost is included), `tokens`, `bytes`, `loss_by_position` and, with
     routed experts, `experts_per_token` (mean over layers) and `experts_by_layer`.
     """
@@ -75,7 +64,7 @@ def evaluate_batches(
     used: list[np.ndarray] = []
     seen: list[np.ndarray] = []
     for batch in batches:
-        result = eval_step(params, router, put_whole(batch, mesh))
+        result = eval_step(put_whole(batch, mesh))
         nll_BT, mask_BT = np.asarray(result["nll_BT"], np.float64), batch.loss_mask > 0
         for index, (low, high) in enumerate(buckets):
             inside = mask_BT & (batch.positions >= low) & (batch.positions < high)
@@ -105,12 +94,15 @@ def evaluate_batches(
 
 
 class Evaluator:
-    """Evaluates the held-out part of every source; compiled code and tokens are kept."""
+    """Evaluates the held-out part of every source; compiled code and tokens are kept.
+
+    Make it under `jax.set_mesh(mesh)`, or without a mesh for one device.
+    """
 
     def __init__(self, config: RunConfig, data: DataConfig, tokenizer: Tokenizer, mesh: Mesh):
         self._config, self._data, self._tokenizer, self._mesh = config, data, tokenizer, mesh
         self._batches: dict[tuple[int, int, int], dict[str, EvalBatches]] = {}
-        self._steps: dict[float, Callable[..., Any]] = {}
+        self._step = make_eval_step(config, mesh)
 
     def __call__(
         self,
@@ -135,13 +127,10 @@ class Evaluator:
                 )
                 for name, source in open_eval_sources(self._data).items()
             }
-        if rope_base_global not in self._steps:
-            self._steps[rope_base_global] = make_eval_step(
-                self._config, self._mesh, rope_base_global
-            )
-        eval_step = self._steps[rope_base_global]
+        base = np.float32(rope_base_global)
+        eval_step = lambda batch: self._step(params, router, batch, base)  # noqa: E731
         return {
-            name: evaluate_batches(eval_step, params, router, batches, self._mesh)
+            name: evaluate_batches(eval_step, batches, self._mesh)
             for name, batches in self._batches[shape].items()
         }
 
@@ -177,20 +166,20 @@ def evaluate_run(workdir: str, options: EvalOptions) -> dict[str, Any]:
         data = dataclasses.replace(data, sources=(source,))
     tokenizer = resolve_tokenizer(config.data, workdir)
     mesh = sharding.make_mesh(ONE_DEVICE, jax.devices()[:1])
-    stage = next(s for s in config.stages if s.name == loaded.meta["stage"])
+    segment = Plan.of(config).last_trained(loaded.meta.step)
     domains = Evaluator(config, data, tokenizer, mesh)(
         loaded.params,
         router,
-        seq_len=options.seq_len or stage.seq_len,
-        batch_size=options.batch_size or stage.batch_size // stage.accumulate,
-        rope_base_global=loaded.meta["rope_base_global"],
+        seq_len=options.seq_len or segment.seq_len,
+        batch_size=options.batch_size or segment.micro_batch,
+        rope_base_global=segment.rope_base_global,
         max_tokens=options.max_tokens,
     )
     moe = config.model.moe
     routing: dict[str, Any] = {"kind": moe.eval_routing if moe.num_experts else "dense MLP"}
     if moe.num_experts:
         routing |= {"top_k": moe.top_k, "top_p": float(router.top_p)}
-    return {"step": loaded.step, "routing": routing, "domains": domains}
+    return {"step": loaded.meta.step, "routing": routing, "domains": domains}
 
 
 def with_eval_routing(

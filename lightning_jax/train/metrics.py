@@ -67,7 +67,10 @@ class MetricsWriter:
         """Writes a TensorBoard text, shown as a code block."""
         self._events.text(name, f"```\n{text}\n```", step)
 
-    def close(self) -> None:
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Flushes and closes both files."""
         self._file.close()
         if "_events" in vars(self):

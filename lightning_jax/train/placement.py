@@ -1,9 +1,11 @@
-"""The train step on a mesh: where the state lies, how it is saved, and the compiled steps."""
+"""Training on a mesh: where state and batches lie, how a state is saved, the compiled step.
+
+Nothing here computes until `TrainProgram.init` or `.step` is called, so all of it also works under
+a mesh of devices that are not here.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,17 +15,58 @@ from jax.sharding import Mesh
 from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.config import RunConfig
+from lightning_jax.data.batch import Batch
 from lightning_jax.runtime import compiler
 from lightning_jax.train import step
+from lightning_jax.train.optimizer import make_optimizer
+from lightning_jax.train.plan import Knobs, Plan, Segment
 
 
-def state_shardings(config: RunConfig, optimizer: Any, mesh: Mesh) -> tuple[Any, Any]:
-    """Returns (abstract TrainState with shardings, the shardings).
+def make_mesh(plan: Plan) -> Mesh:
+    """Builds the mesh of a run.
+
+    Raises:
+      UserError: as `sharding.make_mesh`, or the model or a micro-batch does not divide over it.
+    """
+    mesh = sharding.make_mesh(plan.config.mesh)
+    for segment in plan.segments:
+        field = f"stages.{segment.stage.name}.batch_size / accumulate"
+        sharding.check_divisible(plan.config.model, segment.micro_batch, field, mesh)
+    return mesh
+
+
+def put_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """Places this process's rows of a global batch onto the mesh."""
+    placement = sharding.batch_sharding(mesh)
+    return jax.tree.map(
+        lambda array: jax.make_array_from_process_local_data(placement, array), batch
+    )
+
+
+def put_whole(batch: Batch, mesh: Mesh) -> Batch:
+    """Places a global batch that every process has whole onto the mesh."""
+    placement = sharding.batch_sharding(mesh)
+    return jax.tree.map(
+        lambda array: jax.make_array_from_callback(array.shape, placement, array.__getitem__), batch
+    )
+
+
+def abstract_batch(segment: Segment, mesh: Mesh) -> Batch:
+    """Returns shapes, dtypes and shardings of the batches of a segment: for compiling ahead."""
+    shape, placement = (segment.batch_size, segment.seq_len), sharding.batch_sharding(mesh)
+    return jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(shape, array.dtype, sharding=placement), Batch.empty(0)
+    )
+
+
+def abstract_state(
+    config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> step.TrainState:
+    """Returns shapes, dtypes and shardings of the state.
 
     Whatever mirrors a parameter (moments, averages) is split as the parameter is; the rest is whole
     on every device.
     """
-    abstract = jax.eval_shape(lambda: step.init_state(config, optimizer))
     of_params = sharding.tree_shardings(lm.logical_axes(config.model), mesh)
     whole = sharding.replicated(mesh)
     by_path = {
@@ -31,19 +74,18 @@ def state_shardings(config: RunConfig, optimizer: Any, mesh: Mesh) -> tuple[Any,
         for path, placement in jax.tree_util.tree_leaves_with_path(of_params)
     }
 
-    def place(path: Any, leaf: jax.ShapeDtypeStruct) -> Any:
+    def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = [jax.tree_util.keystr(path[i:]) for i in range(len(path))]
         found = next((by_path[name] for name in names if name in by_path), whole)
-        return found if len(found.spec) == leaf.ndim else whole
+        placement = found if len(found.spec) == leaf.ndim else whole
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement)
 
-    shardings = jax.tree_util.tree_map_with_path(place, abstract)
-    abstract = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+    return jax.tree_util.tree_map_with_path(
+        place, jax.eval_shape(lambda: step.init_state(config, optimizer))
     )
-    return abstract, shardings
 
 
-def state_items(state: step.TrainState) -> dict[str, Any]:
+def items_from_state(state: step.TrainState) -> dict[str, Any]:
     """The state by checkpoint item: what inference needs is apart from what training needs."""
     items = {
         "params": state.params,
@@ -59,7 +101,7 @@ def state_items(state: step.TrainState) -> dict[str, Any]:
 
 
 def state_from_items(items: dict[str, Any]) -> step.TrainState:
-    """The inverse of `state_items`."""
+    """The inverse of `items_from_state`."""
     return step.TrainState(
         params=items["params"],
         router=items["router"],
@@ -69,26 +111,36 @@ def state_from_items(items: dict[str, Any]) -> step.TrainState:
     )
 
 
-class TrainSteps:
-    """Jitted train steps by what they were compiled for: stages that agree in it share one."""
+class TrainProgram:
+    """The jitted functions of a training; make and call it under `jax.set_mesh(mesh)`.
 
-    def __init__(self, config: RunConfig, optimizer: optax.GradientTransformation, mesh: Mesh):
-        self.abstract_state, self.shardings = state_shardings(config, optimizer, mesh)
-        self._partial = functools.partial(step.train_step, config, optimizer)
-        self._mesh = mesh
-        self._jitted: dict[tuple[int, float], Callable[..., Any]] = {}
+    Attributes:
+      abstract_state: see the function of this name.
+      init: `() -> state` before the first step.
+      step: `(state, batch, knobs, accumulate) -> (state, metrics)`, see `step.train_step`. It
+        reuses the state's buffers, and compiles once for each shape of batch and `accumulate`.
+    """
 
-    def get(self, accumulate: int, rope_base_global: float) -> Callable[..., Any]:
-        """Returns `(state, batch) -> (state, metrics)`; the state's buffers are reused."""
-        key = (accumulate, rope_base_global)
-        if key not in self._jitted:
-            self._jitted[key] = jax.jit(
-                functools.partial(
-                    self._partial, accumulate=accumulate, rope_base_global=rope_base_global
-                ),
-                in_shardings=(self.shardings, sharding.batch_sharding(self._mesh)),
-                out_shardings=(self.shardings, sharding.replicated(self._mesh)),
-                donate_argnums=(0,),
-                compiler_options=compiler.options(),
-            )
-        return self._jitted[key]
+    def __init__(self, config: RunConfig, mesh: Mesh):
+        optimizer = make_optimizer(config.optimizer, lm.logical_axes(config.model))
+        self.abstract_state = abstract_state(config, optimizer, mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        whole = sharding.replicated(mesh)
+
+        def init_state() -> step.TrainState:
+            return step.init_state(config, optimizer)
+
+        def train_step(state: step.TrainState, batch: Batch, knobs: Knobs, accumulate: int) -> Any:
+            return step.train_step(config, optimizer, state, batch, knobs, accumulate=accumulate)
+
+        self.init = jax.jit(
+            init_state, out_shardings=shardings, compiler_options=compiler.options()
+        )
+        self.step = jax.jit(
+            train_step,
+            static_argnums=3,
+            in_shardings=(shardings, sharding.batch_sharding(mesh), whole),
+            out_shardings=(shardings, whole),
+            donate_argnums=0,
+            compiler_options=compiler.options(),
+        )

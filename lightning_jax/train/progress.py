@@ -1,4 +1,4 @@
-"""The progress bar: stage, step, loss, tokens a second, time left."""
+"""How fast a run goes, and its progress bar: stage, step, loss, tokens per second, time left."""
 
 from __future__ import annotations
 
@@ -8,16 +8,39 @@ from types import TracebackType
 from rich import progress as bars
 from rich.console import Console
 
-from lightning_jax.config import RunConfig
-
 _SMOOTHING = 0.95
+# Without a terminal there is no bar to redraw: a line is printed this often.
+_LINE_SECONDS = 15
+
+
+class Throughput:
+    """Counts tokens against the wall clock, in laps."""
+
+    def __init__(self) -> None:
+        self._begun = self._lap_begun = time.perf_counter()
+        self._tokens = 0
+
+    def count(self, tokens: int) -> None:
+        """Adds tokens to the present lap."""
+        self._tokens += tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the present lap."""
+        return self._tokens / max(time.perf_counter() - self._lap_begun, 1e-9)
+
+    def end_lap(self) -> dict[str, float]:
+        """Returns the speed of the lap and the seconds since the start; begins another lap."""
+        speed, now = self.tokens_per_second, time.perf_counter()
+        self._lap_begun, self._tokens = now, 0
+        return {"tokens_per_second": speed, "seconds": now - self._begun}
 
 
 class Progress:
     """A bar over the steps of all stages, on stderr; without a terminal a line now and then."""
 
-    def __init__(self, config: RunConfig, start: int):
-        self._config = config
+    def __init__(self, total_steps: int, start: int):
+        self._total_steps = total_steps
         self._console = Console(stderr=True)
         self._bar = bars.Progress(
             bars.TextColumn("{task.fields[stage]}"),
@@ -30,13 +53,10 @@ class Progress:
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task(
-            "", total=config.total_steps, completed=start, stage="", loss=float("nan"), speed=0.0
+            "", total=total_steps, completed=start, stage="", loss=float("nan"), speed=0.0
         )
         self._loss: float | None = None
-        self._tokens = 0
-        self._since = time.perf_counter()
         self._line_due = 0.0
-        self._begun = self._since
 
     def __enter__(self) -> Progress:
         self._bar.__enter__()
@@ -45,31 +65,19 @@ class Progress:
     def begin_stage(self, name: str) -> None:
         """Shows the stage that the next steps belong to."""
         self._bar.update(self._task, stage=name)
-        self._since, self._tokens = time.perf_counter(), 0
 
-    def advance(self, number: int, loss: float, tokens: int) -> None:
-        """Counts a step."""
-        self._loss = (
-            loss if self._loss is None else _SMOOTHING * self._loss + (1 - _SMOOTHING) * loss
-        )
-        self._tokens += tokens
-        speed = self._tokens / max(time.perf_counter() - self._since, 1e-9)
-        self._bar.update(self._task, completed=number, loss=self._loss, speed=speed)
+    def advance(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Shows that `step` steps are done; the loss is smoothed over steps."""
+        before = loss if self._loss is None else self._loss
+        self._loss = _SMOOTHING * before + (1 - _SMOOTHING) * loss
+        self._bar.update(self._task, completed=step, loss=self._loss, speed=tokens_per_second)
         if not self._console.is_terminal and time.perf_counter() > self._line_due:
-            self._line_due = time.perf_counter() + 15
-            total = self._config.total_steps
+            self._line_due = time.perf_counter() + _LINE_SECONDS
             left = self._bar.tasks[0].time_remaining
             self.note(
-                f"step {number}/{total}  loss {self._loss:.3f}  {speed:,.0f} tok/s"
-                + (f"  {left:,.0f} s left" if left else "")
+                f"step {step}/{self._total_steps}  loss {self._loss:.3f}  "
+                f"{tokens_per_second:,.0f} tok/s" + (f"  {left:,.0f} s left" if left else "")
             )
-
-    def rate(self) -> dict[str, float]:
-        """Returns tokens a second since the last call, and seconds since the start."""
-        now = time.perf_counter()
-        speed = self._tokens / max(now - self._since, 1e-9)
-        self._since, self._tokens = now, 0
-        return {"tokens_per_second": speed, "seconds": now - self._begun}
 
     def note(self, text: str) -> None:
         """Prints a line above the bar."""

@@ -10,8 +10,9 @@ from lightning_jax.checkpoint import Checkpointer
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import to_dict
-from lightning_jax.data.tokenizer import resolve_tokenizer
 from lightning_jax.train import workdir as folder
+from lightning_jax.train.plan import Plan
+from lightning_jax.train.resolve import resolve
 
 
 def write_start(
@@ -35,26 +36,12 @@ def write_start(
         than the model.
     """
     path = folder.prepare(workdir)
-    tokenizer = resolve_tokenizer(config.data, path)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"data.tokenizer = {config.data.tokenizer!r}: has {tokenizer.vocab_size} ids, the "
-            f"model {config.model.vocab_size}"
-        )
-    stage = config.stages[0]
-    meta = {
-        "step": 0,
-        "stage": stage.name,
-        "tokens": 0,
-        "rope_base_global": stage.rope_base_global or config.model.attention.rope_base_global,
-        "seq_len": stage.seq_len,
-        "config": to_dict(config),
-    }
+    config, _ = resolve(config, path)
     with Checkpointer(path, keep=config.keep_checkpoints) as checkpointer:
         if checkpointer.latest_step() is not None:
             raise UserError(
                 f"workdir = {str(path)!r}: has checkpoints already; give the weights another one"
             )
         items = dict(zip(folder.START_ITEMS, (params, router), strict=True))
-        checkpointer.save(0, items, None, meta)
+        checkpointer.save(0, items, None, to_dict(Plan.of(config).meta(0)))
     folder.record(path, config, {"origin": origin})

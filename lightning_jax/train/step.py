@@ -1,4 +1,4 @@
-"""The train step: loss, gradient, update, as pure functions of a state and a batch.
+"""The train step: loss, gradient, update, as pure functions of a state, a batch and knobs.
 
 Everything here is a function of the *global* batch: the loss divides by the global number of target
 tokens and balance statistics are sums over all tokens, so neither the mesh nor the number of
@@ -20,8 +20,8 @@ from lightning_jax import sharding
 from lightning_jax.config import MoeConfig, RunConfig
 from lightning_jax.data.batch import Batch
 from lightning_jax.ops import balance, loss
-from lightning_jax.train import schedule
 from lightning_jax.train.optimizer import update_ema
+from lightning_jax.train.plan import Knobs
 
 
 @jax.tree_util.register_dataclass
@@ -56,18 +56,17 @@ def init_state(config: RunConfig, optimizer: optax.GradientTransformation) -> Tr
 
 
 def weighted_balance_loss(
-    moe: MoeConfig, stats: balance.RoutingStats, counts: balance.RoutingStats | None
+    weights: dict[str, Any], stats: balance.RoutingStats, counts: balance.RoutingStats | None
 ) -> jax.Array:
-    """Auxiliary losses weighted by the config, mean over routed layers.
+    """Weighted sum of the balance losses named in `weights`, mean over routed layers.
 
     `stats` and `counts` lead with [U, R] axes; with `counts` of the whole batch, the values of its
     micro-batches add up to that of the batch.
     """
     flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (stats, counts))
     losses = jax.vmap(balance.balance_losses)(*flat)
-    return sum(
-        weight * losses[name].mean() for name, weight in moe.balance_weights.items() if weight
-    )
+    weighted = (weight * losses[name].mean() for name, weight in weights.items())
+    return sum(weighted, start=jnp.float32(0))
 
 
 def forward_loss(
@@ -75,10 +74,10 @@ def forward_loss(
     params: Any,
     router: lm.Router,
     batch: Batch,
+    knobs: Knobs,
     *,
     total_weight: jax.Array,
     counts: balance.RoutingStats | None,
-    rope_base_global: float,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Returns this (micro-)batch's part of the loss, and sums for the metrics.
 
@@ -93,7 +92,7 @@ def forward_loss(
         batch.positions,
         batch.segment_ids,
         router=router,
-        rope_base_global=rope_base_global,
+        rope_base_global=knobs.rope_base_global,
     )
     with jax.named_scope("head"):
         loss_sum, nll_sum, z_sum = loss.cross_entropy(
@@ -101,13 +100,13 @@ def forward_loss(
             output.head_DV,
             batch.targets.reshape(-1),
             batch.loss_mask.reshape(-1),
-            z_weight=config.optimizer.z_loss_weight,
+            z_weight=knobs.z_loss_weight,
             chunk=config.model.head_chunk,
         )
     divisor = jnp.maximum(total_weight, 1)
     objective = loss_sum / divisor
     if output.stats is not None:
-        objective += weighted_balance_loss(config.model.moe, output.stats, counts)
+        objective += weighted_balance_loss(knobs.balance_weights, output.stats, counts)
     return objective, {"nll": nll_sum / divisor, "z_loss": z_sum / divisor, "stats": output.stats}
 
 
@@ -123,9 +122,9 @@ def loss_and_grad(
     params: Any,
     router: lm.Router,
     batch: Batch,
+    knobs: Knobs,
     *,
     accumulate: int,
-    rope_base_global: float,
 ) -> tuple[jax.Array, dict[str, Any], Any]:
     """Returns (loss, sums for the metrics, gradient) of the batch in `accumulate` parts.
 
@@ -141,9 +140,9 @@ def loss_and_grad(
             params,
             router,
             micro,
+            knobs,
             total_weight=total_weight,
             counts=counts,
-            rope_base_global=rope_base_global,
         )
 
     differentiate = jax.value_and_grad(part, has_aux=True)
@@ -161,7 +160,7 @@ def loss_and_grad(
         return jax.lax.scan(body, zeros, micros)[0]
 
     counts = None
-    if config.model.moe.num_experts and any(config.model.moe.balance_weights.values()):
+    if knobs.balance_weights:
         counts = summed(lambda micro: part(params, micro, None)[1]["stats"])
     (value, sums), grads = summed(lambda micro: differentiate(params, micro, counts))
     return value, sums, grads
@@ -195,11 +194,14 @@ def train_step(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     batch: Batch,
+    knobs: Knobs,
     *,
     accumulate: int,
-    rope_base_global: float,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Returns the state after one optimizer step, and its metrics (arrays on the device).
+
+    To be compiled for each number of micro-batches `accumulate` and each shape of batch; `knobs`
+    are traced.
 
     A step whose loss or gradient is not finite changes nothing but the counters. With
     `optimizer.on_nan = "stop"` no later step changes anything either, so that the loop, which sees
@@ -210,14 +212,14 @@ def train_step(
         state.params,
         state.router,
         batch,
+        knobs,
         accumulate=accumulate,
-        rope_base_global=rope_base_global,
     )
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     good = finite & (state.bad_steps == 0) if config.optimizer.on_nan == "stop" else finite
 
-    rate, stats = schedule.learning_rate(config.stages, state.step), sums["stats"]
+    rate, stats = knobs.learning_rate, sums["stats"]
     # Not a choice element by element: XLA would copy the moments to have both to choose from.
     new = jax.lax.cond(
         good, lambda: _updated(config, optimizer, state, grads, rate, stats), lambda: state
@@ -256,7 +258,11 @@ def _updated(config, optimizer, state, grads, rate, stats) -> TrainState:
 
 
 def eval_step(
-    config: RunConfig, params: Any, router: lm.Router, batch: Batch, rope_base_global: float
+    config: RunConfig,
+    params: Any,
+    router: lm.Router,
+    batch: Batch,
+    rope_base_global: float | jax.Array,
 ) -> dict[str, jax.Array]:
     """Returns cross-entropy of each position in nats, and statistics under `eval_routing`."""
     output = lm.LightningLM(config.model).apply(

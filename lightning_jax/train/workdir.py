@@ -12,13 +12,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lightning_jax.checkpoint import write_json
-from lightning_jax.config import RunConfig
+from lightning_jax.checkpoint import all_steps, checkpoints_dir, read_meta, write_json
+from lightning_jax.config import CheckpointMeta, RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import first_change, to_dict
 
 # What a resumed run may change: how often it reports, where it runs. All else would make another
-# run of it; `stages` may change where they have not begun (see `_stage_change`).
+# run of it; `stages` may change where they have not begun (see `check_resumable`).
 _FREE = {
     "log_every",
     "histogram_every",
@@ -81,28 +81,31 @@ def _git_commit() -> str | None:
     return result.stdout.strip()
 
 
-def check_resumable(
-    workdir: Path, config: RunConfig, *, stage_index: int, only_weights: bool = False
-) -> None:
+def newest_checkpoint(workdir: Path) -> CheckpointMeta | None:
+    """Returns what the folder's newest checkpoint says of itself; None where there is none."""
+    return read_meta(workdir) if all_steps(checkpoints_dir(workdir)) else None
+
+
+def check_resumable(workdir: Path, config: RunConfig, saved: CheckpointMeta | None) -> None:
     """Raises UserError naming the first field in which `config` is another run than the folder's.
 
-    Stages after `stage_index` (the one that the run would resume in) may change freely; all but
-    model and tokenizer may where the folder has `only_weights` that no step has changed.
+    Args:
+      workdir: folder of the run; one without `config.json` takes any config.
+      config: what is to be run there.
+      saved: of the newest checkpoint; None where there is none. Stages after its last one have not
+        begun and may change freely. All but model and tokenizer may where no step was taken: the
+        checkpoint holds weights from elsewhere.
     """
     path = workdir / "config.json"
     if not path.exists():
         return
     before, now = json.loads(path.read_text(encoding="utf-8")), to_dict(config)
-    if only_weights:
-        stage_index = -1
-        before, now = (
-            {"model": run["model"], "data": {"tokenizer": run["data"]["tokenizer"]}, "stages": {}}
-            for run in (before, now)
-        )
-    changed = first_change(
-        {key: value for key, value in before.items() if key not in _FREE},
-        {key: value for key, value in now.items() if key not in _FREE},
-    ) or _stage_change(before["stages"], now["stages"], stage_index)
+    if saved and saved.step == 0:
+        changed = first_change(*(_read_by_weights(run) for run in (before, now)))
+    else:
+        last = saved.stage if saved else next(iter(before["stages"]))
+        changed = first_change(*(_fixed(run) for run in (before, now)))
+        changed = changed or _stage_change(before["stages"], now["stages"], last)
     if changed:
         field, old, new = changed
         raise UserError(
@@ -111,15 +114,20 @@ def check_resumable(
         )
 
 
+def _read_by_weights(run: dict[str, Any]) -> dict[str, Any]:
+    return {"model": run["model"], "data": {"tokenizer": run["data"]["tokenizer"]}}
+
+
+def _fixed(run: dict[str, Any]) -> dict[str, Any]:
+    return {field: value for field, value in run.items() if field not in _FREE}
+
+
 def _stage_change(
-    old: dict[str, Any], new: dict[str, Any], stage_index: int
+    old: dict[str, Any], new: dict[str, Any], last: str
 ) -> tuple[str, Any, Any] | None:
-    for (old_name, old_stage), (new_name, new_stage) in list(
-        zip(old.items(), new.items(), strict=False)
-    )[: stage_index + 1]:
-        if old_name != new_name:
-            return "stages", old_name, new_name
-        found = first_change(old_stage, new_stage, f"stages.{old_name}")
-        if found:
-            return found
-    return None
+    """The first difference among the stages up to `last`."""
+    begun = [*old][: [*old].index(last) + 1]
+    if [*new][: len(begun)] != begun:
+        return "stages", begun, [*new][: len(begun)]
+    changes = (first_change(old[name], new[name], f"stages.{name}") for name in begun)
+    return next((change for change in changes if change), None)

@@ -1,14 +1,11 @@
 """A sweep runs each arm with each seed once, whatever happens in between."""
 
-import functools
 import json
 import logging
 from pathlib import Path
 
-import jax
 import pytest
 
-from lightning_jax import sharding
 from lightning_jax.ablation import report
 from lightning_jax.ablation import sweep as sweeps
 from lightning_jax.ablation.results import Run
@@ -233,10 +230,8 @@ def test_a_missing_sweep_file_suggests_one():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
 def test_two_arms_train_and_are_reported(tmp_path, monkeypatch):
-    # Eight emulated devices would cost time and show nothing about sweeps.
-    one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", one)
     base = to_dict(tiny_run(write_corpus(tmp_path / "text"), model__moe__num_experts=0))
     base = sweeps.override(base, {"stages.decay": None})
     arms = {"full": {"model.unit": "GG"}, "shared": {"model.unit": "Gg"}}

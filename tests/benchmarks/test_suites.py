@@ -8,6 +8,7 @@ import pytest
 from benchmarks import attention, moe, startup, train
 from benchmarks.measure import Options
 from lightning_jax.config.errors import UserError
+from lightning_jax.train.plan import Plan
 from tests.tiny import tiny_run, write_corpus
 
 ONCE = Options(rounds=1)
@@ -79,8 +80,6 @@ def config(tmp_path_factory):
 
 @pytest.mark.slow
 def test_train(config, no_peers):
-    model = dataclasses.replace(config.model, vocab_size=64)
-    config = dataclasses.replace(config, model=model)
     rows = by_name(train.run(dataclasses.replace(ONCE, config=config, only=("float32",))))
     row = rows["step_float32"]
     assert row["ours_tokens_s"] > 0 and row["tokens"] == 4 * 32 and "not installed" in row["note"]
@@ -94,7 +93,7 @@ def test_suites_of_a_run_want_its_config():
 
 def test_startup_takes_one_step_of_the_first_stage(config):
     one = startup.one_step(config)
-    assert one.total_steps == 1 and one.log_every == 1 and len(one.stages) == 1
+    assert Plan.of(one).total_steps == 1 and one.log_every == 1 and len(one.stages) == 1
     assert one.model == config.model
 
 

@@ -244,12 +244,7 @@ def test_rope_scaling_is_checked(changes, message):
 
 
 def test_derived_numbers():
-    run = build(RunConfig, base.get_config())
-    stage = dataclasses.replace(run.stages[0], tokens=8 * 512 * 3 + 1, warmup_tokens=0)
-    assert stage.step_tokens == 8 * 512 and stage.steps == 4
-    assert run.total_steps == sum(stage.steps for stage in run.stages)
-    assert run.total_tokens == run.total_steps * 8 * 512
-    moe = run.model.moe
+    moe = build(RunConfig, base.get_config()).model.moe
     assert [moe.slots(kind) for kind in ROUTINGS] == [4, 8, 16]
     assert moe.balance_weights["partition"] == 1e-3
     assert list(moe.balance_weights.values()).count(0.0) == 1

@@ -10,6 +10,7 @@ import pytest
 from lightning_jax import checkpoint, sharding
 from lightning_jax import model as lm
 from lightning_jax.checkpoint import LoadedRun
+from lightning_jax.config import CheckpointMeta
 from lightning_jax.config.errors import UserError
 from lightning_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from lightning_jax.infer import text
@@ -142,7 +143,8 @@ def run(tmp_path, monkeypatch):
     params = jax.tree.map(
         lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), lm.abstract_params(model)
     )
-    loaded = LoadedRun(config, params, lm.init_router(model), 3, {"rope_base_global": 100.0})
+    position = dict(step=3, tokens=0, stage="stable", seq_len=32, rope_base_global=100.0)
+    loaded = LoadedRun(CheckpointMeta(config, **position), params, lm.init_router(model))
     monkeypatch.setattr(checkpoint, "load_run", lambda workdir, *, step: loaded)
     return loaded
 
@@ -172,7 +174,8 @@ def test_a_chat_writes_the_answer_alone(run, tmp_path, monkeypatch):
     )
     data = dataclasses.replace(run.config.data, tokenizer=str(tmp_path / "qwen"))
     config = dataclasses.replace(run.config, model=model, data=data)
-    chatty = dataclasses.replace(run, config=config, params=params)
+    meta = dataclasses.replace(run.meta, config=config)
+    chatty = dataclasses.replace(run, meta=meta, params=params)
     monkeypatch.setattr(checkpoint, "load_run", lambda workdir, *, step: chatty)
     written = []
     options = _options(prompt="the cat", num_samples=1, chat=True)

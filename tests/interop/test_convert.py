@@ -18,19 +18,13 @@ from lightning_jax.interop.upcycle_run import upcycle_run
 from lightning_jax.train import loop
 from lightning_jax.train.evaluation import EvalOptions, evaluate_run
 from lightning_jax.train.metrics import read_rows
+from lightning_jax.train.plan import Plan
 from tests.tiny import tiny_model, tiny_run, write_corpus
 
 VOCAB = 272
 
 
-@pytest.fixture(autouse=True)
-def single_device_mesh(monkeypatch):
-    make_mesh = loop.sharding.make_mesh
-    monkeypatch.setattr(
-        loop.sharding,
-        "make_mesh",
-        lambda config, devices=None: make_mesh(config, jax.devices()[:1]),
-    )
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +51,7 @@ def test_from_hugging_face_to_training_and_back(home, tmp_path):
     summary = convert.from_hugging_face(folder / "hf", tmp_path / "run", config)
     assert summary["model_type"] == "llama" and summary["layers"] == "GG"
     run = load_run(tmp_path / "run")
-    assert run.step == 0
+    assert run.meta.step == 0
     jax.tree.map(np.testing.assert_array_equal, run.params, params)
     before = evaluate_run(str(tmp_path / "run"), EvalOptions(max_tokens=256))["domains"]["a"][
         "loss"
@@ -72,7 +66,7 @@ def test_from_hugging_face_to_training_and_back(home, tmp_path):
     first = next(row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "loss" in row)
     # A fresh model would start elsewhere: its loss is near log(vocabulary).
     assert abs(first["loss"] - before) < 0.5
-    assert load_run(tmp_path / "run").step == config.total_steps
+    assert load_run(tmp_path / "run").meta.step == Plan.of(config).total_steps
     with pytest.raises(UserError, match="has checkpoints already"):
         convert.from_hugging_face(folder / "hf", tmp_path / "run", config)
 

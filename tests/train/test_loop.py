@@ -13,27 +13,27 @@ import jax
 import numpy as np
 import pytest
 
-from lightning_jax.checkpoint import Checkpointer, all_steps, checkpoints_dir, load_run
+from lightning_jax.checkpoint import (
+    Checkpointer,
+    all_steps,
+    checkpoints_dir,
+    load_run,
+    read_meta,
+)
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build
-from lightning_jax.train import evaluation, loop
+from lightning_jax.train import evaluation, loop, placement
 from lightning_jax.train.metrics import read_rows
+from lightning_jax.train.plan import Plan
+from lightning_jax.train.session import Session, Stopped
 from tests.tiny import tiny_run, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMING = ("tokens_per_second", "seconds")
 
 
-@pytest.fixture(autouse=True)
-def single_device_mesh(monkeypatch):
-    """The loop takes all devices; eight emulated ones would only make these tests slower."""
-    make_mesh = loop.sharding.make_mesh
-    monkeypatch.setattr(
-        loop.sharding,
-        "make_mesh",
-        lambda config, devices=None: make_mesh(config, jax.devices()[:1]),
-    )
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,60 @@ def corpus(tmp_path_factory):
 def rows_of(workdir):
     rows = read_rows(Path(workdir) / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+
+
+def terminate_after(steps, monkeypatch):
+    """Sends this process SIGTERM, once, when the metrics of `steps` steps have been read."""
+    report, fired = Session.report, threading.Event()
+
+    def report_and_signal(self, step, *args):
+        report(self, step, *args)
+        if step == steps and not fired.is_set():
+            fired.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Session, "report", report_and_signal)
+
+
+def test_three_steps_stopped_at_a_seam_and_resumed(corpus, tmp_path, monkeypatch):
+    """The one training of `make check`; the slow tests below say what else must hold."""
+    config = tiny_run(corpus, model__unit="G", model__moe__num_experts=0, checkpoint_every=100)
+    first, second = config.stages
+    second = dataclasses.replace(second, tokens=128, decay_tokens=128, accumulate=1)
+    first = dataclasses.replace(first, tokens=256, warmup_tokens=0)
+    config = dataclasses.replace(config, stages=(first, second))
+    traced = []
+    train_step = placement.step.train_step
+    monkeypatch.setattr(
+        placement.step,
+        "train_step",
+        lambda *args, **kwargs: traced.append(0) or train_step(*args, **kwargs),
+    )
+    with monkeypatch.context() as patch:
+        terminate_after(1, patch)
+        with pytest.raises(Stopped):
+            loop.run(config, tmp_path)
+    assert read_meta(tmp_path).step == 2 and not (tmp_path / "evaluation.json").exists()
+    # The next stage has not begun: its rate may still change.
+    config = dataclasses.replace(
+        config, stages=(first, dataclasses.replace(second, learning_rate=1e-4))
+    )
+    results = loop.run(config, tmp_path)
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == results
+    rows = rows_of(tmp_path)
+    assert [(row["step"], row["stage"]) for row in rows] == [
+        (1, "stable"),
+        (2, "stable"),
+        (3, "decay"),
+    ]
+    assert [row["tokens"] for row in rows] == [128, 256, 384]
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    plan = Plan.of(config)
+    assert [row["learning_rate"] for row in rows] == [plan.knobs(n).learning_rate for n in range(3)]
+    assert all_steps(checkpoints_dir(tmp_path)) == [2, 3]
+    meta = read_meta(tmp_path)
+    assert (meta.step, meta.tokens, meta.stage) == (3, 384, "decay")
+    assert len(traced) == 2  # once per session
 
 
 @pytest.mark.slow
@@ -115,7 +169,7 @@ def test_killed_in_the_middle_of_saves_and_resumed_is_bit_for_bit_the_same(corpu
 
     assert rows_of(killed) == rows_of(whole)
     one, other = load_run(whole), load_run(killed)
-    assert one.step == other.step == 10
+    assert one.meta.step == other.meta.step == 10
     jax.tree.map(
         np.testing.assert_array_equal, (one.params, one.router), (other.params, other.router)
     )
@@ -129,17 +183,9 @@ def test_sigterm_saves_and_the_same_call_goes_on(corpus, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     loop.run(config, whole)
 
-    report, fired = loop._report, threading.Event()
-
-    def report_and_signal(trainer, index, number, *args, **kwargs):
-        report(trainer, index, number, *args, **kwargs)
-        if number == 3 and not fired.is_set():
-            fired.set()
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(loop, "_report", report_and_signal)
+    terminate_after(3, monkeypatch)
     stopped = tmp_path / "stopped"
-    with pytest.raises(loop.Stopped) as stop:
+    with pytest.raises(Stopped) as stop:
         loop.run(config, stopped)
     assert stop.value.code == 128 + signal.SIGTERM
     assert max(all_steps(checkpoints_dir(stopped))) in (4, 5)
@@ -151,7 +197,7 @@ def test_sigterm_saves_and_the_same_call_goes_on(corpus, tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     corpus, tmp_path, monkeypatch
 ):
-    put = loop.evaluation.put_batch
+    put = placement.put_batch
     calls = []
 
     def poison(batch, mesh):
@@ -160,12 +206,12 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
             batch = batch._replace(loss_mask=batch.loss_mask * np.nan)
         return put(batch, mesh)
 
-    monkeypatch.setattr(loop.evaluation, "put_batch", poison)
+    monkeypatch.setattr(placement, "put_batch", poison)
     config = tiny_run(corpus, checkpoint_every=100)
     with pytest.raises(UserError, match="loss is not finite at step 4 .stage 'stable'"):
         loop.run(config, tmp_path)
     state = load_run(tmp_path)
-    assert state.step == 4
+    assert state.meta.step == 4
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     calls.extend([0] * 10)
     loop.run(config, tmp_path)
@@ -221,4 +267,4 @@ def test_a_save_that_fails_loses_nothing(corpus, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         loop.run(tiny_run(corpus), tmp_path)
     monkeypatch.undo()
-    assert load_run(tmp_path).step == 3
+    assert load_run(tmp_path).meta.step == 3

@@ -14,6 +14,7 @@ from lightning_jax.config.fields import build
 from lightning_jax.ops import balance
 from lightning_jax.train import step
 from lightning_jax.train.optimizer import make_optimizer
+from lightning_jax.train.plan import Plan
 from tests.tiny import random_batch, tiny_config
 
 VOCAB = 64
@@ -40,10 +41,8 @@ def setup(**changes):
 
 
 def value_and_grad(config, params, router, batch, accumulate):
-    compute = functools.partial(
-        step.loss_and_grad, config, accumulate=accumulate, rope_base_global=1e4
-    )
-    return jax.jit(compute)(params, router, batch)
+    compute = functools.partial(step.loss_and_grad, config, accumulate=accumulate)
+    return jax.jit(compute)(params, router, batch, Plan.of(config).knobs(0))
 
 
 def assert_same(one, other, tolerance=2e-5):
@@ -74,9 +73,9 @@ def test_balance_losses_act_and_need_the_counts_of_the_whole_batch():
                     p,
                     router,
                     b,
+                    Plan.of(config).knobs(0),
                     total_weight=batch.loss_mask.sum(),
                     counts=None,
-                    rope_base_global=1e4,
                 )[0]
             )
         )(params, part)
@@ -119,11 +118,9 @@ def make_step(config):
     stage = dataclasses.replace(
         config.stages[0], batch_size=8, seq_len=24, warmup_tokens=0, learning_rate=0.01
     )
-    config = dataclasses.replace(config, stages=(stage,))
-    run = jax.jit(
-        functools.partial(step.train_step, config, optimizer, accumulate=1, rope_base_global=1e4)
-    )
-    return state, run
+    knobs = Plan.of(dataclasses.replace(config, stages=(stage,))).knobs(0)
+    run = jax.jit(functools.partial(step.train_step, config, optimizer, accumulate=1))
+    return state, functools.partial(run, knobs=knobs)
 
 
 @pytest.mark.slow

@@ -136,13 +136,12 @@ class LightningAdapter(LM):
         """
         super().__init__()
         self._run, self._tokenizer, self._seed = run, tokenizer, seed
-        stages = {stage.name: stage.seq_len for stage in run.config.stages}
-        self.max_length = stages[run.meta["stage"]] if max_length is None else max_length
+        self.max_length = run.meta.seq_len if max_length is None else max_length
         self._scorer = Scorer(
             run.config.model,
             run.params,
             run.router,
-            rope_base_global=run.meta["rope_base_global"],
+            rope_base_global=run.meta.rope_base_global,
             max_length=self.max_length,
             batch_size=batch_size,
         )
@@ -243,7 +242,7 @@ class LightningAdapter(LM):
             run.params,
             run.router,
             max_length=bucket(max(map(len, prompts)) + max_new_tokens),
-            rope_base_global=run.meta["rope_base_global"],
+            rope_base_global=run.meta.rope_base_global,
             valid_vocab=tokenizer.vocab_size,
         )
         # Every batch has the same number of rows, so that no other shape compiles.

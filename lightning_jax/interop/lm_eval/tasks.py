@@ -94,7 +94,7 @@ def evaluate_tasks(workdir: str | Path, options: TaskOptions) -> dict[str, Any]:
         torch_random_seed=options.seed,
         fewshot_random_seed=options.seed,
     )
-    return {"step": run.step, **{key: found[key] for key in _KEPT if key in found}}
+    return {"step": run.meta.step, **{key: found[key] for key in _KEPT if key in found}}
 
 
 def load_tasks(names: Sequence[str], include_path: str | None) -> tuple[Any, list[Any]]:

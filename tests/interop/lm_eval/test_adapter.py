@@ -10,6 +10,7 @@ import pytest
 
 from lightning_jax import model as lm
 from lightning_jax.checkpoint import LoadedRun
+from lightning_jax.config import CheckpointMeta
 from lightning_jax.config.errors import UserError
 from lightning_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from lightning_jax.infer.engine import Engine
@@ -40,8 +41,10 @@ def loaded() -> LoadedRun:
 
     params = jax.tree.map(draw, lm.abstract_params(config.model))
     router = lm.init_router(config.model)
-    meta = {"stage": config.stages[-1].name, "rope_base_global": ROPE_BASE}
-    return LoadedRun(config, params, router, 3, meta)
+    stage = config.stages[-1]
+    position = dict(step=3, tokens=0, stage=stage.name, seq_len=stage.seq_len)
+    meta = CheckpointMeta(config, **position, rope_base_global=ROPE_BASE)
+    return LoadedRun(meta, params, router)
 
 
 @pytest.fixture(scope="module")
@@ -311,9 +314,10 @@ def test_numbers_are_those_of_the_harness_itself(llama3, folders, tmp_path):
     model.save_pretrained(tmp_path)
     read = hf.load(tmp_path)
     run = dataclasses.replace(loaded().config, model=read.config)
-    meta = loaded().meta | {"rope_base_global": read.config.attention.rope_base_global}
+    base = read.config.attention.rope_base_global
+    meta = dataclasses.replace(loaded().meta, config=run, rope_base_global=base)
     ours = LightningAdapter(
-        LoadedRun(run, read.params, read.router, 0, meta),
+        LoadedRun(meta, read.params, read.router),
         llama3,
         max_length=MAX_LENGTH,
         batch_size=3,

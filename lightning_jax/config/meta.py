@@ -1,0 +1,43 @@
+"""What a checkpoint says of itself, beside its arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import build
+from lightning_jax.config.run import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointMeta:
+    """The run, and where in it a checkpoint was made.
+
+    Attributes:
+      config: the run, its vocabulary resolved.
+      step: optimizer steps taken.
+      tokens: positions consumed by them, padding included.
+      stage: the stage of the last step; the first stage before any step.
+      seq_len, rope_base_global: tokens per sequence, and RoPE base of global layers, of that step.
+    """
+
+    config: RunConfig
+    step: int
+    tokens: int
+    stage: str
+    seq_len: int
+    rope_base_global: float
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> CheckpointMeta:
+        """Builds it from what `fields.to_dict` made of it.
+
+        Raises:
+          UserError: a field is missing, unknown or of the wrong type.
+        """
+        for field in dataclasses.fields(cls):
+            if field.name not in values:
+                raise UserError(f"it lacks {field.name} in meta")
+        return build(cls, values)

@@ -1,0 +1,191 @@
+"""A session: one process's work on a run, from its start or resume until it ends or is stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lightning_jax import model as lm
+from lightning_jax.checkpoint import Checkpointer
+from lightning_jax.config import CheckpointMeta, RunConfig
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import to_dict
+from lightning_jax.data.tokenizer import Tokenizer
+from lightning_jax.train import evaluation, placement
+from lightning_jax.train import workdir as folder
+from lightning_jax.train.metrics import MetricsWriter, flatten
+from lightning_jax.train.plan import Plan, Segment
+from lightning_jax.train.progress import Progress, Throughput
+from lightning_jax.train.signals import StopRequest
+from lightning_jax.train.step import TrainState
+from lightning_jax.train.trace import Trace
+
+logger = logging.getLogger(__name__)
+
+# Given (config, params, router, tokenizer, rope_base_global), returns a text that the model wrote.
+Sampler = Callable[[RunConfig, Any, lm.Router, Tokenizer, float], str]
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop by a signal; its state is saved. Exit status 128 + signal."""
+
+
+@dataclasses.dataclass
+class Session:
+    """The parts of a session that no step changes, and what is done with a state beside steps.
+
+    Attributes:
+      start: steps that earlier sessions took.
+      fresh: there is no checkpoint to begin with, not even of weights from elsewhere.
+    """
+
+    plan: Plan
+    tokenizer: Tokenizer
+    mesh: Mesh
+    program: placement.TrainProgram
+    evaluator: evaluation.Evaluator
+    checkpointer: Checkpointer
+    start: int
+    fresh: bool
+    writer: MetricsWriter
+    progress: Progress
+    throughput: Throughput
+    stop: StopRequest
+    trace: Trace
+    sampler: Sampler | None
+
+    def first_state(self) -> TrainState:
+        """The state before the first step; weights that came from elsewhere are checkpoint 0."""
+        state = self.program.init()
+        if self.fresh:
+            return state
+        abstract = placement.items_from_state(self.program.abstract_state)
+        given = self.checkpointer.restore(0, {name: abstract[name] for name in folder.START_ITEMS})
+        ema = jax.tree.map(jnp.copy, given["params"]) if state.ema else state.ema
+        return dataclasses.replace(state, **given, ema=ema)
+
+    def restore(self, batches: Any) -> TrainState:
+        """The state of the checkpoint; moves `batches` to its position."""
+        items = placement.items_from_state(self.program.abstract_state)
+        return placement.state_from_items(self.checkpointer.restore(self.start, items, batches))
+
+    def save(self, step: int, state: TrainState, batches: Any) -> None:
+        """Saves, in the background, the state after `step` steps."""
+        items, meta = placement.items_from_state(state), to_dict(self.plan.meta(step))
+        self.checkpointer.save(step, items, batches, meta)
+
+    def report(self, step: int, metrics: dict[str, Any], state: TrainState, batches: Any) -> None:
+        """Fetches the metrics of the last of `step` steps: bar, finite check, a line when due.
+
+        Raises:
+          UserError: a loss that is not finite, where that stops the run; the state is saved.
+        """
+        config, segment = self.plan.config, self.plan.last_trained(step)
+        first = jax.device_get({name: metrics[name] for name in ("loss", "bad_steps")})
+        if first["bad_steps"] and config.optimizer.on_nan == "stop":
+            self._halt(step, state, batches)
+        self.throughput.count(segment.step_tokens)
+        self.progress.advance(step, float(first["loss"]), self.throughput.tokens_per_second)
+        if step % config.log_every and step not in self.plan.stage_ends:
+            return
+        row = {"step": step, "stage": segment.stage.name, "tokens": self.plan.tokens_at(step)}
+        row |= flatten(jax.device_get(metrics)) | self.throughput.end_lap()
+        self.writer.write(row)
+        if config.histogram_every and step % config.histogram_every == 0:
+            for key in ("histogram", "mean_experts"):
+                if key in row:
+                    self.writer.histogram(f"router/{key}", row[key], step)
+            largest = [float(abs(leaf).max()) for leaf in jax.tree.leaves(state.params)]
+            self.writer.histogram("params/absmax", largest, step)
+
+    def _halt(self, step: int, state: TrainState, batches: Any) -> None:
+        """Saves the last good state, as that of the step that failed, and raises."""
+        counters = {"step": state.step * 0 + step, "bad_steps": state.bad_steps * 0}
+        self.save(step, dataclasses.replace(state, **counters), batches)
+        self.checkpointer.wait()
+        stage, seed = self.plan.last_trained(step).stage.name, self.plan.config.seed
+        raise UserError(
+            f"loss is not finite at step {step} (stage {stage!r}, seed {seed}): the state before "
+            f"it is checkpoint {step}; lower learning_rate, or set optimizer.on_nan="
+            '"skip" to leave such steps out'
+        )
+
+    def evaluate(self, segment: Segment, state: TrainState, max_tokens: int) -> dict[str, Any]:
+        """Held-out loss by source, of the averaged weights where there are any; writes a sample."""
+        config, params = self.plan.config, state.ema or state.params
+        results = self.evaluator(
+            params,
+            state.router,
+            seq_len=segment.seq_len,
+            batch_size=segment.micro_batch,
+            rope_base_global=segment.rope_base_global,
+            max_tokens=max_tokens,
+        )
+        self.progress.note(evaluation.one_line(results))
+        if self.sampler is not None and config.sample_tokens:
+            text = self.sampler(
+                config, params, state.router, self.tokenizer, segment.rope_base_global
+            )
+            self.writer.text("sample", text, int(state.step))
+        return results
+
+    def stop_now(self, step: int) -> None:
+        """Waits for the last save, then raises `Stopped`."""
+        self.checkpointer.wait()
+        logger.warning("%s: saved step %d; the same command resumes", self.stop.signal.name, step)
+        raise Stopped(128 + int(self.stop.signal))
+
+
+@contextlib.contextmanager
+def open_session(
+    plan: Plan,
+    workdir: Path,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    saved: CheckpointMeta | None,
+    *,
+    sampler: Sampler | None,
+    profile: bool,
+) -> Iterator[Session]:
+    """Opens the files of a session and closes them again; `mesh` is the ambient one meanwhile.
+
+    Args:
+      saved: of the checkpoint to begin with; None where there is none.
+      sampler: writes a text sample at each evaluation.
+      profile: record a trace of a few steps in the folder `profile`.
+    """
+    config, start = plan.config, saved.step if saved else 0
+    with (
+        jax.set_mesh(mesh),
+        Checkpointer(
+            workdir, keep=config.keep_checkpoints, keep_steps=plan.stage_ends
+        ) as checkpointer,
+        MetricsWriter(workdir, resume_step=start) as writer,
+        StopRequest() as stop,
+        Progress(plan.total_steps, start) as progress,
+        Trace(workdir / "profile" if profile else None) as trace,
+    ):
+        yield Session(
+            plan=plan,
+            tokenizer=tokenizer,
+            mesh=mesh,
+            program=placement.TrainProgram(config, mesh),
+            evaluator=evaluation.Evaluator(config, config.data, tokenizer, mesh),
+            checkpointer=checkpointer,
+            start=start,
+            fresh=saved is None,
+            writer=writer,
+            progress=progress,
+            throughput=Throughput(),
+            stop=stop,
+            trace=trace,
+            sampler=sampler,
+        )

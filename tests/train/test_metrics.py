@@ -1,0 +1,87 @@
+"""metrics.jsonl and TensorBoard: what is written, and what a resumed run drops."""
+
+import json
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
+from lightning_jax.config.errors import UserError
+from lightning_jax.train.metrics import MetricsWriter, flatten, read_rows
+
+
+def write(workdir, rows, resume_step=0):
+    with MetricsWriter(workdir, resume_step=resume_step) as writer:
+        for row in rows:
+            writer.write(row)
+
+
+def events(workdir):
+    found = EventAccumulator(str(workdir / "tensorboard"))
+    found.Reload()
+    return found
+
+
+def tensors(workdir, name):
+    return [(event.step, event.tensor_proto) for event in events(workdir).Tensors(name)]
+
+
+def test_flatten_makes_json_of_arrays():
+    router = {"mean_experts": np.ones((2, 3)), "histogram": np.ones((2, 3, 5))}
+    metrics = {"loss": np.float32(2.5), "bad_steps": np.int32(1), "router": router}
+    row = flatten({**metrics, "grad_norm": np.float32(np.inf), "objective": np.float32(np.nan)})
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+    assert row["loss"] == 2.5 and row["bad_steps"] == 1
+    assert row["grad_norm"] is None and row["objective"] is None
+    assert row["mean_experts"] == [1.0] * 6
+    assert row["histogram"] == [[1.0] * 5] * 6
+
+
+def test_each_row_is_on_disk_when_it_is_written(tmp_path):
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
+        # What TensorBoard imports must not delay the first step.
+        assert not (tmp_path / "tensorboard").exists()
+        for step in (1, 2):
+            writer.write({"step": step, "loss": 3.0 - step})
+            assert len(read_rows(tmp_path / "metrics.jsonl")) == step
+
+
+def test_a_resumed_run_drops_the_rows_that_it_writes_again(tmp_path):
+    write(tmp_path, [{"step": step, "loss": 0.5 * step} for step in range(1, 6)])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # A kill in the middle of a line.
+    write(tmp_path, [{"step": 4, "loss": 9.0}], resume_step=3)
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 9.0)]
+    assert not list(tmp_path.glob("*.tmp"))
+    # TensorBoard forgets steps 4 and 5 of the first session.
+    assert [step for step, _ in tensors(tmp_path, "loss")] == [1, 2, 3, 4]
+
+
+def test_tensorboard_has_scalars_by_name_and_layers_by_their_extremes(tmp_path):
+    row = {"step": 7, "stage": "stable", "loss": 1.5, "objective": None, "top_p": 1}
+    row |= {"mean_experts": [1.0, 3.0], "eval": {"a": {"loss": 2.0}}, "histogram": [[1.0], [2.0]]}
+    write(tmp_path, [row])
+    names = set(events(tmp_path).Tags()["tensors"])
+    layers = {f"router/mean_experts/{kind}" for kind in ("mean", "min", "max")}
+    assert names == {"loss", "top_p", "eval/a/loss", *layers}
+    [(step, value)] = tensors(tmp_path, "router/mean_experts/mean")
+    assert step == 7 and value.float_val[0] == 2.0
+
+
+def test_histograms_and_texts(tmp_path):
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
+        writer.histogram("params/absmax", [[1.0, 2.0]], 3)
+        writer.text("sample", "def f():", 3)
+    assert set(events(tmp_path).Tags()["tensors"]) == {"params/absmax", "sample"}
+    [(_, text)] = tensors(tmp_path, "sample")
+    assert b"```\ndef f():\n```" in text.string_val[0]
+
+
+def test_a_damaged_line_in_the_middle_is_one_line_of_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_rows(path) == []
+    path.write_text('{"step": 1}\nnot json\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is not JSON") as error:
+        read_rows(path)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,61 @@
+"""The speed that is measured, and the lines and the bar that show it."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from lightning_jax.train import progress
+from lightning_jax.train.progress import Progress, Throughput
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands until it is moved: `clock[0] += seconds`."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_throughput_is_that_of_the_lap(clock):
+    throughput = Throughput()
+    clock[0] += 2
+    throughput.count(300)
+    throughput.count(100)
+    assert throughput.tokens_per_second == 200
+    assert throughput.end_lap() == {"tokens_per_second": 200, "seconds": 2}
+    clock[0] += 1
+    throughput.count(50)
+    assert throughput.end_lap() == {"tokens_per_second": 50, "seconds": 3}
+    # No time at all is no division by zero.
+    assert throughput.tokens_per_second == 0
+
+
+def test_without_a_terminal_a_line_now_and_then(clock, capfd):
+    with Progress(total_steps=100, start=40) as shown:
+        shown.begin_stage("stable")
+        shown.advance(41, 2.0, 1234.0)
+        shown.advance(42, 2.0, 1234.0)
+        clock[0] += 16
+        shown.advance(43, 4.0, 5678.0)
+        shown.note("held out: [a] 1.000 bits/byte " + "x" * 200)
+    out, err = capfd.readouterr()
+    first, second, note = err.strip().splitlines()
+    assert out == "" and first.startswith("step 41/100  loss 2.000  1,234 tok/s")
+    # Smoothed over steps: 0.95 of what it was.
+    assert second.startswith("step 43/100  loss 2.100  5,678 tok/s")
+    # Not wrapped, and brackets are no markup.
+    assert note.startswith("held out: [a] 1.000") and note.endswith("x" * 200)
+
+
+def test_on_a_terminal_a_bar(monkeypatch):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100)
+    monkeypatch.setattr(progress, "Console", lambda stderr: console)
+    with Progress(total_steps=3, start=0) as shown:
+        shown.begin_stage("decay")
+        for step in (1, 2, 3):
+            shown.advance(step, 1.5, 99.0)
+    text = screen.getvalue()
+    assert "decay" in text and "3/3" in text and "loss 1.500" in text and "99 tok/s" in text
+    assert "step 1/3" not in text
