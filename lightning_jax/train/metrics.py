@@ -1,6 +1,6 @@
-"""Where metrics go: `metrics.jsonl`, TensorBoard, and the progress bar's line.
+"""Where metrics go: `metrics.jsonl` and TensorBoard.
 
-`metrics.jsonl` has one JSON object a logged step: scalars, and one list over layers for each router
+`metrics.jsonl` has one JSON object per logged step: scalars, and one list over layers for each router
 metric, so that the number of keys does not grow with depth or experts. A resumed run drops the
 lines that it is about to write again.
 """
@@ -129,10 +129,11 @@ class _EventFile:
 
         self._event = event_pb2.Event
         self._writer = EventFileWriter(str(directory))
-        if purge_step > 1:
-            session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            event = self._event(wall_time=time.time(), step=purge_step, session_log=session)
-            self._writer.add_event(event)
+        # TensorBoard takes the first start for that of the run, and drops at each other one what it
+        # has from that step on.
+        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        started = self._event(wall_time=time.time(), step=purge_step, session_log=session)
+        self._writer.add_event(started)
 
     def _add(self, summary: Any, step: int) -> None:
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
