@@ -1,8 +1,8 @@
 """Where metrics go: `metrics.jsonl` and TensorBoard.
 
-`metrics.jsonl` has one JSON object per logged step: scalars, and one list over layers for each router
-metric, so that the number of keys does not grow with depth or experts. A resumed run drops the
-lines that it is about to write again.
+`metrics.jsonl` has one JSON object per logged step: scalars, and one list over layers for each
+router metric, so that the number of keys does not grow with depth or experts. A resumed run drops
+the lines that it is about to write again.
 """
 
 from __future__ import annotations

@@ -1,0 +1,172 @@
+"""Held-out loss against float64 logits, by domain and position; what an evaluation may change."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from lightning_jax import model as lm
+from lightning_jax import sharding
+from lightning_jax.config.errors import UserError
+from lightning_jax.data.batch import Batch
+from lightning_jax.data.mixture import eval_batches, open_eval_sources
+from lightning_jax.data.tokenizer import ByteTokenizer
+from lightning_jax.ops.balance import RoutingStats
+from lightning_jax.train import evaluation
+from lightning_jax.train.evaluation import EvalOptions, Evaluator
+from lightning_jax.train.start import write_start
+from tests.tiny import tiny_run, write_corpus
+
+ONE = sharding.make_mesh(evaluation.ONE_DEVICE, jax.devices()[:1])
+BASES = (1e4, 50.0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A dense run with random weights: (config, params, router)."""
+    corpus = write_corpus(tmp_path_factory.mktemp("corpus"))
+    config = tiny_run(corpus, model__vocab_size=272, model__unit="G", model__moe__num_experts=0)
+    generator = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: 0.3 * generator.normal(size=leaf.shape).astype(np.float32) + (leaf.ndim == 1),
+        lm.abstract_params(config.model),
+    )
+    return config, params, lm.init_router(config.model)
+
+
+class Batches(list):
+    """Batches with the attributes of `EvalBatches`."""
+
+    seq_len, num_bytes = 20, 10
+
+
+def batch(positions, mask):
+    positions = np.asarray(positions, np.int32)
+    return Batch(*[positions] * 4, np.asarray(mask, np.float32))
+
+
+def test_buckets_cover_every_position_once():
+    assert evaluation.position_buckets(8) == [(0, 8)]
+    assert evaluation.position_buckets(16) == [(0, 16)]
+    assert evaluation.position_buckets(300) == [(0, 16), (16, 64), (64, 256), (256, 300)]
+
+
+def test_sums_are_those_of_targets_by_hand():
+    batches = Batches([batch([[0, 1, 17], [0, 18, 19]], [[1, 1, 1], [1, 1, 0]])] * 2)
+    nll_BT = np.array([[1.0, 2.0, 4.0], [8.0, 16.0, 99.0]])
+    stats = RoutingStats(**{field.name: None for field in dataclasses.fields(RoutingStats)})
+    # Two layers that use one and three experts per token.
+    assigned_count_URE = np.array([[[3.0, 2.0]], [[10.0, 5.0]]])
+    stats = dataclasses.replace(
+        stats, assigned_count_E=assigned_count_URE, tokens=np.full((2, 1), 5.0)
+    )
+    row = evaluation.evaluate_batches(lambda _: {"nll_BT": nll_BT, "stats": stats}, batches, ONE)
+    assert json.loads(json.dumps(row)) == row
+    assert row["tokens"] == 10 and row["bytes"] == 10
+    assert row["loss"] == pytest.approx(62 / 10)
+    assert row["perplexity"] == pytest.approx(math.exp(6.2))
+    assert row["bits_per_byte"] == pytest.approx(62 / math.log(2) / 10)
+    assert row["loss_by_position"] == {"0-15": pytest.approx(11 / 3), "16-19": pytest.approx(10)}
+    assert row["experts_by_layer"] == [1.0, 3.0] and row["experts_per_token"] == 2.0
+
+
+def test_a_loss_beyond_floats_is_no_overflow():
+    nll_BT = np.full((1, 2), 1e6)
+    batches = Batches([batch([[0, 1]], [[1, 1]])])
+    row = evaluation.evaluate_batches(lambda _: {"nll_BT": nll_BT, "stats": None}, batches, ONE)
+    assert math.isfinite(row["perplexity"]) and "experts_per_token" not in row
+
+
+def oracle(run, batches, base):
+    """Mean nats of the targets, from the logits in float64."""
+    config, params, _ = run
+
+    @jax.jit
+    def forward(params, tokens, *placed):
+        model = lm.LightningLM(config.model)
+        return model.apply({"params": params}, tokens, *placed, rope_base_global=base).logits()
+
+    nll = tokens = 0.0
+    for rows in batches:
+        logits_BTV = np.asarray(
+            forward(params, rows.tokens, rows.positions, rows.segment_ids), np.float64
+        )
+        chosen_BT = np.take_along_axis(logits_BTV, rows.targets[..., None], axis=-1)[..., 0]
+        nll_BT = np.log(np.exp(logits_BTV).sum(-1)) - chosen_BT
+        nll += (nll_BT * rows.loss_mask).sum()
+        tokens += rows.loss_mask.sum()
+    return nll / tokens
+
+
+def test_the_evaluator_agrees_with_the_logits_and_compiles_once(run, monkeypatch):
+    config, params, router = run
+    traced, eval_step = [], evaluation.steps.eval_step
+    monkeypatch.setattr(
+        evaluation.steps, "eval_step", lambda *args: traced.append(0) or eval_step(*args)
+    )
+    evaluator = Evaluator(config, config.data, ByteTokenizer(), ONE)
+    shape = dict(seq_len=32, batch_size=4, max_tokens=300)
+    sources = open_eval_sources(config.data)
+    batches = eval_batches(sources["a"], tokenizer=ByteTokenizer(), **shape)
+    losses = []
+    for base in BASES:
+        results = evaluator(params, router, rope_base_global=base, **shape)
+        assert set(results) == {"a", "b"}
+        losses.append(results["a"]["loss"])
+        assert losses[-1] == pytest.approx(oracle(run, batches, base), rel=1e-5)
+    assert losses[0] != losses[1] and len(traced) == 1
+    assert evaluation.one_line(results).startswith("held out: a ")
+
+
+def test_a_folder_is_evaluated_at_its_own_stage_or_as_asked(run, tmp_path):
+    config, params, router = run
+    write_start(tmp_path / "run", config, params, router, origin={})
+    found = evaluation.evaluate_run(str(tmp_path / "run"), EvalOptions(max_tokens=300))
+    assert found["step"] == 0 and found["routing"] == {"kind": "dense MLP"}
+    evaluator = Evaluator(config, config.data, ByteTokenizer(), ONE)
+    own = evaluator(params, router, seq_len=32, batch_size=4, max_tokens=300, rope_base_global=1e4)
+    assert found["domains"] == own
+
+    text = tmp_path / "other.txt"
+    text.write_text("def f(): pass\n" * 20)
+    options = EvalOptions(data=str(text), seq_len=16, batch_size=2)
+    other = evaluation.evaluate_run(str(tmp_path / "run"), options)["domains"]["data"]
+    # One prediction per byte, and the end of the document.
+    assert other["bytes"] == 14 * 20 and other["tokens"] == other["bytes"] + 1
+    assert list(other["loss_by_position"]) == ["0-15"]
+
+
+def test_routing_of_an_evaluation():
+    config = tiny_run("unread", model__vocab_size=64)
+    router = lm.init_router(config.model)
+    same, untouched = evaluation.with_eval_routing(config, router, EvalOptions())
+    assert same == config and untouched is router
+    options = EvalOptions(routing="top_k", top_k=3)
+    moe = evaluation.with_eval_routing(config, router, options)[0].model.moe
+    assert (moe.eval_routing, moe.top_k) == ("top_k", 3)
+    assert evaluation.with_eval_routing(config, router, EvalOptions(top_p=0.25))[1].top_p == 0.25
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (EvalOptions(top_k=2), 'eval.top_k = 2: needs eval.routing="top_k", it is "top_p"'),
+        (EvalOptions(routing="top_k", top_p=0.5), 'eval.top_p = 0.5: needs eval.routing="top_p"'),
+        (EvalOptions(top_p=1.5), r"eval.top_p = 1.5: must be in \(0, 1\]"),
+        (EvalOptions(routing="top_q"), "model.moe.eval_routing = 'top_q'"),
+    ],
+)
+def test_routing_that_does_not_fit_is_refused(options, message):
+    config = tiny_run("unread", model__vocab_size=64)
+    with pytest.raises(UserError, match=message):
+        evaluation.with_eval_routing(config, lm.init_router(config.model), options)
+
+
+def test_a_model_without_experts_has_no_routing(run):
+    config, _, router = run
+    for options in (EvalOptions(top_p=0.5), EvalOptions(routing="dense")):
+        with pytest.raises(UserError, match="this run's model has no experts"):
+            evaluation.with_eval_routing(config, router, options)
