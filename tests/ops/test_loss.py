@@ -39,19 +39,21 @@ def oracle(hidden_MD, head_DV, targets_M, weights_M, valid_vocab=None):
 
 
 def sums_and_gradients(hidden_MD, head_DV, targets_M, weights_M, *, chunk, valid_vocab=None):
-    def total(hidden_MD, head_DV):
+    def total(hidden_MD, head_DV, z_weight):
         sums = cross_entropy(
             hidden_MD,
             head_DV,
             targets_M,
             weights_M,
-            z_weight=Z_WEIGHT,
+            z_weight=z_weight,
             chunk=chunk,
             valid_vocab=valid_vocab,
         )
         return sums[0], sums
 
-    grads, sums = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(hidden_MD, head_DV)
+    compute = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
+    # A traced weight, as in training.
+    grads, sums = compute(hidden_MD, head_DV, jnp.float32(Z_WEIGHT))
     return sums, grads
 
 
