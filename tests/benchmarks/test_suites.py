@@ -61,6 +61,7 @@ def test_moe(small_moe, no_peers):
     assert "not installed" in rows["forward_float32_2_tokens"]["note"]
 
 
+@pytest.mark.slow
 def test_the_blocks_of_transformers_compute_what_ours_do(small_moe):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")

@@ -51,13 +51,13 @@ LAYOUTS = {"llama": LLAMA, "dots1": DOTS1, "gpt_oss": GPT_OSS, "lightning": LIGH
 
 def make(**changes):
     config = tiny_model(64, **changes)
-    router = lm.init_router(config)
-    params = lm.init_params(config, jax.random.key(0))
-    # Biases, sinks and norms differ from where they start.
-    leaves, tree = jax.tree.flatten(params)
-    noise = [jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(leaves)]
-    params = jax.tree.unflatten(tree, [a + 0.1 * b for a, b in zip(leaves, noise, strict=True)])
-    return config, params, router
+    # Drawn by numpy: compiling a generator for every shape would take longer than the tests.
+    draw = np.random.default_rng(0).normal
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.2 * draw(size=leaf.shape) + (leaf.ndim < 3), leaf.dtype),
+        lm.abstract_params(config),
+    )
+    return config, params, lm.init_router(config)
 
 
 def with_bias(router):
