@@ -241,8 +241,7 @@ def _boxed(config: ModelConfig) -> Any:
     tokens_BT = jax.ShapeDtypeStruct((sharding.ambient_batch_shards(), 2), jnp.int32)
     model = LightningLM(config)
     # The key is made inside: an eager operation would run on a mesh of devices that are not here.
-    initialise = lambda tokens_BT: model.init(jax.random.key(0), tokens_BT)  # noqa: E731
-    return jax.eval_shape(initialise, tokens_BT)["params"]
+    return jax.eval_shape(lambda t: model.init(jax.random.key(0), t), tokens_BT)["params"]
 
 
 def abstract_params(config: ModelConfig) -> Any:

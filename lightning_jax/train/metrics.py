@@ -129,8 +129,8 @@ class _EventFile:
 
         self._event = event_pb2.Event
         self._writer = EventFileWriter(str(directory))
-        # TensorBoard takes the first start for that of the run, and drops at each other one what it
-        # has from that step on.
+        # TensorBoard takes the first start event for that of the run; at each later one it drops
+        # the events from that step on.
         session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         started = self._event(wall_time=time.time(), step=purge_step, session_log=session)
         self._writer.add_event(started)

@@ -21,7 +21,8 @@ import numpy as np
 
 from lightning_jax.config import CheckpointMeta, RunConfig, StageConfig
 
-_DECAYS = {
+# By decay: the share of the way from the final rate to the peak that remains.
+_REMAINING = {
     "linear": lambda done: 1 - done,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "sqrt": lambda done: 1 - math.sqrt(done),
@@ -190,4 +191,4 @@ def _rate_in_stage(stage: StageConfig, tokens: int, previous: float) -> float:
     decayed = tokens - (stage.tokens - stage.decay_tokens)
     if not _decays(stage) or decayed <= 0:
         return peak
-    return final + (peak - final) * _DECAYS[stage.decay](min(decayed / stage.decay_tokens, 1.0))
+    return final + (peak - final) * _REMAINING[stage.decay](min(decayed / stage.decay_tokens, 1.0))
