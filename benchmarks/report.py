@@ -24,7 +24,7 @@ from lightning_jax.config.fields import require_choice
 from lightning_jax.runtime import huge_pages
 
 # Each is a module of this package with `run(options)`; loaded when asked for.
-SUITES = ("attention", "moe", "train", "startup", "kernels_tpu", "kernels_gpu")
+SUITES = ("attention", "moe", "train", "startup", "data", "kernels_tpu", "kernels_gpu")
 PROFILED = ("attention", "moe", "train")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 _ROOT = Path(__file__).resolve().parents[1]

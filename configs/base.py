@@ -155,7 +155,8 @@ def get_config() -> ConfigDict:
     config.log_every = 10  # steps between lines of metrics.jsonl and TensorBoard
     config.histogram_every = 100  # steps between TensorBoard histograms; 0: never
     config.eval_every = 200  # steps between evaluations; 0: only at the end
-    config.eval_tokens = 65_536  # held-out tokens a source at each of them; 0: all
+    config.eval_tokens = 65_536  # held-out tokens per source at each of them; 0: all
+    config.final_eval_tokens = 1_000_000  # the same at the end: minutes, not a corpus; 0: all
     config.checkpoint_every = 200  # steps between checkpoints
     config.keep_checkpoints = 2  # newest ones kept; the last of each stage is always kept
     config.sample_prompt = "def "  # text sample written at each evaluation

@@ -34,5 +34,6 @@ def get_config() -> ConfigDict:
     )
     config.eval_every = 250
     config.eval_tokens = 40_000
+    config.final_eval_tokens = 0  # README reports all held-out text
     config.checkpoint_every = 250
     return config

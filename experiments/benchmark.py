@@ -11,7 +11,9 @@ from absl import flags
 from lightning_jax.runtime import program
 
 _CONFIG = program.define_config("configs/mixtral_28m.py")
-_SUITE = flags.DEFINE_string("suite", None, "attention, moe, train, startup, …", required=True)
+_SUITE = flags.DEFINE_string(
+    "suite", None, "attention, moe, train, startup, data, …", required=True
+)
 _OUT = flags.DEFINE_string("out", None, "File for the JSON, besides standard output.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds; medians are reported.", 1)
 _PROFILE = flags.DEFINE_bool("profile", False, "Also say where the time of our code goes.")

@@ -15,7 +15,9 @@ _DATA = flags.DEFINE_string("data", None, "Glob of files to evaluate on; default
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the newest.")
 _SEQ_LEN = flags.DEFINE_integer("eval.seq_len", None, "Tokens a row; default: the stage's.")
 _BATCH = flags.DEFINE_integer("eval.batch_size", None, "Rows a batch; default: the stage's.")
-_TOKENS = flags.DEFINE_integer("eval.max_tokens", 0, "Tokens a domain; 0: all.")
+_TOKENS = flags.DEFINE_integer(
+    "eval.max_tokens", None, "Tokens per domain, 0: all; default: the run's final_eval_tokens."
+)
 _ROUTING = flags.DEFINE_enum("eval.routing", None, ["top_k", "top_p", "dense"], "Routing.")
 _TOP_K = flags.DEFINE_integer("eval.top_k", None, "Experts a token under top_k.")
 _TOP_P = flags.DEFINE_float("eval.top_p", None, "Probability mass to reach under top_p.")

@@ -18,6 +18,7 @@ def main() -> None:
     config = program.load_config(_CONFIG.value)
     from lightning_jax import accounting
     from lightning_jax.data.compression import compression_rows
+    from lightning_jax.data.sources import Sources
     from lightning_jax.infer.text import sample
     from lightning_jax.train import loop
 
@@ -32,7 +33,7 @@ def main() -> None:
     used = next(iter(results.values())).get("experts_per_token")
     program.emit_text(f"\nA sample, from {config.sample_prompt!r}:\n\n{samples[-1]}\n")
     accounting.print_table(
-        compression_rows(config.data, {"this model": model}),
+        compression_rows(Sources.open(config.data), {"this model": model}),
         "Held-out text, bits per byte (less is better)",
     )
     accounting.print_table(

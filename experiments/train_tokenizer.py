@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from absl import flags
 
-from lightning_jax.config import SourceConfig
-from lightning_jax.data.sources import open_source
+from lightning_jax.config import DataConfig, SourceConfig
+from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import train_bpe
 from lightning_jax.runtime import program
 
@@ -22,8 +22,15 @@ _TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Key of the text in reco
 
 def main() -> None:
     # A source with an eval path of its own is all train: nothing is held out here.
-    config = SourceConfig(name="input", path=_INPUT.value, eval_path=_INPUT.value)
-    source = open_source(config, split="train", text_field=_TEXT_FIELD.value, eval_fraction=0.5)
+    config = DataConfig(
+        tokenizer="bytes",
+        sources=(SourceConfig(name="input", path=_INPUT.value, eval_path=_INPUT.value),),
+        text_field=_TEXT_FIELD.value,
+        eval_fraction=0.5,
+        packing="concat",
+        prefetch=0,
+    )
+    source = Sources.open(config).train["input"]
     tokenizer = train_bpe(source.texts(), _VOCAB_SIZE.value, _OUT.value)
     tokens = sum(len(tokenizer.encode(text)) for text in source.texts())
     result = {

@@ -20,6 +20,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "compiled"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# What the data tests index is no concern of the user's own cache.
+USER_CACHE = CACHE.with_name("user")
+os.environ["XDG_CACHE_HOME"] = str(USER_CACHE)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -57,8 +60,8 @@ def one_device(monkeypatch):
 
 
 def pytest_sessionstart():
-    """Drops compiled programs that no session of the last week has read."""
+    """Drops what no session of the last week has read: compiled programs, indexes of data."""
     week_ago = time.time() - 7 * 24 * 3600
-    for file in CACHE.glob("*"):
-        if file.stat().st_atime < week_ago:
+    for file in [*CACHE.glob("*"), *USER_CACHE.rglob("*")]:
+        if file.is_file() and file.stat().st_atime < week_ago:
             file.unlink(missing_ok=True)

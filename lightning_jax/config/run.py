@@ -174,6 +174,7 @@ class RunConfig:
     histogram_every: int
     eval_every: int
     eval_tokens: int
+    final_eval_tokens: int
     checkpoint_every: int
     keep_checkpoints: int
     sample_prompt: str
@@ -183,7 +184,13 @@ class RunConfig:
         require(bool(self.stages), "stages", self.stages, "at least one stage")
         for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("histogram_every", "eval_every", "eval_tokens", "sample_tokens"):
+        for name in (
+            "histogram_every",
+            "eval_every",
+            "eval_tokens",
+            "final_eval_tokens",
+            "sample_tokens",
+        ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 (never, all) or more")
         for stage in self.stages:
             for source, _ in stage.mixture:

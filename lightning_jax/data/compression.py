@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
-import gzip
 import lzma
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning_jax.config import DataConfig
-from lightning_jax.data.mixture import held_out_text
+from lightning_jax.data.sources import Sources
 
+_GZIP_FORMAT = 31  # zlib's number for it, with the largest window
 COMPRESSORS = {
-    "gzip -9": lambda text: gzip.compress(text, compresslevel=9),
-    "xz -9e": lambda text: lzma.compress(text, preset=9 | lzma.PRESET_EXTREME),
+    "gzip -9": lambda: zlib.compressobj(9, wbits=_GZIP_FORMAT),
+    "xz -9e": lambda: lzma.LZMACompressor(preset=9 | lzma.PRESET_EXTREME),
 }
 
 
-def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
-    """Returns the bits a byte of `text`, compressed as one file, by compressor."""
+def compressed_bits_per_byte(texts: Iterable[str]) -> dict[str, float]:
+    """Returns bits per UTF-8 byte of texts, compressed as one file, by compressor."""
+    compressors = {name: make() for name, make in COMPRESSORS.items()}
+    sizes, total = dict.fromkeys(compressors, 0), 0
+    for text in texts:
+        content = text.encode("utf-8")
+        total += len(content)
+        for name, compressor in compressors.items():
+            sizes[name] += len(compressor.compress(content))
     return {
-        name: 8 * len(compress(text)) / max(len(text), 1) for name, compress in COMPRESSORS.items()
+        name: 8 * (sizes[name] + len(compressor.flush())) / max(total, 1)
+        for name, compressor in compressors.items()
     }
 
 
 def compression_rows(
-    data: DataConfig, models: Mapping[str, Mapping[str, float]]
+    sources: Sources, models: Mapping[str, Mapping[str, float]]
 ) -> list[list[Any]]:
-    """Returns a table: a row a domain, with its bytes, each model's and each compressor's bits.
+    """Returns a table: a row per domain, with its bytes, each model's and each compressor's bits.
 
     Args:
-      data: whose held-out text is compressed, each domain as one file.
+      sources: whose held-out text is compressed, each domain as one file.
       models: bits per byte by domain, by the model's name.
     """
     rows: list[list[Any]] = [["held out", "bytes", *models, *COMPRESSORS]]
-    for name, text in held_out_text(data).items():
+    for name, source in sources.eval.items():
         ours = [f"{bits[name]:.3f}" for bits in models.values()]
-        theirs = [f"{bits:.3f}" for bits in compressed_bits_per_byte(text).values()]
-        rows.append([name, f"{len(text):,}", *ours, *theirs])
+        theirs = [f"{bits:.3f}" for bits in compressed_bits_per_byte(source.texts()).values()]
+        rows.append([name, f"{source.num_bytes:,}", *ours, *theirs])
     return rows

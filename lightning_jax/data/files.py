@@ -1,20 +1,30 @@
-"""Text files as sequences of documents: one a file, or one a record.
+"""Files of records, one document each, read by number.
 
-Every class here has `len`, `label(record)` (its origin) and `read(record)` (its text), and pickles.
+Every reader, here and in `text_files`, has `len`, `label(record)` (the document's origin),
+`read(record)` (its text), `size` (int64 [records], UTF-8 bytes; -1: reading it raises), `share`
+(float64 [records], see `index.shares`), `digest` (of labels and texts) and `has_text` (bool
+[records]), and pickles.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import importlib
 import json
 import zlib
-from array import array
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import suggest
+from lightning_jax.data.index import Entry, Index, IndexStore, encoded_name
+
+_BATCH = 64  # records asked of a library at one time
+_BUFFER = 2**20  # bytes of a parquet column read at one time
 
 
 def optional_import(name: str, extra: str = "data") -> Any:
@@ -27,136 +37,195 @@ def optional_import(name: str, extra: str = "data") -> Any:
         ) from error
 
 
-class _File:
-    """A file of records that are read by number; `origin` is its relative name."""
+class _RecordFile:
+    """An indexed file; `origin` is its relative name."""
 
-    is_blank = False
-
-    def __init__(self, path: Path, origin: str, text_field: str = "") -> None:
-        self.path, self.origin, self.text_field = path, origin, text_field
-
-    def label(self, record: int) -> str:
-        return f"{self.origin}:{record + 1}"
-
-
-class TextFile(_File):
-    """A file that is one document: its content, or the `text` that was made of it."""
-
-    def __init__(self, path: Path, origin: str, text_field: str = "", text: str | None = None):
-        super().__init__(path, origin, text_field)
-        self._text = text
-        self.is_blank = not (path.stat().st_size if text is None else text)
+    def __init__(self, path: Path, origin: str, text_field: str, index: Index) -> None:
+        self.path, self.origin, self.text_field, self.index = path, origin, text_field, index
 
     def __len__(self) -> int:
-        return 1
+        return len(self.index)
+
+    @property
+    def size(self) -> np.ndarray:
+        return self.index.size
+
+    @property
+    def share(self) -> np.ndarray:
+        return self.index.share
+
+    @property
+    def digest(self) -> bytes:
+        content = encoded_name(self.origin) + b"\0" + self.index.digest.tobytes()
+        return hashlib.sha256(content).digest()
+
+    @property
+    def has_text(self) -> np.ndarray:
+        return np.ones(len(self), bool)  # an empty text in a record was meant
 
     def label(self, record: int) -> str:
-        return self.origin
+        return f"{self.origin}:{self.index.number(record)}"
 
-    def read(self, record: int) -> str:
-        if self._text is not None:
-            return self._text
-        return _decoded(self.path.read_bytes(), str(self.path))
-
-
-class JsonLinesFile(_File):
-    """One record a line; blank lines are none. Holds offsets, or all lines of a gzip file."""
-
-    def __init__(self, path: Path, origin: str, text_field: str) -> None:
-        super().__init__(path, origin, text_field)
-        is_gzip = path.suffix == ".gz"
-        starts, lengths, numbers, offset = array("q"), array("q"), array("q"), 0
-        held: list[bytes] = []
+    def _bytes(self, path: Path, record: int) -> bytes:
+        start, end = map(int, self.index.ends[record : record + 2])
         try:
-            with gzip.open(path, "rb") if is_gzip else open(path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        starts.append(offset)
-                        lengths.append(len(line))
-                        numbers.append(number)
-                        held += [line] if is_gzip else []
-                    offset += len(line)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{path}: not a complete gzip file ({error})") from error
-        self._starts, self._lengths, self._numbers = starts, lengths, numbers
-        self._held = held if is_gzip else None
+            with open(path, "rb") as file:
+                file.seek(start)
+                return file.read(end - start)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
-    def __len__(self) -> int:
-        return len(self._starts)
 
-    def label(self, record: int) -> str:
-        return f"{self.origin}:{self._numbers[record]}"
+class JsonLinesFile(_RecordFile):
+    """One record a line; blank lines are none. Lines are read from the file itself."""
+
+    def __init__(self, path: Path, origin: str, text_field: str, store: IndexStore) -> None:
+        index = store.records(path, origin, text_field, lambda: _json_lines(path, text_field, open))
+        super().__init__(path, origin, text_field, index)
 
     def read(self, record: int) -> str:
-        if self._held is not None:
-            line = self._held[record]
-        else:
-            with open(self.path, "rb") as file:
-                file.seek(self._starts[record])
-                line = file.read(self._lengths[record])
-        return _text_of(line, self.text_field, f"{self.path}, line {self._numbers[record]}")
+        place = f"{self.path}, line {self.index.number(record)}"
+        return _text_of(self._bytes(self.path, record).strip(), self.text_field, place)
 
 
-class ParquetFile(_File):
+class _UnpackedFile(_RecordFile):
+    """A compressed file, whose texts were unpacked to a plain one."""
+
+    _entries: Callable[[Path, str], Iterator[Entry]]
+
+    def __init__(self, path: Path, origin: str, text_field: str, store: IndexStore) -> None:
+        index, self._texts = store.unpacked(
+            path, origin, text_field, lambda: self._entries(path, text_field)
+        )
+        super().__init__(path, origin, text_field, index)
+
+    def read(self, record: int) -> str:
+        text = self._bytes(self._texts, record).decode("utf-8")
+        if self.index.size[record] < 0:
+            raise UserError(text)
+        return text
+
+
+class GzipLinesFile(_UnpackedFile):
+    """A gzip file of JSON lines."""
+
+    @staticmethod
+    def _entries(path: Path, text_field: str) -> Iterator[Entry]:
+        return _json_lines(path, text_field, gzip.open)
+
+
+class ParquetFile(_UnpackedFile):
     """One record a row; only the text column is read."""
 
-    def __init__(self, path: Path, origin: str, text_field: str) -> None:
-        super().__init__(path, origin, text_field)
+    @staticmethod
+    def _entries(path: Path, text_field: str) -> Iterator[Entry]:
         parquet, arrow = optional_import("pyarrow.parquet"), optional_import("pyarrow")
         try:
-            names = parquet.read_schema(path).names
-            if text_field not in names:
-                raise UserError(
-                    f"data.text_field = {text_field!r}: no such column in {path}: "
-                    f"{suggest(text_field, names)}"
-                )
-            self._column = parquet.read_table(path, columns=[text_field]).column(text_field)
+            # A row group may be as large as the file, so it is read and decoded in pieces.
+            with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+                names = file.schema_arrow.names
+                if text_field not in names:
+                    raise UserError(
+                        f"data.text_field = {text_field!r}: no such column in {path}: "
+                        f"{suggest(text_field, names)}"
+                    )
+                batches = file.iter_batches(_BATCH, columns=[text_field], use_threads=False)
+                texts = (text for batch in batches for text in batch.column(0).to_pylist())
+                for number, text in enumerate(texts, 1):
+                    place = f"{path}, row {number}"
+                    yield number, 0, _or_error(_encoded, text, text_field, place)
         except (arrow.ArrowException, OSError) as error:
             raise UserError(f"{path}: not a readable parquet file ({error})") from error
 
-    def __len__(self) -> int:
-        return len(self._column)
 
-    def read(self, record: int) -> str:
-        text = self._column[int(record)].as_py()
-        return _checked(text, self.text_field, f"{self.path}, row {record + 1}")
-
-
-class ArrayRecordFile(_File):
+class ArrayRecordFile(_RecordFile):
     """One record each; JSON objects where the first record is one, else UTF-8 text."""
 
-    def __init__(self, path: Path, origin: str, text_field: str) -> None:
-        super().__init__(path, origin, text_field)
+    def __init__(self, path: Path, origin: str, text_field: str, store: IndexStore) -> None:
         module = optional_import("array_record.python.array_record_data_source")
         try:
             self._records = module.ArrayRecordDataSource([str(path)])
-            first = self._records[0] if len(self._records) else b""
+            self._is_json = bool(len(self._records)) and _is_object(self._records[0])
+            index = store.records(path, origin, text_field, lambda: self._entries(path, text_field))
         except Exception as error:  # The library raises RuntimeErrors and ValueErrors of all kinds.
             reason = " ".join(str(error).split())
             raise UserError(f"{path}: not a readable array_record file ({reason})") from error
-        try:
-            self._is_json = isinstance(json.loads(first), dict)
-        except ValueError:
-            self._is_json = False
-
-    def __len__(self) -> int:
-        return len(self._records)
+        super().__init__(path, origin, text_field, index)
 
     def read(self, record: int) -> str:
-        content, place = self._records[int(record)], f"{self.path}, record {record + 1}"
+        place = f"{self.path}, record {record + 1}"
         if self._is_json:
-            return _text_of(content, self.text_field, place)
-        return _decoded(content, place)
+            return _text_of(self._records[int(record)], self.text_field, place)
+        return decoded(self._records[int(record)], place)
+
+    def _entries(self, path: Path, text_field: str) -> Iterator[Entry]:
+        for first in range(0, len(self._records), _BATCH):
+            records = range(first, min(first + _BATCH, len(self._records)))
+            for number, content in enumerate(self._records.__getitems__(records), first + 1):
+                place = f"{path}, record {number}"
+                if self._is_json:
+                    text = _or_error(_encoded_field, content, text_field, place)
+                else:
+                    text = _or_error(_encoded_text, content, place)
+                yield number, 0, text
 
 
-def _decoded(content: bytes, place: str) -> str:
+def _json_lines(path: Path, text_field: str, opened: Callable[..., BinaryIO]) -> Iterator[Entry]:
+    end, prefix = 0, f"{path}, line "
+    try:
+        with opened(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                end += len(line)
+                line = line.strip()
+                if line:
+                    place = prefix + str(number)
+                    yield number, end, _or_error(_encoded_field, line, text_field, place)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: not a complete gzip file ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _is_object(content: bytes) -> bool:
+    try:
+        return isinstance(json.loads(content), dict)
+    except ValueError:
+        return False
+
+
+def _or_error(function: Callable[..., bytes], *arguments: Any) -> bytes | UserError:
+    """Calls; an error waits until somebody reads the record."""
+    try:
+        return function(*arguments)
+    except UserError as error:
+        return error
+
+
+def decoded(content: bytes, place: str) -> str:
+    """Returns a text; raises UserError where it is not UTF-8."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: not UTF-8 at byte {error.start}") from error
 
 
+def _encoded_text(content: bytes, place: str) -> bytes:
+    decoded(content, place)
+    return content
+
+
 def _text_of(content: bytes, text_field: str, place: str) -> str:
+    """Returns the text in a JSON record, once it is known to be one."""
+    text = _field_of(content, text_field, place)
+    _encoded(text, text_field, place)
+    return text
+
+
+def _encoded_field(content: bytes, text_field: str, place: str) -> bytes:
+    return _encoded(_field_of(content, text_field, place), text_field, place)
+
+
+def _field_of(content: bytes, text_field: str, place: str) -> Any:
     try:
         record = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -167,23 +236,17 @@ def _text_of(content: bytes, text_field: str, place: str) -> str:
         raise UserError(
             f"{place}: no field data.text_field = {text_field!r}: {suggest(text_field, [*record])}"
         )
-    return _checked(record[text_field], text_field, place)
+    return record[text_field]
 
 
-def _checked(text: object, text_field: str, place: str) -> str:
+def _encoded(text: object, text_field: str, place: str) -> bytes:
     if not isinstance(text, str):
         raise UserError(
             f"{place}: data.text_field = {text_field!r} must be a string, not {type(text).__name__}"
         )
-    if not is_unicode(text):
-        raise UserError(f"{place}: data.text_field = {text_field!r} has an unpaired surrogate")
-    return text
-
-
-def is_unicode(text: str) -> bool:
-    """Whether `text` can be written as UTF-8: it has no unpaired surrogate."""
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{place}: data.text_field = {text_field!r} has an unpaired surrogate"
+        ) from error

@@ -1,90 +1,115 @@
-"""Batches: sources packed into rows, rows mixed by share of tokens; held-out text in order."""
+"""Batches: sources packed into rows, rows mixed by share of tokens; held-out text in order.
+
+Each source is one stream of documents for the whole run, in an order of its own. A stage says how
+its rows are cut, mixed and batched; where each stream stands is part of the iterator's state, which
+one stage hands to the next. So no seam between stages repeats or drops a document, whatever changes
+there, and a source that rests for a stage goes on where it was.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
 import numpy as np
 
-from lightning_jax.config import DataConfig, SourceConfig, StageConfig
+from lightning_jax.config import DataConfig, StageConfig
 from lightning_jax.config.fields import require
 from lightning_jax.data.batch import Batch
-from lightning_jax.data.packing import PackDataset, document_tokens
-from lightning_jax.data.sources import Source, open_source
+from lightning_jax.data.packing import Documents, PackDataset, document_tokens
+from lightning_jax.data.sources import Source, Sources
 from lightning_jax.data.tokenizer import Tokenizer
-
-# Grain would start 16 threads a source; here one thread makes whole batches ahead instead.
-_UNTHREADED = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
 class _MixIterator(grain.DatasetIterator):
-    def __init__(
-        self, parents: Sequence[grain.DatasetIterator], weights: Sequence[float], seq_len: int
-    ) -> None:
-        super().__init__(parents)
-        self._weights, self._seq_len = tuple(weights), seq_len
-        self._tokens = [0] * len(self._weights)
+    def __init__(self, mix: MixDataset) -> None:
+        self._rows = {name: iter(rows) for name, rows in mix.rows.items()}
+        super().__init__([*self._rows.values()])
+        self._weights, self._seq_len, self._stage = mix.weights, mix.seq_len, mix.stage
+        self._tokens = dict.fromkeys(self._rows, 0)
+        self._beginnings = {name: rows.get_state() for name, rows in self._rows.items()}
+        self._resting: dict[str, Any] = {}  # states of sources that this stage does not read
 
     def __next__(self) -> Batch:
-        # Half a row is counted ahead, so that each source's rows come in the middle of their turns
-        # and a small share is neither early nor late.
-        turns = [
-            (tokens + self._seq_len / 2) / weight
-            for tokens, weight in zip(self._tokens, self._weights, strict=True)
-        ]
-        chosen = turns.index(min(turns))
-        row = next(self._parents[chosen])
+        # The half-row offset centres each source in its interval: a 10% source first appears at
+        # row 5, not at row 1 or 10.
+        turns = {
+            name: (tokens + self._seq_len / 2) / self._weights[name]
+            for name, tokens in self._tokens.items()
+        }
+        chosen = min(turns, key=turns.__getitem__)
+        row = next(self._rows[chosen])
         self._tokens[chosen] += int(np.count_nonzero(row.loss_mask))
         return row
 
     def get_state(self) -> dict[str, Any]:
+        streams = {name: rows.get_state() for name, rows in self._rows.items()}
         return {
-            "tokens": list(self._tokens),
-            "parents": [parent.get_state() for parent in self._parents],
+            "stage": self._stage,
+            "tokens": dict(self._tokens),
+            "streams": {**self._resting, **streams},
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._tokens = list(state["tokens"])
-        for parent, parent_state in zip(self._parents, state["parents"], strict=True):
-            parent.set_state(parent_state)
+        streams = state["streams"]
+        # Shares are of a stage's own tokens: another stage hands over its streams alone.
+        same = state["stage"] == self._stage
+        self._tokens = dict(state["tokens"]) if same else dict.fromkeys(self._rows, 0)
+        self._resting = {name: streams[name] for name in streams if name not in self._rows}
+        for name, rows in self._rows.items():
+            rows.set_state(streams.get(name, self._beginnings[name]))
 
 
 class MixDataset(grain.IterDataset):
     """Takes each row from the source that is furthest behind its share of real tokens.
 
     Grain's own mix counts rows, which differ in padding under `first_fit`.
+
+    Attributes:
+      rows: by source, rows of `seq_len`.
+      weights: by source, its share of real tokens.
+      seq_len: tokens per row.
+      stage: the name that its iterators' states bear. A state of another stage moves the streams of
+        rows (of the sources that are here; the others' positions are kept) and nothing else.
     """
 
     def __init__(
-        self, parents: Sequence[grain.IterDataset], *, weights: Sequence[float], seq_len: int
+        self,
+        rows: Mapping[str, grain.IterDataset],
+        *,
+        weights: Mapping[str, float],
+        seq_len: int,
+        stage: str,
     ) -> None:
-        super().__init__(parents)
-        self._weights, self._seq_len = tuple(weights), seq_len
+        super().__init__([*rows.values()])
+        self.rows, self.weights, self.seq_len, self.stage = rows, weights, seq_len, stage
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _MixIterator([iter(p) for p in self._parents], self._weights, self._seq_len)
+        return _MixIterator(self)
 
 
 def make_train_iterator(
+    sources: Sources,
     data: DataConfig,
     stage: StageConfig,
     *,
     tokenizer: Tokenizer,
     seed: int,
-    stage_index: int,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
     """Returns an endless iterator of `[stage.batch_size // process_count, stage.seq_len]` batches.
 
-    Elements are `Batch`es. Weights are shares of real tokens; a source of weight 0
-    is not opened. Each source is repeated for ever, in another order in each epoch and stage; in
-    each epoch every process reads its own part of the documents. `data.prefetch` batches are made
-    ahead in one thread. `get_state` is that of the last batch given, exact, and survives JSON.
+    Elements are `Batch`es. Weights are shares of real tokens; a source of weight 0 is not opened.
+    Each source is repeated for ever, in another order in each epoch, which depends on `seed` and
+    its name alone; in each epoch every process reads its own part of the documents. `data.prefetch`
+    batches are made ahead in one thread.
+
+    `get_state` is that of the last batch given, exact, and survives JSON. `set_state` takes a state
+    of the same stage, to resume, or the one in which the last stage ended, to go on after it.
 
     Raises:
       UserError: a batch that the processes cannot share, or a source that cannot be opened. Bad
@@ -96,50 +121,33 @@ def make_train_iterator(
         stage.batch_size,
         f"a multiple of the {process_count} processes",
     )
-    by_name = {source.name: source for source in data.sources}
-    mixture = [(by_name[name], weight) for name, weight in stage.mixture if weight > 0]
-    parts = slice(process_index, None, process_count)
-    rows = [
-        _train_rows(
-            _open(data, config, "train"),
-            tokenizer=tokenizer,
-            seed=_order_seed(seed, stage_index, config.name),
-            part=parts,
+    weights = {name: weight for name, weight in stage.mixture if weight > 0}
+    part = slice(process_index, None, process_count)
+    rows = {
+        name: PackDataset(
+            _endless(sources.train[name], tokenizer, seed, part),
             seq_len=stage.seq_len,
             packing=data.packing,
         )
-        for config, _ in mixture
-    ]
-    dataset = MixDataset(rows, weights=[w for _, w in mixture], seq_len=stage.seq_len)
-    dataset = dataset.batch(stage.batch_size // process_count, drop_remainder=True)
-    return iter(
-        grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=data.prefetch)
-    )
+        for name in weights
+    }
+    mix = MixDataset(rows, weights=weights, seq_len=stage.seq_len, stage=stage.name)
+    batches = mix.batch(stage.batch_size // process_count, drop_remainder=True)
+    if data.prefetch:
+        # Without a bound of at least 1, Grain's thread would run ahead for ever after a restore.
+        batches = grain.experimental.ThreadPrefetchIterDataset(
+            batches, prefetch_buffer_size=data.prefetch
+        )
+    return iter(batches)
 
 
-def _train_rows(
-    source: Source, *, tokenizer: Tokenizer, seed: int, part: slice, seq_len: int, packing: str
-) -> grain.IterDataset:
+def _endless(source: Source, tokenizer: Tokenizer, seed: int, part: slice) -> Documents:
+    """The tokens of a source's documents, epoch after epoch; of each epoch, the `part`."""
+    digest = hashlib.sha256(f"{seed}\0{source.name}".encode()).digest()
+    order = int.from_bytes(digest[:4], "big")
     # Repeat before slice: parts are then equal over epochs also where they do not divide one.
-    documents = grain.MapDataset.source(source).shuffle(seed=seed).repeat()[part]
-    tokens = documents.map(lambda document: document_tokens(document["text"], tokenizer))
-    return PackDataset(tokens.to_iter_dataset(_UNTHREADED), seq_len=seq_len, packing=packing)
-
-
-def _order_seed(seed: int, stage_index: int, name: str) -> int:
-    digest = hashlib.sha256(f"{seed}\0{stage_index}\0{name}".encode()).digest()
-    return int.from_bytes(digest[:4], "big")
-
-
-def _open(data: DataConfig, config: SourceConfig, split: str) -> Source:
-    return open_source(
-        config, split=split, text_field=data.text_field, eval_fraction=data.eval_fraction
-    )
-
-
-def open_eval_sources(data: DataConfig) -> dict[str, Source]:
-    """Returns the eval split of every source by name."""
-    return {config.name: _open(data, config, "eval") for config in data.sources}
+    documents = grain.MapDataset.source(source).shuffle(seed=order).repeat()[part]
+    return documents.map(lambda document: document_tokens(document["text"], tokenizer))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -166,8 +174,7 @@ class EvalBatches:
         return -(-rows // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        documents = grain.MapDataset.source(self.tokens).to_iter_dataset(_UNTHREADED)
-        rows = iter(PackDataset(documents, seq_len=self.seq_len, packing="concat"))
+        rows = iter(PackDataset(self.tokens, seq_len=self.seq_len, packing="concat"))
         for _ in range(len(self)):
             padding = Batch.empty(self.seq_len)
             batch = [next(rows, padding) for _ in range(self.batch_size)]
@@ -188,8 +195,8 @@ def eval_batches(
 
     Documents are whole and in order, packed by `concat`; the last batch is filled up with rows of
     padding, and all processes have the same number of batches. With `max_tokens`, documents are
-    drawn in hash order until they have that many targets. Tokens stay in memory, 4 bytes each, so
-    that later passes cost no tokenizer.
+    drawn in hash order until they have that many targets, and no others are read. Tokens stay in
+    memory, 4 bytes each, so that later passes cost no tokenizer.
     """
     require(
         batch_size % process_count == 0,
@@ -217,31 +224,3 @@ def eval_batches(
         batch_size=batch_size,
         process_rows=slice(process_index * local, (process_index + 1) * local),
     )
-
-
-def data_fingerprint(data: DataConfig) -> dict[str, dict[str, Any]]:
-    """Returns, by source, `fingerprint` (sha256 of both splits) and the size of each split.
-
-    The same documents under the same relative names give the same fingerprint on any machine.
-    Reads all text once.
-    """
-    result = {}
-    for config in data.sources:
-        train, held_out = _open(data, config, "train"), _open(data, config, "eval")
-        both = f"{train.fingerprint}\n{held_out.fingerprint}"
-        result[config.name] = {
-            "fingerprint": hashlib.sha256(both.encode()).hexdigest(),
-            "documents": len(train),
-            "bytes": train.num_bytes,
-            "eval_documents": len(held_out),
-            "eval_bytes": held_out.num_bytes,
-        }
-    return result
-
-
-def held_out_text(data: DataConfig) -> dict[str, bytes]:
-    """Returns, by source, the UTF-8 text that `eval_batches` predicts when `max_tokens` is 0."""
-    return {
-        name: b"".join(text.encode("utf-8") for text in source.texts())
-        for name, source in open_eval_sources(data).items()
-    }

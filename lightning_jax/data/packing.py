@@ -10,8 +10,10 @@ not survive JSON, and `FirstFitPackIterDataset` refuses documents longer than a 
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -19,7 +21,23 @@ import numpy as np
 from lightning_jax.data.batch import Batch
 from lightning_jax.data.tokenizer import Tokenizer
 
-_Piece = tuple[np.ndarray, np.ndarray]  # inputs, targets
+
+class Documents(Protocol):
+    """Random access to the tokens of documents, int32 [at least 2]; may be endless."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, document: int) -> np.ndarray: ...
+
+
+class _Piece(NamedTuple):
+    """Pairs `start` to `stop` of a document; `tokens` are one more than the pairs."""
+
+    document: int
+    start: int
+    stop: int
+    tokens: np.ndarray
+
 
 # Rows that first_fit keeps open. More of them leave less padding and make a resume read more.
 _OPEN_ROWS = 32
@@ -35,10 +53,10 @@ def document_tokens(text: str, tokenizer: Tokenizer) -> np.ndarray:
 
 def _make_row(pieces: list[_Piece], seq_len: int) -> Batch:
     row, end = Batch.empty(seq_len), 0
-    for segment, (inputs, targets) in enumerate(pieces, 1):
-        start, end = end, end + len(inputs)
-        row.tokens[start:end] = inputs
-        row.targets[start:end] = targets
+    for segment, piece in enumerate(pieces, 1):
+        start, end = end, end + piece.stop - piece.start
+        row.tokens[start:end] = piece.tokens[:-1]
+        row.targets[start:end] = piece.tokens[1:]
         row.segment_ids[start:end] = segment
         row.positions[start:end] = np.arange(end - start)
     row.loss_mask[:end] = 1
@@ -46,51 +64,63 @@ def _make_row(pieces: list[_Piece], seq_len: int) -> Batch:
 
 
 class _Pairs:
-    """Pairs of the documents of an iterator, taken a piece at a time, with an exact position."""
+    """Pairs of a sequence of documents, taken a piece at a time, with an exact position.
 
-    def __init__(self, documents: grain.DatasetIterator) -> None:
+    The position is the number of the next document to open, and the spans of opened documents that
+    are still to be taken: `[document, start, stop]`, counted in pairs.
+    """
+
+    def __init__(self, documents: Documents) -> None:
         self._documents = documents
-        self._start = documents.get_state()  # before the open document
-        self._open: np.ndarray | None = None
-        self._offset = 0  # pairs taken from it
+        self._next = 0
+        self._spans: list[list[int]] = []
+        self._loaded: tuple[int, np.ndarray] | None = None
 
     def left(self) -> int:
-        """Pairs that the open document still has; 0 after the last document."""
-        if self._open is None:
-            try:
-                self._open = next(self._documents)
-            except StopIteration:
+        """Pairs that the first span still has, of a new document if need be; 0 after the last."""
+        if not self._spans:
+            if self._next == len(self._documents):
                 return 0
-        return len(self._open) - 1 - self._offset
+            self._spans.append([self._next, 0, len(self._tokens(self._next)) - 1])
+            self._next += 1
+        _, start, stop = self._spans[0]
+        return stop - start
 
     def take(self, count: int) -> _Piece:
         """Takes `1 <= count <= left()` pairs."""
-        assert self._open is not None
-        start, end = self._offset, self._offset + count
-        piece = self._open[start:end], self._open[start + 1 : end + 1]
-        self._offset = end
-        if end == len(self._open) - 1:
-            self._start, self._open, self._offset = self._documents.get_state(), None, 0
-        return piece
+        document, start, stop = self._spans[0]
+        self._spans[0][1] = start + count
+        if start + count == stop:
+            del self._spans[0]
+        return self.piece(document, start, start + count)
+
+    def piece(self, document: int, start: int, stop: int) -> _Piece:
+        """The pairs of a span, wherever the position is."""
+        return _Piece(document, start, stop, self._tokens(document)[start : stop + 1])
+
+    def _tokens(self, document: int) -> np.ndarray:
+        if self._loaded is None or self._loaded[0] != document:
+            self._loaded = document, self._documents[document]
+        return self._loaded[1]
 
     def get_state(self) -> dict[str, Any]:
-        return {"documents": self._start, "offset": self._offset}
+        # As text, because Grain copies states and wants one structure of them all.
+        return {"next": self._next, "spans": json.dumps(self._spans)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._documents.set_state(state["documents"])
-        self._start, self._open, self._offset = state["documents"], None, state["offset"]
+        self._next, self._spans = state["next"], json.loads(state["spans"])
 
 
 class _ConcatIterator(grain.DatasetIterator):
-    def __init__(self, parent: grain.DatasetIterator, seq_len: int) -> None:
-        super().__init__(parent)
-        self._pairs, self._seq_len = _Pairs(parent), seq_len
+    def __init__(self, documents: Documents, seq_len: int) -> None:
+        super().__init__()
+        self._pairs, self._seq_len = _Pairs(documents), seq_len
 
     def __next__(self) -> Batch:
         pieces, room = [], self._seq_len
         while room and (left := self._pairs.left()):
             pieces.append(self._pairs.take(min(room, left)))
-            room -= len(pieces[-1][0])
+            room -= pieces[-1].stop - pieces[-1].start
         if not pieces:
             raise StopIteration
         return _make_row(pieces, self._seq_len)
@@ -105,12 +135,10 @@ class _ConcatIterator(grain.DatasetIterator):
 class _FirstFitIterator(grain.DatasetIterator):
     """Fills `_OPEN_ROWS` rows until a piece fits in none of them, then emits them all."""
 
-    def __init__(self, parent: grain.DatasetIterator, seq_len: int) -> None:
-        super().__init__(parent)
-        self._pairs, self._seq_len = _Pairs(parent), seq_len
-        self._start = self._pairs.get_state()  # before the first piece of `_rows`
-        self._rows: list[list[_Piece]] = []
-        self._emitted = 0
+    def __init__(self, documents: Documents, seq_len: int) -> None:
+        super().__init__()
+        self._pairs, self._seq_len = _Pairs(documents), seq_len
+        self._rows: list[list[_Piece]] = []  # filled and not yet emitted
 
     def _fill(self) -> None:
         rooms: list[int] = []
@@ -130,31 +158,48 @@ class _FirstFitIterator(grain.DatasetIterator):
             self._fill()
         if not self._rows:
             raise StopIteration
-        row = _make_row(self._rows[self._emitted], self._seq_len)
-        self._emitted += 1
-        if self._emitted == len(self._rows):
-            self._start, self._rows, self._emitted = self._pairs.get_state(), [], 0
-        return row
+        return _make_row(self._rows.pop(0), self._seq_len)
 
     def get_state(self) -> dict[str, Any]:
-        return {"pairs": self._start, "emitted": self._emitted}
+        rows = json.dumps([[piece[:3] for piece in row] for row in self._rows])
+        return {**self._pairs.get_state(), "rows": rows, "seq_len": self._seq_len}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._pairs.set_state(state["pairs"])
-        self._start, self._rows, self._emitted = state["pairs"], [], state["emitted"]
+        rows: list[list[list[int]]] = json.loads(state["rows"])
+        self._rows = []
+        if state["seq_len"] == self._seq_len:
+            self._pairs.set_state(state)
+            self._rows = [[self._pairs.piece(*span) for span in row] for row in rows]
+        else:
+            # Rows of another length are undone: what they held is packed again, before the rest.
+            spans = sorted(itertools.chain(*rows, json.loads(state["spans"])))
+            self._pairs.set_state({**state, "spans": json.dumps(_joined(spans))})
+
+
+def _joined(spans: list[list[int]]) -> list[list[int]]:
+    """Joins spans where one begins where the last one ends."""
+    joined: list[list[int]] = []
+    for document, start, stop in spans:
+        if joined and (joined[-1][0], joined[-1][2]) == (document, start):
+            joined[-1][2] = stop
+        else:
+            joined.append([document, start, stop])
+    return joined
 
 
 class PackDataset(grain.IterDataset):
-    """Packs the int32 arrays of `document_tokens` that `parent` gives into rows of `seq_len`.
+    """Packs the int32 arrays of `document_tokens` into rows of `seq_len`.
 
     `concat` leaves no padding but after the last document; `first_fit` cuts only documents of more
-    than `seq_len` pairs, and pads. The state of its iterator is exact and survives JSON.
+    than `seq_len` pairs, and pads. The state of its iterator is exact and survives JSON. It may be
+    set on an iterator of another `seq_len` (and the same documents and packing), which goes on
+    where the other one was: no pair is dropped or comes twice.
     """
 
-    def __init__(self, parent: grain.IterDataset, *, seq_len: int, packing: str) -> None:
-        super().__init__(parent)
-        self._seq_len = seq_len
+    def __init__(self, documents: Documents, *, seq_len: int, packing: str) -> None:
+        super().__init__()
+        self._documents, self._seq_len = documents, seq_len
         self._kind = {"concat": _ConcatIterator, "first_fit": _FirstFitIterator}[packing]
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._kind(iter(self._parent), self._seq_len)
+        return self._kind(self._documents, self._seq_len)

@@ -7,15 +7,13 @@ only one of them.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lightning_jax.config import DataConfig
 from lightning_jax.config.errors import UserError
-from lightning_jax.data import sources, tokenizer_folder
+from lightning_jax.data import cache, tokenizer_folder
 from lightning_jax.data.files import optional_import
+from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer_folder import Settings
 from lightning_jax.data.tokenizer_kinds import (
     BOS,
@@ -91,33 +89,33 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokeni
             f"BPE vocab_size = {vocab_size}: must be at most {model.get_vocab_size()}, "
             "all that this text has merges for"
         )
-    _write_atomically(Path(path), model.to_str().encode("utf-8"))
+    _write(Path(path), model.to_str().encode("utf-8"))
     return load_tokenizer(str(path))
 
 
-def resolve_tokenizer(data: DataConfig, workdir: str | Path) -> Tokenizer:
+def resolve_tokenizer(sources: Sources, workdir: str | Path) -> Tokenizer:
     """Returns the run's tokenizer, and leaves it in `workdir` so that the folder is complete.
 
     `bpe:<size>` is trained once on at most 16 MB of the train split, an equal part from each
     source, its documents in hash order; the result is `workdir/tokenizer.json`. A file is copied to
     `workdir/tokenizer.json` or `workdir/tokenizer.model`, a folder (what of it makes the tokenizer)
-    to `workdir/tokenizer/`. A later call reuses what it finds there.
+    to `workdir/tokenizer/`. A later call reuses what it finds there, and opens no source.
 
     Raises:
       UserError: as `load_tokenizer` and `train_bpe`, and where `workdir` holds another tokenizer.
     """
-    spec = data.tokenizer
+    spec = sources.data.tokenizer
     if spec == "bytes":
         return ByteTokenizer()
     if spec.startswith("bpe:"):
-        return _resolve_bpe(data, Path(workdir) / "tokenizer.json")
+        return _resolve_bpe(sources, Path(workdir) / "tokenizer.json")
     given = Path(spec).expanduser()
     is_file = given.suffix in _LOADERS and not given.is_dir()
     kept = Path(workdir) / (f"tokenizer{given.suffix}" if is_file else "tokenizer")
     if not kept.exists():
         load_tokenizer(spec)
         if is_file:
-            _write_atomically(kept, given.read_bytes())
+            _write(kept, given.read_bytes())
         else:
             tokenizer_folder.copy(given, kept)
     elif given.exists() and _contents(given) != _contents(kept):
@@ -131,30 +129,27 @@ def _contents(path: Path) -> dict[str, bytes]:
     return tokenizer_folder.files(path) if path.is_dir() else {"": path.read_bytes()}
 
 
-def _resolve_bpe(data: DataConfig, path: Path) -> Tokenizer:
-    size = data.tokenizer.removeprefix("bpe:")
+def _resolve_bpe(sources: Sources, path: Path) -> Tokenizer:
+    spec = sources.data.tokenizer
+    size = spec.removeprefix("bpe:")
     if not size.isdecimal() or int(size) < _SMALLEST_BPE:
         raise UserError(
-            f"data.tokenizer = {data.tokenizer!r}: must be bpe:<size> with a size of at least "
-            f"{_SMALLEST_BPE}"
+            f"data.tokenizer = {spec!r}: must be bpe:<size> with a size of at least {_SMALLEST_BPE}"
         )
     if not path.exists():
-        return train_bpe(_sample(data), int(size), path)
+        return train_bpe(_sample(sources), int(size), path)
     tokenizer = load_tokenizer(str(path))
     if tokenizer.vocab_size != int(size):
         raise UserError(
-            f"data.tokenizer = {data.tokenizer!r}: {path} has {tokenizer.vocab_size} tokens; give "
+            f"data.tokenizer = {spec!r}: {path} has {tokenizer.vocab_size} tokens; give "
             "the run another workdir, or that size"
         )
     return tokenizer
 
 
-def _sample(data: DataConfig) -> Iterator[str]:
-    for config in data.sources:
-        source = sources.open_source(
-            config, split="train", text_field=data.text_field, eval_fraction=data.eval_fraction
-        )
-        left = _SAMPLE_BYTES // len(data.sources)
+def _sample(sources: Sources) -> Iterator[str]:
+    for source in sources.train.values():
+        left = _SAMPLE_BYTES // len(sources.train)
         for index in source.hash_order():
             if left <= 0:
                 break
@@ -163,14 +158,6 @@ def _sample(data: DataConfig) -> Iterator[str]:
             yield text
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+def _write(path: Path, content: bytes) -> None:
+    with cache.replacing(path) as file:
+        file.write(content)

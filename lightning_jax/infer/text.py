@@ -16,6 +16,7 @@ from lightning_jax import model as lm
 from lightning_jax.config import ModelConfig, RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require
+from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
 from lightning_jax.infer.engine import Engine
 from lightning_jax.infer.sampling import Sampling
@@ -122,7 +123,7 @@ def generate_run(
       UserError: no such run or checkpoint, or options that do not fit its model or tokenizer.
     """
     run = checkpoint.load_run(workdir, step=options.step)
-    tokenizer = resolve_tokenizer(run.config.data, workdir)
+    tokenizer = resolve_tokenizer(Sources.open(run.config.data), workdir)
     prompt = (encode_chat if options.chat else encode_prompt)(tokenizer, options.prompt)
     engine = Engine(
         run.config.model,

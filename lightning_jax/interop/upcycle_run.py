@@ -11,6 +11,7 @@ import jax
 from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.config import ModelConfig, RunConfig
+from lightning_jax.data.sources import Sources
 from lightning_jax.interop.convert import describe, load_any
 from lightning_jax.interop.upcycle import is_exact, upcycle
 from lightning_jax.train.evaluation import ONE_DEVICE, Evaluator
@@ -54,7 +55,9 @@ def upcycle_run(
         config.model, vocab_size=config.model.vocab_size or dense.vocab_size
     )
     data = dataclasses.replace(config.data, tokenizer=tokenizer or config.data.tokenizer)
-    config, tokenizer = resolve(dataclasses.replace(config, model=model, data=data), path)
+    sources = Sources.open(data)
+    config = dataclasses.replace(config, model=model, data=data)
+    config, tokenizer = resolve(config, path, sources)
     made, made_router = upcycle(dense, params, model, jax.random.key(config.seed), pool=pool)
     write_start(path, config, made, made_router, origin={"path": str(source), "pool": pool})
     segment = Plan.of(config).segments[0]
@@ -62,7 +65,7 @@ def upcycle_run(
     def losses(model: ModelConfig, params: Any, router: lm.Router) -> dict[str, float]:
         run = dataclasses.replace(config, model=model)
         mesh = sharding.make_mesh(ONE_DEVICE, jax.devices()[:1])
-        results = Evaluator(run, data, tokenizer, mesh)(
+        results = Evaluator(run, sources, tokenizer, mesh)(
             params,
             router,
             seq_len=segment.seq_len,

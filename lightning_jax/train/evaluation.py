@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.checkpoint import load_run
-from lightning_jax.config import DataConfig, MeshConfig, RunConfig, SourceConfig
+from lightning_jax.config import MeshConfig, RunConfig, SourceConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require
 from lightning_jax.data.batch import Batch
-from lightning_jax.data.mixture import EvalBatches, eval_batches, open_eval_sources
+from lightning_jax.data.mixture import EvalBatches, eval_batches
+from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
 from lightning_jax.runtime import compiler
 from lightning_jax.train import step as steps
@@ -99,8 +100,8 @@ class Evaluator:
     Make it under `jax.set_mesh(mesh)`, or without a mesh for one device.
     """
 
-    def __init__(self, config: RunConfig, data: DataConfig, tokenizer: Tokenizer, mesh: Mesh):
-        self._config, self._data, self._tokenizer, self._mesh = config, data, tokenizer, mesh
+    def __init__(self, config: RunConfig, sources: Sources, tokenizer: Tokenizer, mesh: Mesh):
+        self._config, self._sources, self._tokenizer, self._mesh = config, sources, tokenizer, mesh
         self._batches: dict[tuple[int, int, int], dict[str, EvalBatches]] = {}
         self._step = make_eval_step(config, mesh)
 
@@ -125,7 +126,7 @@ class Evaluator:
                     batch_size=batch_size,
                     max_tokens=max_tokens,
                 )
-                for name, source in open_eval_sources(self._data).items()
+                for name, source in self._sources.eval.items()
             }
         base = np.float32(rope_base_global)
         eval_step = lambda batch: self._step(params, router, batch, base)  # noqa: E731
@@ -143,7 +144,7 @@ class EvalOptions:
     step: int | None = None
     seq_len: int | None = None
     batch_size: int | None = None
-    max_tokens: int = 0
+    max_tokens: int | None = None
     routing: str | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -164,16 +165,17 @@ def evaluate_run(workdir: str, options: EvalOptions) -> dict[str, Any]:
     if options.data:
         source = SourceConfig(name="data", path=options.data, eval_path=options.data)
         data = dataclasses.replace(data, sources=(source,))
-    tokenizer = resolve_tokenizer(config.data, workdir)
+    tokenizer = resolve_tokenizer(Sources.open(config.data), workdir)
     mesh = sharding.make_mesh(ONE_DEVICE, jax.devices()[:1])
     segment = Plan.of(config).last_trained(loaded.meta.step)
-    domains = Evaluator(config, data, tokenizer, mesh)(
+    limit = config.final_eval_tokens if options.max_tokens is None else options.max_tokens
+    domains = Evaluator(config, Sources.open(data), tokenizer, mesh)(
         loaded.params,
         router,
         seq_len=options.seq_len or segment.seq_len,
         batch_size=options.batch_size or segment.micro_batch,
         rope_base_global=segment.rope_base_global,
-        max_tokens=options.max_tokens,
+        max_tokens=limit,
     )
     moe = config.model.moe
     routing: dict[str, Any] = {"kind": moe.eval_routing if moe.num_experts else "dense MLP"}

@@ -15,6 +15,7 @@ from lightning_jax import accounting
 from lightning_jax.checkpoint import write_json
 from lightning_jax.config import RunConfig
 from lightning_jax.data import mixture
+from lightning_jax.data.sources import Sources
 from lightning_jax.train import placement
 from lightning_jax.train import workdir as folder
 from lightning_jax.train.plan import Plan, Segment
@@ -47,20 +48,21 @@ def run(
       Stopped: SIGTERM or SIGINT; the state has been saved.
     """
     path = folder.prepare(workdir)
-    config, tokenizer = resolve(config, path)
+    sources = Sources.open(config.data)
+    config, tokenizer = resolve(config, path, sources)
     plan = Plan.of(config)
     mesh = placement.make_mesh(plan)
     saved = folder.newest_checkpoint(path)
     folder.check_resumable(path, config, saved)
-    folder.record(path, config, {"data": mixture.data_fingerprint(config.data)})
+    folder.record(path, config, {"data": sources.fingerprint()})
     rows = accounting.summary_rows(config.model, plan.max_seq_len)
     accounting.print_table(rows, "This model")
     with open_session(
-        plan, path, tokenizer, mesh, saved, sampler=sampler, profile=profile
+        plan, path, sources, tokenizer, mesh, saved, sampler=sampler, profile=profile
     ) as session:
         state = _train(session)
         session.checkpointer.wait()
-        results = session.evaluate(plan.segments[-1], state, max_tokens=0)
+        results = session.evaluate(plan.segments[-1], state, config.final_eval_tokens)
     write_json(path / "evaluation.json", results)
     return results
 
@@ -81,19 +83,21 @@ def _train(session: Session) -> TrainState:
 
 
 def _batches(session: Session, segment: Segment, before: Any) -> Any:
-    """The iterator over a segment's batches; `before` is that of the segment before, if any."""
-    if before is not None:
-        before.close()
+    """The iterator over a segment's batches, which goes on where that of the one `before` ended."""
     config = session.plan.config
-    return mixture.make_train_iterator(
+    batches = mixture.make_train_iterator(
+        session.sources,
         config.data,
         segment.stage,
         tokenizer=session.tokenizer,
         seed=config.seed,
-        stage_index=config.stages.index(segment.stage),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    if before is not None:
+        batches.set_state(before.get_state())
+        before.close()
+    return batches
 
 
 def _run_segment(session: Session, segment: Segment, state: TrainState, batches: Any) -> TrainState:
@@ -120,7 +124,7 @@ def _run_segment(session: Session, segment: Segment, state: TrainState, batches:
             session.report(step, unread, state, batches)
             unread = None
         if evaluating:
-            results = session.evaluate(segment, state, max_tokens=config.eval_tokens)
+            results = session.evaluate(segment, state, config.eval_tokens)
             session.writer.write({"step": step, "eval": results})
         if saving:
             session.save(step, state, batches)

@@ -18,6 +18,7 @@ from lightning_jax.checkpoint import Checkpointer
 from lightning_jax.config import CheckpointMeta, RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import to_dict
+from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import Tokenizer
 from lightning_jax.train import evaluation, placement
 from lightning_jax.train import workdir as folder
@@ -48,6 +49,7 @@ class Session:
     """
 
     plan: Plan
+    sources: Sources
     tokenizer: Tokenizer
     mesh: Mesh
     program: placement.TrainProgram
@@ -148,6 +150,7 @@ class Session:
 def open_session(
     plan: Plan,
     workdir: Path,
+    sources: Sources,
     tokenizer: Tokenizer,
     mesh: Mesh,
     saved: CheckpointMeta | None,
@@ -175,10 +178,11 @@ def open_session(
     ):
         yield Session(
             plan=plan,
+            sources=sources,
             tokenizer=tokenizer,
             mesh=mesh,
             program=placement.TrainProgram(config, mesh),
-            evaluator=evaluation.Evaluator(config, config.data, tokenizer, mesh),
+            evaluator=evaluation.Evaluator(config, sources, tokenizer, mesh),
             checkpointer=checkpointer,
             start=start,
             fresh=saved is None,

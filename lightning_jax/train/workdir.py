@@ -24,6 +24,7 @@ _FREE = {
     "histogram_every",
     "eval_every",
     "eval_tokens",
+    "final_eval_tokens",
     "checkpoint_every",
     "keep_checkpoints",
     "sample_prompt",

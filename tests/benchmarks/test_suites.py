@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks import attention, moe, startup, train
+from benchmarks import attention, data, moe, startup, train
 from benchmarks.measure import Options
 from lightning_jax.config.errors import UserError
 from lightning_jax.train.plan import Plan
@@ -110,3 +110,11 @@ def test_startup_reports_a_run_that_fails(config, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="ended before its first step"):
         startup.seconds_to_first_step(tmp_path, "cold")
+
+
+def test_data(monkeypatch):
+    monkeypatch.setattr(data, "SIZES_MB", (0.2, 1))
+    row = by_name(data.run(dataclasses.replace(ONCE, only=("start_0.2_",))))["start_0.2_mb"]
+    assert 10 < row["documents"] < 1000
+    assert min(row["first_peak_mb"], row["second_peak_mb"]) >= row["imports_mb"] > 0
+    assert min(row["first_s"], row["second_s"], row["first_cpu_s"], row["second_cpu_s"]) > 0

@@ -146,6 +146,7 @@ REFUSED = [
     ("mesh.fsdp", 0, "at least 1, or -1"),
     ("log_every", 0, "at least 1"),
     ("eval_every", -1, r"0 \(never, all\) or more"),
+    ("final_eval_tokens", -1, r"0 \(never, all\) or more"),
 ]
 
 

@@ -17,10 +17,7 @@ def documents(lengths):
 
 
 def dataset(docs, seq_len, kind):
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return packing.PackDataset(
-        grain.MapDataset.source(docs).to_iter_dataset(options), seq_len=seq_len, packing=kind
-    )
+    return packing.PackDataset(docs, seq_len=seq_len, packing=kind)
 
 
 def pairs(docs):

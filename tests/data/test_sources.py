@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 import pickle
@@ -7,16 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from lightning_jax.config import SourceConfig
+from lightning_jax.config import DataConfig, SourceConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.data import files, sources
 
 
-def open_one(path, split="train", *, eval_path="", eval_fraction=0.2, text_field="text"):
+def data_of(path, *, eval_path="", eval_fraction=0.2, text_field="text"):
     config = SourceConfig("it", str(path), str(eval_path))
-    return sources.open_source(
-        config, split=split, text_field=text_field, eval_fraction=eval_fraction
-    )
+    return DataConfig("bytes", (config,), text_field, eval_fraction, "concat", 0)
+
+
+def open_one(path, split="train", **options):
+    return getattr(sources.Sources.open(data_of(path, **options)), split)["it"]
 
 
 def texts(path, split="train", **options):
@@ -227,3 +230,23 @@ def test_real_stdlib_code():
 def test_missing_package_names_the_extra(monkeypatch):
     with pytest.raises(UserError, match=r"no_such is missing: pip install lightning_jax\[data\]"):
         files.optional_import("no_such.package")
+
+
+def test_fingerprint_counts_both_splits(tmp_path):
+    for letter, count in (("a", 40), ("b", 5)):
+        (tmp_path / letter).mkdir()
+        for i in range(count):
+            (tmp_path / letter / f"{i}.txt").write_text(f"{letter}{i}é " * (i + 1))
+    configs = tuple(SourceConfig(name, f"{tmp_path}/{name}/*.txt", "") for name in "ab")
+    data = DataConfig("bytes", configs, "text", 0.2, "concat", 0)
+    opened = sources.Sources.open(data)
+    prints = opened.fingerprint()
+    assert list(prints) == list(opened.train) == list(opened.eval) == ["a", "b"]
+    for name, count in (("a", 40), ("b", 5)):
+        assert prints[name]["documents"] + prints[name]["eval_documents"] == count
+        held_out = b"".join(text.encode() for text in opened.eval[name].texts())
+        assert prints[name]["eval_bytes"] == len(held_out)
+        assert len(prints[name]["fingerprint"]) == 64
+    json.dumps(prints)
+    other = sources.Sources.open(dataclasses.replace(data, eval_fraction=0.5)).fingerprint()
+    assert other["a"] != prints["a"]

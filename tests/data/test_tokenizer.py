@@ -6,6 +6,7 @@ import pytest
 from lightning_jax.config import DataConfig, SourceConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.data import tokenizer as tokenizer_lib
+from lightning_jax.data.sources import Sources
 
 TRAIN = ["def f(x): return x + 1\n" * 5, "the cat sat on a mat, the rat ran", "café 漢字 漢字"]
 
@@ -150,43 +151,43 @@ def data(tmp_path):
     return DataConfig("bpe:270", (source,), "text", 0.1, "concat", 0)
 
 
+def resolve(data, workdir):
+    return tokenizer_lib.resolve_tokenizer(Sources.open(data), workdir)
+
+
 def test_resolve_trains_once_and_reuses(data, tmp_path):
-    first = tokenizer_lib.resolve_tokenizer(data, tmp_path / "run")
+    first = resolve(data, tmp_path / "run")
     path = tmp_path / "run" / "tokenizer.json"
     written = path.read_bytes()
     assert first.vocab_size == 270
     gone = dataclasses.replace(data, sources=(SourceConfig("words", "gone/*.txt", ""),))
-    again = tokenizer_lib.resolve_tokenizer(gone, tmp_path / "run")
+    again = resolve(gone, tmp_path / "run")
     assert again.encode("words and") == first.encode("words and")
-    tokenizer_lib.resolve_tokenizer(data, tmp_path / "other")
+    resolve(data, tmp_path / "other")
     assert (tmp_path / "other" / "tokenizer.json").read_bytes() == written
     with pytest.raises(UserError, match="has 270 tokens"):
-        tokenizer_lib.resolve_tokenizer(
-            dataclasses.replace(data, tokenizer="bpe:271"), tmp_path / "run"
-        )
+        resolve(dataclasses.replace(data, tokenizer="bpe:271"), tmp_path / "run")
 
 
 @pytest.mark.parametrize("size", ["", "x", "12", "-300", "3e3"])
 def test_resolve_bad_size(data, size, tmp_path):
     with pytest.raises(UserError, match="bpe:<size>"):
-        tokenizer_lib.resolve_tokenizer(
-            dataclasses.replace(data, tokenizer=f"bpe:{size}"), tmp_path
-        )
+        resolve(dataclasses.replace(data, tokenizer=f"bpe:{size}"), tmp_path)
 
 
 def test_resolve_keeps_a_copy_of_a_path(data, bpe, sentencepiece_path, tmp_path):
     given = tmp_path / "given.json"
     given.write_bytes(bpe[1].read_bytes())
     data = dataclasses.replace(data, tokenizer=str(given))
-    tokenizer_lib.resolve_tokenizer(data, tmp_path / "run")
+    resolve(data, tmp_path / "run")
     given.unlink()
-    assert tokenizer_lib.resolve_tokenizer(data, tmp_path / "run").vocab_size == 280
+    assert resolve(data, tmp_path / "run").vocab_size == 280
     given.write_text("another")
     with pytest.raises(UserError, match="differs from"):
-        tokenizer_lib.resolve_tokenizer(data, tmp_path / "run")
+        resolve(data, tmp_path / "run")
     data = dataclasses.replace(data, tokenizer=str(sentencepiece_path))
-    tokenizer_lib.resolve_tokenizer(data, tmp_path / "run")
+    resolve(data, tmp_path / "run")
     assert (tmp_path / "run" / "tokenizer.model").exists()
     bytes_data = dataclasses.replace(data, tokenizer="bytes")
-    assert tokenizer_lib.resolve_tokenizer(bytes_data, tmp_path / "b").vocab_size == 258
+    assert resolve(bytes_data, tmp_path / "b").vocab_size == 258
     assert not (tmp_path / "b").exists()

@@ -10,6 +10,7 @@ import pytest
 
 from lightning_jax.config import DataConfig, SourceConfig
 from lightning_jax.config.errors import UserError
+from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import load_tokenizer, resolve_tokenizer
 from tests.data import hf_folders
 
@@ -176,16 +177,16 @@ def test_a_run_keeps_its_tokenizer_whole(kind, tmp_path):
     KINDS[kind](given)
     source = SourceConfig("unread", "nowhere/*.txt", "")
     data = DataConfig(str(given), (source,), "text", 0.1, "concat", 0)
-    first = resolve_tokenizer(data, run)
+    first = resolve_tokenizer(Sources.open(data), run)
     assert [path.name for path in run.iterdir()] == ["tokenizer"]
     (given / "model.safetensors").write_bytes(b"not ours")
-    again = resolve_tokenizer(data, run)
+    again = resolve_tokenizer(Sources.open(data), run)
     rewrite(given, "tokenizer_config.json", chat_template="another")
     (given / "chat_template.jinja").write_text("another")
     with pytest.raises(UserError, match="differs from"):
-        resolve_tokenizer(data, run)
+        resolve_tokenizer(Sources.open(data), run)
     given.rename(tmp_path / "gone")
-    third = resolve_tokenizer(data, run)
+    third = resolve_tokenizer(Sources.open(data), run)
     for tokenizer in (again, third):
         for name in ("vocab_size", "bos_id", "stop_ids", "adds_bos", "specials", "chat_template"):
             assert getattr(tokenizer, name) == getattr(first, name)
@@ -193,4 +194,6 @@ def test_a_run_keeps_its_tokenizer_whole(kind, tmp_path):
     # Laid over a model's folder, it must not describe another model.
     assert not (run / "tokenizer" / "config.json").exists()
     with pytest.raises(UserError, match="must be bytes"):
-        resolve_tokenizer(dataclasses.replace(data, tokenizer=str(given)), tmp_path / "new")
+        resolve_tokenizer(
+            Sources.open(dataclasses.replace(data, tokenizer=str(given))), tmp_path / "new"
+        )

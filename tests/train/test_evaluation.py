@@ -12,7 +12,8 @@ from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.config.errors import UserError
 from lightning_jax.data.batch import Batch
-from lightning_jax.data.mixture import eval_batches, open_eval_sources
+from lightning_jax.data.mixture import eval_batches
+from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import ByteTokenizer
 from lightning_jax.ops.balance import RoutingStats
 from lightning_jax.train import evaluation
@@ -107,9 +108,9 @@ def test_the_evaluator_agrees_with_the_logits_and_compiles_once(run, monkeypatch
     monkeypatch.setattr(
         evaluation.steps, "eval_step", lambda *args: traced.append(0) or eval_step(*args)
     )
-    evaluator = Evaluator(config, config.data, ByteTokenizer(), ONE)
+    evaluator = Evaluator(config, Sources.open(config.data), ByteTokenizer(), ONE)
     shape = dict(seq_len=32, batch_size=4, max_tokens=300)
-    sources = open_eval_sources(config.data)
+    sources = Sources.open(config.data).eval
     batches = eval_batches(sources["a"], tokenizer=ByteTokenizer(), **shape)
     losses = []
     for base in BASES:
@@ -126,7 +127,7 @@ def test_a_folder_is_evaluated_at_its_own_stage_or_as_asked(run, tmp_path):
     write_start(tmp_path / "run", config, params, router, origin={})
     found = evaluation.evaluate_run(str(tmp_path / "run"), EvalOptions(max_tokens=300))
     assert found["step"] == 0 and found["routing"] == {"kind": "dense MLP"}
-    evaluator = Evaluator(config, config.data, ByteTokenizer(), ONE)
+    evaluator = Evaluator(config, Sources.open(config.data), ByteTokenizer(), ONE)
     own = evaluator(params, router, seq_len=32, batch_size=4, max_tokens=300, rope_base_global=1e4)
     assert found["domains"] == own
 

@@ -142,6 +142,8 @@ def test_a_run_leaves_all_that_it_did_in_its_folder(corpus, tmp_path):
     assert used == 1.0
     with pytest.raises(UserError, match='eval.top_k = 2: needs eval.routing="top_k"'):
         evaluation.evaluate_run(str(tmp_path), evaluation.EvalOptions(top_k=2))
+    bounded = loop.run(dataclasses.replace(config, final_eval_tokens=1), tmp_path)
+    assert 0 < bounded["a"]["tokens"] < results["a"]["tokens"]
 
 
 def run_process(corpus, workdir, *kill_at, cache):

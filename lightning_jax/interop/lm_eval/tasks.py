@@ -11,6 +11,7 @@ from typing import Any
 from lightning_jax.checkpoint import load_run
 from lightning_jax.config.errors import UserError, did_you_mean
 from lightning_jax.config.fields import require
+from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import resolve_tokenizer
 from lightning_jax.infer.text import with_top_p
 from lightning_jax.interop.lm_eval.adapter import LightningAdapter
@@ -72,7 +73,7 @@ def evaluate_tasks(workdir: str | Path, options: TaskOptions) -> dict[str, Any]:
     router = with_top_p(run.config.model, run.router, options.routing_top_p)
     adapter = LightningAdapter(
         dataclasses.replace(run, router=router),
-        resolve_tokenizer(run.config.data, workdir),
+        resolve_tokenizer(Sources.open(run.config.data), workdir),
         max_length=options.max_length,
         batch_size=options.batch_size,
         seed=options.seed,

@@ -77,7 +77,7 @@ def test_local_tasks(tasks, folder, monkeypatch):
     from tests.interop.lm_eval.test_adapter import instances, loaded
 
     monkeypatch.setattr(tasks, "load_run", lambda workdir, *, step: loaded())
-    monkeypatch.setattr(tasks, "resolve_tokenizer", lambda data, workdir: ByteTokenizer())
+    monkeypatch.setattr(tasks, "resolve_tokenizer", lambda sources, workdir: ByteTokenizer())
     found = tasks.evaluate_tasks(folder, options(tasks, folder))
     json.dumps(found)
     assert found["step"] == 3 and set(found["results"]) == {f"words_{kind}" for kind in KINDS}

@@ -1,0 +1,93 @@
+"""Results kept in the user's cache folder: a file appears whole or not at all, and is checked.
+
+A cache saves time and nothing else. Where a file is missing, damaged or cannot be written, whoever
+asks does the work again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import threading
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+_ALIGNMENT = 64  # bytes; the arrays begin at a multiple of it
+_LONGEST_HEADER = 4096
+
+
+def user_folder() -> Path | None:
+    """Returns `$XDG_CACHE_HOME/lightning_jax` or `~/.cache/lightning_jax`; None without a home."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "lightning_jax" if os.path.isabs(home) else None
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Opens a new file that takes the name `path` when the block ends without an error.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> bool:
+    """Writes arrays [n] for `load_arrays`; False where the disk does not take them.
+
+    The file is a line of JSON (names, dtypes, lengths and a checksum), then the arrays as they are
+    in memory. Put those of 8-byte dtypes first, for alignment.
+    """
+    flat = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    shapes = [[name, array.dtype.str, len(array)] for name, array in flat.items()]
+    checksum = zlib.crc32(json.dumps(shapes).encode())
+    for array in flat.values():
+        checksum = zlib.crc32(array.view(np.uint8), checksum)
+    header = json.dumps({"crc32": checksum, "arrays": shapes}).encode()
+    header += b" " * (-(len(header) + 1) % _ALIGNMENT) + b"\n"
+    try:
+        with replacing(path) as file:
+            file.write(header)
+            for array in flat.values():
+                file.write(array.view(np.uint8))
+    except OSError as error:
+        logger.debug("%s is not kept: %s", path, error)
+        return False
+    return True
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """Returns memory-mapped arrays that `save_arrays` wrote; None without a whole file of them."""
+    try:
+        with open(path, "rb") as file:
+            line = file.readline(_LONGEST_HEADER)
+            header = json.loads(line)
+            content = np.asarray(np.memmap(file, np.uint8, "r", offset=len(line)))
+        shapes = header["arrays"]
+        if zlib.crc32(content, zlib.crc32(json.dumps(shapes).encode())) != header["crc32"]:
+            raise ValueError("its checksum is wrong")
+        arrays, end = {}, 0
+        for name, dtype, count in shapes:
+            start, end = end, end + count * np.dtype(dtype).itemsize
+            arrays[name] = content[start:end].view(dtype)
+        return arrays
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.debug("%s is made again: %s", path, error)
+        return None

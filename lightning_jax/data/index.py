@@ -1,0 +1,220 @@
+"""What there is to know of a file of records without reading it again.
+
+One pass over a file makes its index: where each record begins, how long its text is, its share
+(which decides what is held out) and a digest of everything. The pass keeps 24 bytes per record in
+memory. Its result is kept in a cache folder and memory-mapped from there, so that later starts read
+nothing but the index, and several processes share its pages.
+
+Indexes lie in the user's cache folder and not beside the run, because a corpus outlives its runs:
+every run of a sweep, and every evaluation of a run, opens the same files. They are found by path,
+size and time of change; a file that changes gets another one.
+
+Documents are read in random order, which compressed files are not made for: every document of a
+gzip file or of a parquet row group costs the decompression of what lies around it. So the texts of
+such a file are unpacked once into one plain file beside its index, as Hugging Face datasets does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from lightning_jax.config.errors import UserError
+from lightning_jax.data import cache
+
+logger = logging.getLogger(__name__)
+
+# A record: its number counted from 1, where its bytes end, and its UTF-8 text or what is wrong.
+Entry = tuple[int, int, bytes | UserError]
+
+_FORMAT = 1  # another one makes all indexes anew
+_REPORT_SECONDS = 10
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Index:
+    """The records of one file.
+
+    Attributes:
+      ends: int64 [records + 1], 0 and where the bytes of each record end: its own, with the blank
+        lines before it, begin where those of the last one end.
+      size: int64 [records], UTF-8 bytes of its text; -1 where reading it raises.
+      share: float64 [records], see `shares`.
+      skipped: int64 [blank lines], how many records come before each blank line.
+      digest: uint8 [32], sha256 of number, size and text of every record.
+    """
+
+    ends: np.ndarray
+    size: np.ndarray
+    share: np.ndarray
+    skipped: np.ndarray
+    digest: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.size)
+
+    def number(self, record: int) -> int:
+        """The number of a record counted from 1, blank lines included, as an editor counts."""
+        return int(record) + 1 + int(np.searchsorted(self.skipped, record, side="right"))
+
+
+def shares(labels: Iterable[bytes]) -> np.ndarray:
+    """Returns float64 [labels], each label's place in [0, 1): the first 8 bytes of its sha256."""
+    digests = b"".join(hashlib.sha256(label).digest()[:8] for label in labels)
+    return np.frombuffer(digests, ">u8") / 2.0**64
+
+
+def encoded_name(name: str) -> bytes:
+    """Returns a file name as UTF-8; bytes of it that are none stay as they are."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+def build(entries: Iterable[Entry], origin: str) -> Index:
+    """Makes the index of a file whose records are labelled `origin:number`."""
+    ends, size, skipped, name = array("q", [0]), array("q"), array("q"), encoded_name(origin)
+    digest, labels, previous = hashlib.sha256(), bytearray(), 0
+    for number, end, text in entries:
+        skipped.extend([len(size)] * (number - previous - 1))
+        previous = number
+        ends.append(end)
+        labels += hashlib.sha256(b"%s:%d" % (name, number)).digest()[:8]
+        if isinstance(text, UserError):
+            size.append(-1)
+            continue
+        size.append(len(text))
+        digest.update(b"%d %d\n" % (number, len(text)))
+        digest.update(text)
+    return Index(
+        ends=np.frombuffer(ends, np.int64),
+        size=np.frombuffer(size, np.int64),
+        share=np.frombuffer(labels, ">u8") / 2.0**64,
+        skipped=np.frombuffer(skipped, np.int64),
+        digest=np.frombuffer(digest.digest(), np.uint8),
+    )
+
+
+class IndexStore:
+    """Gives the indexes of files, from its folder or by reading them; keeps what it made there.
+
+    `folder` is None where nothing can be kept. Files that cannot be read raise UserError; a folder
+    that cannot be used costs time and, for compressed files, temporary disk space.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._next_report = time.monotonic() + _REPORT_SECONDS
+
+    def records(
+        self, path: Path, origin: str, text_field: str, entries: Callable[[], Iterable[Entry]]
+    ) -> Index:
+        """Returns the index of a file that is read where it is; `entries` reads it."""
+        name = self._name(path, origin, text_field)
+        index = self._load(name)
+        if index is not None:
+            return index
+        return self._keep(name, build(self._watched(entries(), path), origin))
+
+    def unpacked(
+        self, path: Path, origin: str, text_field: str, entries: Callable[[], Iterable[Entry]]
+    ) -> tuple[Index, Path]:
+        """Returns an index, and the plain file of texts that it is of.
+
+        What is wrong with a record stands in place of its text.
+
+        Raises:
+          UserError: no disk has room for the texts.
+        """
+        name = self._name(path, origin, text_field)
+        if self.folder is not None:
+            texts, index = self.folder / f"{name}.text", self._load(name)
+            with contextlib.suppress(OSError):
+                if index is not None and texts.stat().st_size == index.ends[-1]:
+                    return index, texts
+            try:
+                return self._keep(name, self._unpack(path, origin, entries(), texts)), texts
+            except OSError as error:
+                logger.warning("%s: %s; unpacking to a temporary file", texts, error.strerror)
+        texts = Path(_temporary_folder().name) / f"{name}.text"
+        try:
+            return self._unpack(path, origin, entries(), texts), texts
+        except OSError as error:
+            raise UserError(
+                f"{path}: its text cannot be unpacked to {texts.parent} ({error.strerror}); set "
+                "XDG_CACHE_HOME to a folder with more room"
+            ) from error
+
+    def report(self, message: str, *values: object) -> None:
+        """Logs what takes long, at most every ten seconds."""
+        if time.monotonic() >= self._next_report:
+            self._next_report = time.monotonic() + _REPORT_SECONDS
+            logger.info(message, *values)
+
+    def load(self, name: str) -> dict[str, np.ndarray] | None:
+        """Returns arrays that `keep` wrote, None where they are not there or damaged."""
+        return None if self.folder is None else cache.load_arrays(self.folder / f"{name}.index")
+
+    def keep(self, name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns arrays memory-mapped from the folder, or as they are where it takes none."""
+        if self.folder is None or not cache.save_arrays(self.folder / f"{name}.index", arrays):
+            return arrays
+        return self.load(name) or arrays
+
+    def _name(self, path: Path, origin: str, text_field: str) -> str:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        key = (str(path.resolve()), status.st_size, status.st_mtime_ns, origin, text_field)
+        return kept_name("records", *key)
+
+    def _load(self, name: str) -> Index | None:
+        arrays = self.load(name)
+        return None if arrays is None else Index(**arrays)
+
+    def _keep(self, name: str, index: Index) -> Index:
+        arrays = {field.name: getattr(index, field.name) for field in dataclasses.fields(index)}
+        return Index(**self.keep(name, arrays))
+
+    def _unpack(self, path: Path, origin: str, entries: Iterable[Entry], texts: Path) -> Index:
+        with cache.replacing(texts) as file:
+            logger.info("unpacking the text of %s to %s, once", path, texts)
+            return build(_written(self._watched(entries, path), file), origin)
+
+    def _watched(self, entries: Iterable[Entry], path: Path) -> Iterator[Entry]:
+        done, total = 0, path.stat().st_size / 1e9
+        for entry in entries:
+            text = entry[-1]
+            done += len(text) if isinstance(text, bytes) else 0
+            self.report("indexing %s (%.1f GB), once: %.1f GB of text", path, total, done / 1e9)
+            yield entry
+
+
+def kept_name(kind: str, *key: object) -> str:
+    """Returns the name under which a store keeps what `key` says."""
+    content = "\0".join(map(str, (_FORMAT, *key)))
+    return f"{kind}_{hashlib.sha256(os.fsencode(content)).hexdigest()[:32]}"
+
+
+def _written(entries: Iterable[Entry], file: BinaryIO) -> Iterator[Entry]:
+    end = 0
+    for number, _, text in entries:
+        end += file.write(text if isinstance(text, bytes) else str(text).encode())
+        yield number, end, text
+
+
+@functools.cache
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder that lives as long as this process."""
+    return tempfile.TemporaryDirectory(prefix="lightning_jax_")
