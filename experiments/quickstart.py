@@ -20,6 +20,7 @@ def main() -> None:
     from lightning_jax.data.compression import compression_rows
     from lightning_jax.data.sources import Sources
     from lightning_jax.infer.text import sample
+    from lightning_jax.runtime import tables
     from lightning_jax.train import loop
 
     samples = []
@@ -32,11 +33,11 @@ def main() -> None:
     model = {name: row["bits_per_byte"] for name, row in results.items()}
     used = next(iter(results.values())).get("experts_per_token")
     program.emit_text(f"\nA sample, from {config.sample_prompt!r}:\n\n{samples[-1]}\n")
-    accounting.print_table(
+    tables.print_table(
         compression_rows(Sources.open(config.data), {"this model": model}),
         "Held-out text, bits per byte (less is better)",
     )
-    accounting.print_table(
+    tables.print_table(
         accounting.comparison_rows(config.model, used), "This model against the predecessor shape"
     )
     program.emit_text(

@@ -13,12 +13,6 @@ on it take the measured mean `experts_per_token`; None stands for the nominal nu
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Sequence
-from typing import TextIO
-
-from rich.console import Console
-from rich.table import Table
 
 from lightning_jax.config import ModelConfig, MoeConfig
 from lightning_jax.config.fields import require
@@ -227,16 +221,6 @@ def comparison_rows(config: ModelConfig, experts_per_token: float | None = None)
         label = "experts used, of those held"
         rows.append([label, f"{used:.2f} of {held}", "dense", f"{1 - used / held:.1%}"])
     return rows
-
-
-def print_table(rows: Sequence[Sequence[str]], title: str, file: TextIO | None = None) -> None:
-    """Prints rows, header first, as a table to `file` (standard error by default)."""
-    table = Table(title=title, title_justify="left")
-    for index, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if index else "left")
-    for row in rows[1:]:
-        table.add_row(*map(str, row))
-    Console(file=file or sys.stderr).print(table)
 
 
 def _require_vocab(config: ModelConfig) -> None:

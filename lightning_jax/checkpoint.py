@@ -11,10 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
-import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -31,29 +28,12 @@ from lightning_jax import sharding
 from lightning_jax.config import CheckpointMeta, RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require
+from lightning_jax.runtime.files import StrPath, disk_errors, read_json, write_json
 
-StrPath = str | os.PathLike[str]
 DATA_ITEM, META_ITEM = "data", "meta"
 _DIGESTS = "sha256.json"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _DELETED = "deleted" + _TEMPORARY
-# TensorStore, which writes the arrays, reports a failing disk as text.
-_OS_ERROR = re.compile(r"(?:OS error |os_error_code=')(\d+)")
-
-
-def write_json(path: StrPath, value: Any) -> None:
-    """Writes JSON; a reader, or a crash, sees the old file or the new one. UserError: disk."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _disk_errors(f"cannot write {path}"):
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(value, indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 class Checkpointer:
@@ -74,7 +54,7 @@ class Checkpointer:
         self._manager: Any = None
         self._saving: int | None = None
         self._task = f"cannot save a checkpoint to {self._directory}"
-        with _disk_errors(self._task):
+        with disk_errors(self._task):
             self._directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self._directory):
                 self._remove_leftovers()
@@ -117,7 +97,7 @@ class Checkpointer:
             import grain.checkpoint
 
             args[DATA_ITEM] = grain.checkpoint.CheckpointSave(data_iterator)
-        with _disk_errors(self._task):
+        with disk_errors(self._task):
             self._remove_leftovers()
             if self._manager is None:
                 self._manager = self._make_manager()
@@ -146,7 +126,7 @@ class Checkpointer:
         if self._manager is None:
             return
         try:
-            with _disk_errors(self._task):
+            with disk_errors(self._task):
                 self._manager.wait_until_finished()
         except BaseException:
             # The manager dropped the steps that this save would have replaced from its list.
@@ -327,7 +307,7 @@ def _digest(path: Path) -> str:
 
 def _verify(folder: Path, items: Collection[str]) -> None:
     """Compares files with their digests: Orbax would read flipped bits as other numbers."""
-    for name, digest in json.loads((folder / _DIGESTS).read_text()).items():
+    for name, digest in read_json(folder / _DIGESTS).items():
         if name.split("/")[0] in items and _digest(folder / name) != digest:
             raise UserError(f"{name} is damaged")
 
@@ -374,19 +354,6 @@ def _orbax() -> Any:
 
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
     return ocp
-
-
-@contextlib.contextmanager
-def _disk_errors(what: str) -> Iterator[None]:
-    """Turns what a full, read-only or forbidden disk raises into one line."""
-    try:
-        yield
-    except Exception as error:
-        match = _OS_ERROR.search(str(error))
-        if not match and not isinstance(error, OSError):
-            raise
-        reason = os.strerror(int(match[1])) if match else error.strerror or error
-        raise UserError(f"{what}: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -21,10 +21,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from lightning_jax import checkpoint, sharding
-from lightning_jax.checkpoint import Checkpointer, load_run, read_meta, write_json
+from lightning_jax.checkpoint import Checkpointer, load_run, read_meta
 from lightning_jax.config import CheckpointMeta, MeshConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import to_dict
+from lightning_jax.runtime.files import write_json
 
 FIRST = SingleDeviceSharding(jax.devices()[0])
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_jax.ablation.results import METRIC, Run, read_json
+from lightning_jax.ablation.results import METRIC, Run
+from lightning_jax.runtime.files import read_json
 from lightning_jax.train.metrics import read_rows
 
 _CURVE_POINTS = 40

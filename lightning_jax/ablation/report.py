@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from scipy import stats
 
 from lightning_jax.ablation import page
-from lightning_jax.ablation.results import (
-    COST_CONTEXT,
-    METRIC,
-    Run,
-    is_finished,
-    read_json,
-    run_row,
-    write_file,
-)
+from lightning_jax.ablation.results import COST_CONTEXT, METRIC, Run, is_finished, run_row
 from lightning_jax.ablation.sweep import Sweep, build_sweep
-from lightning_jax.checkpoint import write_json
 from lightning_jax.config.errors import UserError
+from lightning_jax.runtime import tables
+from lightning_jax.runtime.files import read_json, write_file, write_json
 from lightning_jax.train.metrics import read_rows
 
 _CONFIDENCE = 0.95
@@ -263,20 +253,13 @@ def _ratio(value: float, base: float | None) -> str:
 
 def print_report(report: dict[str, Any]) -> None:
     """Prints question, table, gaps and notes on standard error."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        console = Console(stderr=True, width=160)
     header, rows = table_rows(report)
     # The range is for the page: a terminal has no room for it.
     shown = [index for index, name in enumerate(header) if name != "range"]
-    table = Table(title=escape(report["question"]), title_justify="left", box=box.SIMPLE)
-    for index in shown:
-        table.add_column(escape(header[index]), justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*[escape(row[index]) for index in shown])
-    console.print(table)
+    cells = [[row[index] for index in shown] for row in (header, *rows)]
+    tables.print_table(cells, report["question"])
     for line in _gaps(report):
-        console.print(line, markup=False, highlight=False)
+        print(line, file=sys.stderr)
 
 
 def _gaps(report: dict[str, Any]) -> list[str]:

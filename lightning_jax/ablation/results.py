@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lightning_jax import accounting
 from lightning_jax.config import ModelConfig, RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build
+from lightning_jax.runtime.files import read_json, write_file
 from lightning_jax.train.metrics import read_rows
 
 METRIC = "bits_per_byte"
@@ -135,24 +135,3 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = prefix + key
         flat.update(_flat(value, f"{name}/") if isinstance(value, dict) else {name: value})
     return flat
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file of a run.
-
-    Raises:
-      UserError: it is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-
-
-def write_file(path: Path, content: str | bytes) -> None:
-    """Writes a file such that a reader sees the old one or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)

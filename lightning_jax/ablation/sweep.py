@@ -22,19 +22,11 @@ from typing import Any
 
 import jax
 
-from lightning_jax.ablation.results import (
-    Run,
-    collect,
-    is_finished,
-    read_json,
-    run_row,
-    write_file,
-    write_results,
-)
-from lightning_jax.checkpoint import write_json
+from lightning_jax.ablation.results import Run, collect, is_finished, run_row, write_results
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build, first_change, require, suggest, to_dict
+from lightning_jax.runtime.files import read_json, write_file, write_json
 from lightning_jax.train import loop
 
 logger = logging.getLogger(__name__)

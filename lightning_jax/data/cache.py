@@ -6,17 +6,16 @@ asks does the work again.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+
+from lightning_jax.runtime.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -28,23 +27,6 @@ def user_folder() -> Path | None:
     """Returns `$XDG_CACHE_HOME/lightning_jax` or `~/.cache/lightning_jax`; None without a home."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(home) / "lightning_jax" if os.path.isabs(home) else None
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Opens a new file that takes the name `path` when the block ends without an error.
-
-    Raises:
-      OSError: it cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> bool:
@@ -61,6 +43,7 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> bool:
     header = json.dumps({"crc32": checksum, "arrays": shapes}).encode()
     header += b" " * (-(len(header) + 1) % _ALIGNMENT) + b"\n"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             file.write(header)
             for array in flat.values():

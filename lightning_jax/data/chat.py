@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import suggest
+from lightning_jax.runtime.files import read_json
 
 Message = Mapping[str, Any]
 
@@ -62,7 +63,8 @@ class ChatTemplate:
         folder = Path(folder)
         templates = _from_files(folder)
         for name in (TEMPLATE_JSON, "tokenizer_config.json"):
-            templates = templates or _named(read_json(folder / name), folder / name)
+            found = read_json(folder / name, missing_ok=True)
+            templates = templates or _named(found, folder / name)
         return cls(templates, token_spellings(folder)) if templates else None
 
     def source(self, name: str | None = None, *, tools: bool = False) -> str:
@@ -137,32 +139,15 @@ class ChatTemplate:
         return ids
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file, empty where there is no such file.
-
-    Raises:
-      UserError: it cannot be read, or is no JSON object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({' '.join(str(error).split())})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must be a JSON object, not {type(value).__name__}")
-    return value
-
-
 def token_spellings(folder: Path) -> dict[str, str]:
     """Returns what the configs of a folder call its special tokens: `{"bos_token": "<s>", ...}`.
 
     As in `transformers`, `special_tokens_map.json` counts only beside a `tokenizer_config.json`
     without `added_tokens_decoder`, and then it goes first.
     """
-    found = read_json(folder / "tokenizer_config.json")
+    found = read_json(folder / "tokenizer_config.json", missing_ok=True)
     if "added_tokens_decoder" not in found:
-        found = {**found, **read_json(folder / "special_tokens_map.json")}
+        found = {**found, **read_json(folder / "special_tokens_map.json", missing_ok=True)}
     spellings = {}
     for key, value in found.items():
         # An entry is a string, or an object with its `content` and how to match it.

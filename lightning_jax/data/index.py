@@ -33,6 +33,7 @@ import numpy as np
 
 from lightning_jax.config.errors import UserError
 from lightning_jax.data import cache
+from lightning_jax.runtime.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +189,8 @@ class IndexStore:
         return Index(**self.keep(name, arrays))
 
     def _unpack(self, path: Path, origin: str, entries: Iterable[Entry], texts: Path) -> Index:
-        with cache.replacing(texts) as file:
+        texts.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(texts) as file:
             logger.info("unpacking the text of %s to %s, once", path, texts)
             return build(_written(self._watched(entries, path), file), origin)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lightning_jax.config.errors import UserError
-from lightning_jax.data import cache, tokenizer_folder
+from lightning_jax.data import tokenizer_folder
 from lightning_jax.data.files import optional_import
 from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer_folder import Settings
@@ -23,6 +23,7 @@ from lightning_jax.data.tokenizer_kinds import (
     load_hugging_face,
     load_sentencepiece,
 )
+from lightning_jax.runtime.files import write_file
 
 _LOADERS = {".json": load_hugging_face, ".model": load_sentencepiece}
 _SMALLEST_BPE = 256 + 2
@@ -89,7 +90,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokeni
             f"BPE vocab_size = {vocab_size}: must be at most {model.get_vocab_size()}, "
             "all that this text has merges for"
         )
-    _write(Path(path), model.to_str().encode("utf-8"))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, model.to_str())
     return load_tokenizer(str(path))
 
 
@@ -115,7 +117,8 @@ def resolve_tokenizer(sources: Sources, workdir: str | Path) -> Tokenizer:
     if not kept.exists():
         load_tokenizer(spec)
         if is_file:
-            _write(kept, given.read_bytes())
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_file(kept, given.read_bytes())
         else:
             tokenizer_folder.copy(given, kept)
     elif given.exists() and _contents(given) != _contents(kept):
@@ -156,8 +159,3 @@ def _sample(sources: Sources) -> Iterator[str]:
             text = source[index]["text"][:left]
             left -= len(text.encode("utf-8"))
             yield text
-
-
-def _write(path: Path, content: bytes) -> None:
-    with cache.replacing(path) as file:
-        file.write(content)

@@ -13,7 +13,8 @@ from typing import Any
 
 from lightning_jax.config.errors import UserError
 from lightning_jax.data import chat
-from lightning_jax.data.chat import ChatTemplate, read_json
+from lightning_jax.data.chat import ChatTemplate
+from lightning_jax.runtime.files import read_json
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 _MODEL_CONFIGS = ("generation_config.json", "config.json")
@@ -54,8 +55,9 @@ class Settings:
         Raises:
           UserError: one of them cannot be read.
         """
-        config, spelled = read_json(folder / "tokenizer_config.json"), chat.token_spellings(folder)
-        models = [read_json(folder / name) for name in _MODEL_CONFIGS]
+        config = read_json(folder / "tokenizer_config.json", missing_ok=True)
+        spelled = chat.token_spellings(folder)
+        models = [read_json(folder / name, missing_ok=True) for name in _MODEL_CONFIGS]
         adds_bos = config.get("add_bos_token")
         return cls(
             alone=False,
@@ -64,7 +66,7 @@ class Settings:
             bos_id=next(iter(_ids(models, "bos_token_id")), None),
             eos_ids=_ids(models, "eos_token_id"),
             adds_bos=adds_bos if isinstance(adds_bos, bool) else None,
-            added=_added(config, read_json(folder / "added_tokens.json"), spelled),
+            added=_added(config, read_json(folder / "added_tokens.json", missing_ok=True), spelled),
             prefix_each=config.get("legacy") is True,
             chat_template=ChatTemplate.load(folder),
         )

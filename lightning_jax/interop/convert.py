@@ -18,7 +18,8 @@ from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build
 from lightning_jax.data.tokenizer_folder import VOCABULARIES
 from lightning_jax.interop import hf
-from lightning_jax.interop.hf.config import load_json, read_config
+from lightning_jax.interop.hf.config import read_config
+from lightning_jax.runtime.files import read_json
 from lightning_jax.train.start import write_start
 
 StrPath = str | os.PathLike[str]
@@ -26,7 +27,7 @@ StrPath = str | os.PathLike[str]
 
 def is_run(path: StrPath) -> bool:
     """Whether a folder is a run's, by its `config.json`."""
-    return "stages" in load_json(Path(path) / "config.json")
+    return "stages" in read_json(Path(path) / "config.json")
 
 
 def describe(path: StrPath) -> tuple[ModelConfig, str | None]:
@@ -36,7 +37,7 @@ def describe(path: StrPath) -> tuple[ModelConfig, str | None]:
       UserError: no such folder, or a config that cannot be read.
     """
     folder = Path(path)
-    config = load_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if "stages" in config:
         run = build(RunConfig, config)
         return run.model, run.data.tokenizer
@@ -75,7 +76,7 @@ def from_hugging_face(
     loaded = hf.load(path, kv_source=kv_source)
     data = dataclasses.replace(config.data, tokenizer=tokenizer or config.data.tokenizer)
     run = dataclasses.replace(config, model=loaded.config, data=data)
-    model_type = load_json(Path(path) / "config.json")["model_type"]
+    model_type = read_json(Path(path) / "config.json")["model_type"]
     origin = {"path": str(Path(path).absolute()), "model_type": model_type}
     write_start(workdir, run, loaded.params, loaded.router, origin=origin)
     return {"workdir": str(workdir), **_summary(loaded.config, model_type), "tokenizer": tokenizer}

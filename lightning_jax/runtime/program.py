@@ -27,6 +27,7 @@ from ml_collections import config_flags
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build, suggest
+from lightning_jax.runtime.files import os_error_number
 from lightning_jax.runtime.huge_pages import restart_with_huge_pages
 
 # The flags defined here belong to the program that asks for them.
@@ -36,8 +37,6 @@ _CONFIG = "config"
 _OVERRIDE = re.compile(rf"--?(?:no)?{_CONFIG}\.([^=]*)")
 _HELP = ("-h", "-help", "--help", "-helpshort", "--helpshort", "-helpfull", "--helpfull")
 _DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
-# TensorStore, under Orbax, reports a failed system call as text inside another exception.
-_DISK_TEXT = re.compile(r"\[(?:OS error |os_error_code=')(\d+)")
 _default_config: str | None = None
 _answers: int | None = None
 
@@ -139,10 +138,10 @@ def user_message(error: BaseException) -> str | None:
             return _one_line(cause)
         if isinstance(cause, OSError) and cause.errno in _DISK_ERRORS:
             return f"{_place(cause.filename)}: {cause.strerror or os.strerror(cause.errno)}"
-        found = _DISK_TEXT.search(str(cause))
-        if found and int(found[1]) in _DISK_ERRORS:
+        number = os_error_number(cause)
+        if number in _DISK_ERRORS:
             path = re.search(r'"(/[^"]*)"', str(cause))
-            return f"{_place(path and path[1])}: {os.strerror(int(found[1]))}"
+            return f"{_place(path and path[1])}: {os.strerror(number)}"
     return None
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 
 from lightning_jax import accounting
-from lightning_jax.checkpoint import write_json
 from lightning_jax.config import RunConfig
 from lightning_jax.data import mixture
 from lightning_jax.data.sources import Sources
+from lightning_jax.runtime import tables
+from lightning_jax.runtime.files import write_json
 from lightning_jax.train import placement
 from lightning_jax.train import workdir as folder
 from lightning_jax.train.plan import Plan, Segment
@@ -56,7 +57,7 @@ def run(
     folder.check_resumable(path, config, saved)
     folder.record(path, config, {"data": sources.fingerprint()})
     rows = accounting.summary_rows(config.model, plan.max_seq_len)
-    accounting.print_table(rows, "This model")
+    tables.print_table(rows, "This model")
     with open_session(
         plan, path, sources, tokenizer, mesh, saved, sampler=sampler, profile=profile
     ) as session:

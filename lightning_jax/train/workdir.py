@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import platform
 import subprocess
@@ -12,10 +11,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lightning_jax.checkpoint import all_steps, checkpoints_dir, read_meta, write_json
+from lightning_jax.checkpoint import all_steps, checkpoints_dir, read_meta
 from lightning_jax.config import CheckpointMeta, RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import first_change, to_dict
+from lightning_jax.runtime.files import read_json, write_json
 
 # What a resumed run may change: how often it reports, where it runs. All else would make another
 # run of it; `stages` may change where they have not begun (see `check_resumable`).
@@ -100,7 +100,7 @@ def check_resumable(workdir: Path, config: RunConfig, saved: CheckpointMeta | No
     path = workdir / "config.json"
     if not path.exists():
         return
-    before, now = json.loads(path.read_text(encoding="utf-8")), to_dict(config)
+    before, now = read_json(path), to_dict(config)
     if saved and saved.step == 0:
         changed = first_change(*(_read_by_weights(run) for run in (before, now)))
     else:

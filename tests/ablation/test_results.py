@@ -76,7 +76,7 @@ def test_results_are_written_whole_with_the_columns_of_every_row(tmp_path):
     [
         ("evaluation.json", "{", "evaluation.json: not JSON"),
         ("evaluation.json", '{"code": {"loss": 1}}', "not an evaluation"),
-        ("evaluation.json", "[]", "not an evaluation"),
+        ("evaluation.json", "[]", "must be a JSON object"),
         ("config.json", "{}", "config field seed is missing"),
     ],
 )

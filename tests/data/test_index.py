@@ -180,7 +180,7 @@ def test_no_room_to_unpack_is_one_line(tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache, "replacing", full)
+    monkeypatch.setattr(index, "replacing", full)
     with pytest.raises(UserError, match="cannot be unpacked .*No space left.*XDG_CACHE_HOME"):
         open_all(path, tmp_path / "cache")
 

@@ -7,9 +7,7 @@ anyway would give other numbers. Writing is checked by reading back.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lightning_jax.config import ModelConfig
@@ -71,23 +69,6 @@ _NO_MOE: Json = {
     "expert_bias": False,
     "clamp": 0.0,
 }
-
-
-def load_json(path: Path) -> Json:
-    """Reads a JSON object.
-
-    Raises:
-      UserError: no such file, or no JSON object in it.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return value
 
 
 def read_config(config: Json, kv_source: Sequence[int] | None = None) -> ModelConfig:

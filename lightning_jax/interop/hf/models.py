@@ -22,12 +22,11 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from lightning_jax import model as lm
 from lightning_jax import sharding
-from lightning_jax.checkpoint import write_json
 from lightning_jax.config import ModelConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require_choice
 from lightning_jax.config.model import COMPUTE_DTYPES
-from lightning_jax.interop.hf.config import LIGHTNING, load_json, read_config, write_config
+from lightning_jax.interop.hf.config import LIGHTNING, read_config, write_config
 from lightning_jax.interop.hf.families import FAMILIES
 from lightning_jax.interop.hf.safetensors_files import Reader, write_folder
 from lightning_jax.interop.hf.tensors import (
@@ -36,6 +35,7 @@ from lightning_jax.interop.hf.tensors import (
     file_tensors,
     has_selection_bias,
 )
+from lightning_jax.runtime.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def load(
     """
     require_choice("dtype", dtype, COMPUTE_DTYPES)
     folder = Path(path)
-    described = load_json(folder / "config.json")
+    described = read_json(folder / "config.json")
     config = read_config(described, kv_source)
     config = dataclasses.replace(config, compute_dtype=dtype)
     tensors = file_tensors(config, described["model_type"])

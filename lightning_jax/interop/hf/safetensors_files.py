@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from lightning_jax.checkpoint import write_json
 from lightning_jax.config.errors import UserError
 from lightning_jax.data.files import optional_import
+from lightning_jax.runtime.files import write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -8,7 +8,7 @@ import pytest
 
 from lightning_jax import model as lm
 from lightning_jax.interop import hf
-from lightning_jax.interop.hf.config import load_json
+from lightning_jax.runtime.files import read_json
 from tests.interop.hf import parity
 from tests.tiny import tiny_model
 
@@ -122,7 +122,7 @@ OFF_BY_ONE_NOTCH = {
 
 @pytest.mark.slow
 def test_the_check_has_teeth(fixture):
-    model_type = load_json(fixture.folder / "config.json")["model_type"]
+    model_type = read_json(fixture.folder / "config.json")["model_type"]
     for changes in OFF_BY_ONE_NOTCH[model_type]:
         error = np.abs(fixture.with_config(**changes).logits() - fixture.io["logits"]).max()
         assert error > 2 * parity.LOGITS, (changes, error)

@@ -1,0 +1,89 @@
+"""Files: written whole or not at all, and read with one line of complaint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lightning_jax.config.errors import UserError
+
+StrPath = str | os.PathLike[str]
+# TensorStore, under Orbax, reports a failed system call as text inside another exception.
+_OS_ERROR = re.compile(r"(?:OS error |os_error_code=')(\d+)")
+
+
+def os_error_number(error: BaseException) -> int | None:
+    """Returns the errno that the text of a TensorStore error speaks of, else None."""
+    found = _OS_ERROR.search(str(error))
+    return int(found[1]) if found else None
+
+
+@contextlib.contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turns the errors of a full, read-only or forbidden disk into the line `what: reason`."""
+    try:
+        yield
+    except Exception as error:
+        number = os_error_number(error)
+        if number is None and not isinstance(error, OSError):
+            raise
+        reason = error.strerror or error if number is None else os.strerror(number)
+        raise UserError(f"{what}: {reason}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: StrPath) -> Iterator[BinaryIO]:
+    """Opens a new file that takes the name `path` when the block ends without an error.
+
+    A reader, or a crash, sees the old file or the new one.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_file(path: StrPath, content: str | bytes) -> None:
+    """Writes a whole file, text as UTF-8. UserError: disk."""
+    with disk_errors(f"cannot write {path}"), replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: StrPath, value: Any) -> None:
+    """Writes a whole file of indented JSON. UserError: disk."""
+    write_file(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: StrPath, *, missing_ok: bool = False) -> dict[str, Any]:
+    """Returns the object in a JSON file; with `missing_ok` an empty one where there is no file.
+
+    Raises:
+      UserError: there is no such file, it cannot be read, or it holds no JSON object.
+    """
+    path = Path(path)
+    if missing_ok and not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({' '.join(str(error).split())})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must be a JSON object, not {type(value).__name__}")
+    return value
