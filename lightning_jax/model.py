@@ -18,17 +18,19 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from lightning_jax import sharding
 from lightning_jax.config import AttentionConfig, ModelConfig
 from lightning_jax.config.pattern import GLOBAL, LOCAL, LayerSpec
+from lightning_jax.layers import units
 from lightning_jax.layers.attention import KindContext
 from lightning_jax.layers.block import Context, Unit
 from lightning_jax.layers.common import Declared, RMSNorm, fan_in, param, standard_normal
-from lightning_jax.ops import kv_cache, rope
+from lightning_jax.ops import rope
 from lightning_jax.ops.balance import RoutingStats
-from lightning_jax.ops.kv_cache import KV, Slots
-from lightning_jax.ops.mask import Mask
+from lightning_jax.ops.kv_cache import Chunk, Full, Ring
+from lightning_jax.ops.projection import operand
 
 
 @jax.tree_util.register_dataclass
@@ -43,11 +45,15 @@ class Router:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Slots by kind ("L", "G") and K/V of the owners: prefix layers, and units stacked on U."""
+    """Caches of the owners by their keys: prefix layers (U = 1), and those of all units.
 
-    slots: dict[str, Slots]
-    prefix: dict[str, KV]
-    units: dict[str, KV]
+    `segments` says by kind ("L", "G") which document the token in each slot belongs to, as int32
+    segment_BS; 0 is an empty slot.
+    """
+
+    segments: dict[str, jax.Array]
+    prefix: dict[str, Ring | Full]
+    units: dict[str, Ring | Full]
 
 
 class Output(NamedTuple):
@@ -105,71 +111,73 @@ class LightningLM(nn.Module):
         segment_ids_BT = jnp.ones_like(tokens_BT) if segment_ids_BT is None else segment_ids_BT
         router = init_router(config) if router is None else router
         base = config.attention.rope_base_global if rope_base_global is None else rope_base_global
-        kinds, slots = self._kinds(index_BT, positions_BT, segment_ids_BT, base, cache)
+        kinds = kind_contexts(config, start_B, positions_BT, segment_ids_BT, base, cache)
         context = Context(kinds, segment_ids_BT != 0, router.top_p)
 
-        table_VD = self._embedding("embed", "table_VD", (config.vocab_size, config.model_dim))
         dtype = jnp.dtype(config.compute_dtype)
-        x_BTD = sharding.shard(table_VD.astype(dtype)[tokens_BT], "batch", "sequence", None)
-        prefix_cache, unit_cache = (cache.prefix, cache.units) if cache else ({}, {})
+        table_VD = self._table("embed", "table_VD", (config.vocab_size, config.model_dim), dtype)
+        x_BTD = sharding.shard(table_VD[tokens_BT], "batch", "sequence", None)
         prefix = Unit(config, config.prefix_layers, self.train, name="prefix")
         no_bias = jnp.zeros((0, config.moe.num_experts))
-        x_BTD, (prefix_cache, _) = prefix(x_BTD, no_bias, prefix_cache, context)
-        units = _scan_over_units(config)(config, config.unit_layers, self.train, name="units")
-        x_BTD, (unit_cache, stats) = units(x_BTD, router.bias_URE, unit_cache, context)
+        caches = cache.prefix if cache else {}
+        x_BTD, (prefix_caches, _) = prefix(x_BTD, no_bias, caches, context, jnp.int32(0))
+        x_BTD, unit_caches, stats = self._units(x_BTD, router.bias_URE, context, cache)
         hidden_BTD = RMSNorm(config.norm_eps, name="final_norm")(x_BTD)
         if config.tie_embeddings:
             head_DV = table_VD.T
         else:
             shape = (config.model_dim, config.vocab_size)
-            head_DV = self._embedding("head", "kernel_DV", shape)
-        cache = Cache(slots, prefix_cache, unit_cache) if cache else None
-        return Output(hidden_BTD, head_DV.astype(dtype), stats, cache)
+            head_DV = self._table("head", "kernel_DV", shape, dtype)
+        if cache is not None:
+            segments = {kind: context.kinds[kind].chunk.after_BS for kind in cache.segments}
+            cache = Cache(segments, prefix_caches, unit_caches)
+        return Output(hidden_BTD, head_DV, stats, cache)
 
-    def _embedding(self, module: str, name: str, shape: tuple[int, int]) -> jax.Array:
+    def _table(self, module: str, name: str, shape: tuple[int, int], dtype: Any) -> jax.Array:
         axes = ("vocab", "embed") if name == "table_VD" else ("embed", "vocab")
-        return _Table(name, shape, axes, self.config.model_dim, name=module)()
+        return _Table(name, shape, axes, self.config.model_dim, dtype, name=module)()
 
-    def _kinds(
-        self,
-        index_BT: jax.Array,
-        positions_BT: jax.Array,
-        segment_ids_BT: jax.Array,
-        rope_base_global: float | jax.Array,
-        cache: Cache | None,
-    ) -> tuple[dict[str, KindContext], dict[str, Slots]]:
-        """Masks, rotary tables and cache slots, made once for all layers of a kind."""
-        attention = self.config.attention
-        settings = {
-            LOCAL: (attention.window, attention.rope_base_local, True),
-            GLOBAL: (None, rope_base_global, attention.global_rope),
-        }
-        kinds, slots = {}, {}
-        for kind in sorted({spec.letter.upper() for spec in self.config.layers}):
-            window, base, rotate = settings[kind]
-            table = _rope_table(attention, positions_BT, base) if rotate else None
-            if cache is None:
-                mask = Mask(
-                    query_segments_BT=segment_ids_BT,
-                    key_segments_BS=segment_ids_BT,
-                    window=window,
-                )
-                kinds[kind] = KindContext(mask, table, None, False)
-                continue
-            old, new = cache.slots[kind], Slots(index_BT, segment_ids_BT)
-            slot_BT = kv_cache.slot_index(index_BT, segment_ids_BT, old.position_BS.shape[1])
-            slots[kind] = kv_cache.write(old, new, slot_BT)
-            write_first = kind == GLOBAL or index_BT.shape[1] == 1
-            seen = slots[kind] if write_first else kv_cache.append(old, new)
-            mask = Mask(
-                query_positions_BT=index_BT,
-                key_positions_BS=seen.position_BS,
-                query_segments_BT=segment_ids_BT,
-                key_segments_BS=seen.segment_BS,
-                window=window,
+    def _units(
+        self, x_BTD: jax.Array, bias_URE: jax.Array, context: Context, cache: Cache | None
+    ) -> tuple[jax.Array, dict[str, Ring | Full], RoutingStats | None]:
+        config = self.config
+        if self.is_initializing():
+            self.param("units", lambda key: units.declare(config, key, x_BTD, context))
+        params_U = self.get_variable("params", "units")
+        if cache is None:
+            x_BTD, stats = units.forward(
+                config, params_U, bias_URE, x_BTD, context, train=self.train
             )
-            kinds[kind] = KindContext(mask, table, slot_BT, write_first)
-        return kinds, slots
+            return x_BTD, {}, stats
+        axes_U = logical_axes(config)["units"]
+        return units.forward_with_caches(
+            config, params_U, axes_U, bias_URE, x_BTD, context, cache.units
+        )
+
+
+def kind_contexts(
+    config: ModelConfig,
+    start_B: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    rope_base_global: float | jax.Array,
+    cache: Cache | None,
+) -> dict[str, KindContext]:
+    """Returns what all layers of a kind share, by kind; see `LightningLM` for the arguments."""
+    attention = config.attention
+    settings = {
+        LOCAL: (attention.window, attention.rope_base_local, True),
+        GLOBAL: (None, rope_base_global, attention.global_rope),
+    }
+    kinds = {}
+    for kind in sorted({spec.letter.upper() for spec in config.layers}):
+        window, base, rotate = settings[kind]
+        table = _rope_table(attention, positions_BT, base) if rotate else None
+        chunk = None
+        if cache is not None:
+            chunk = Chunk.append(start_B, segment_ids_BT, cache.segments[kind])
+        kinds[kind] = KindContext(table, segment_ids_BT, chunk, window)
+    return kinds
 
 
 def _rope_table(
@@ -211,28 +219,11 @@ class _Table(nn.Module):
     shape: tuple[int, int]
     axes: tuple[str, str]
     dim: int
+    dtype: Any
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return param(self, self.parameter, fan_in(self.dim), self.shape, self.axes)
-
-
-def _scan_over_units(config: ModelConfig) -> Any:
-    """The unit, rematerialised by policy, scanned over its repeats (or unrolled)."""
-    body: Any = Unit
-    if config.remat != "none":
-        policy = None if config.remat == "full" else getattr(jax.checkpoint_policies, config.remat)
-        body = nn.remat(Unit, policy=policy, prevent_cse=not config.scan)
-    return nn.scan(
-        body,
-        # Intermediates are for `apply(..., capture_intermediates=...)`, a reader's tool.
-        variable_axes={"params": 0, "intermediates": 0},
-        split_rngs={"params": True},
-        in_axes=(0, 0, nn.broadcast),
-        length=config.num_units,
-        unroll=1 if config.scan else config.num_units,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
+        return param(self, self.parameter, fan_in(self.dim), self.shape, self.axes, self.dtype)
 
 
 @functools.lru_cache(maxsize=8)
@@ -276,6 +267,21 @@ def init_params(config: ModelConfig, key: jax.Array) -> Any:
     return jax.tree.unflatten(tree, values)
 
 
+def inference_params(config: ModelConfig, params: Any) -> Any:
+    """Returns parameters in the dtypes that they are used in, so that no forward pass casts them.
+
+    On a CPU without bfloat16 products bfloat16 parameters are rounded and widened again: the
+    values are those of bfloat16, in the dtype that is multiplied fastest.
+    """
+    boxed = _boxed(config)
+    return jax.tree.map(
+        lambda box, value: operand(value, jnp.dtype(box.in_use)),
+        boxed,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, Declared),
+    )
+
+
 def init_router(config: ModelConfig) -> Router:
     """Returns the router's state at the start: no bias, the config's top-p."""
     routed = sum(spec.routed for spec in config.unit_layers)
@@ -284,31 +290,42 @@ def init_router(config: ModelConfig) -> Router:
 
 
 def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
-    """Returns an empty cache for `length` tokens a row.
+    """Returns an empty cache for `length` tokens per row.
 
     A local owner has a ring of `min(window, length)` slots, a global owner `length`; borrowers have
-    nothing.
+    nothing. Jit it with `cache_shardings` under a mesh.
     """
     attention = config.attention
-    sizes = {LOCAL: min(attention.window, length), GLOBAL: length}
+    kinds = {LOCAL: (Ring, min(attention.window, length)), GLOBAL: (Full, length)}
     dtype = jnp.dtype(config.compute_dtype)
 
-    def owners(layers: tuple[LayerSpec, ...]) -> dict[str, KV]:
-        return {
-            spec.key: kv_cache.init_kv(
-                batch,
-                sizes[spec.letter.upper()],
-                attention.num_kv_heads,
-                attention.head_dim,
-                dtype,
-            )
-            for spec in layers
-            if spec.owns_kv
-        }
+    heads = attention.num_kv_heads, attention.head_dim
 
-    units = jax.tree.map(
-        lambda a: jnp.zeros((config.num_units, *a.shape), a.dtype), owners(config.unit_layers)
+    def owners(layers: tuple[LayerSpec, ...], units: int) -> dict[str, Ring | Full]:
+        found = {}
+        for spec in layers:
+            kind, size = kinds[spec.letter.upper()]
+            if spec.owns_kv:
+                found[spec.key] = kind.init(units, batch, size, *heads, dtype)
+        return found
+
+    used = sorted({spec.letter.upper() for spec in config.layers})
+    segments = {kind: jnp.zeros((batch, kinds[kind][1]), jnp.int32) for kind in used}
+    return Cache(
+        segments, owners(config.prefix_layers, 1), owners(config.unit_layers, config.num_units)
     )
-    kinds = {spec.letter.upper() for spec in config.layers}
-    slots = {kind: kv_cache.init_slots(batch, sizes[kind]) for kind in sorted(kinds)}
-    return Cache(slots, owners(config.prefix_layers), units)
+
+
+def abstract_cache(config: ModelConfig, batch: int, length: int) -> Cache:
+    """Returns shapes and dtypes of `init_cache`, without computing anything."""
+    return jax.eval_shape(lambda: init_cache(config, batch, length))
+
+
+def cache_shardings(config: ModelConfig, batch: int, length: int, mesh: Mesh) -> Cache:
+    """Returns the placement of `init_cache` on a mesh: rows go with the batch."""
+    names = {2: ("batch",), 5: ("layers", "batch", None, "kv_heads", "head")}
+    rules = sharding.Rules.of(mesh)
+    return jax.tree.map(
+        lambda a: NamedSharding(mesh, rules.spec(*names[a.ndim])),
+        abstract_cache(config, batch, length),
+    )

@@ -134,6 +134,11 @@ def _ambient() -> AbstractMesh | None:
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
+def is_split() -> bool:
+    """Whether the ambient mesh has more than one device."""
+    return _ambient() is not None
+
+
 def ambient_batch_shards() -> int:
     """Number of pieces of a batch under the ambient mesh: the smallest batch that divides."""
     mesh = _ambient()
@@ -161,18 +166,24 @@ def island(function: Callable[..., Any], *, inputs: Sequence[Any], outputs: Any)
       function: of pytrees of arrays.
       inputs: for each positional argument the logical names of its arrays' leading axes, a tuple;
         or, where its arrays differ, a tree of such tuples that the argument's tree extends.
-      outputs: likewise for the result.
+      outputs: likewise for the result; or a function that gives it for the abstract result.
     """
     mesh = _ambient()
     if mesh is None:
         return function
     rules = Rules.of(mesh)
-    in_specs, out_specs = jax.tree.map(
-        lambda names: rules.spec(*names), (tuple(inputs), outputs), is_leaf=_are_names
-    )
-    # check_vma off: the custom gradients of ops/ know no mesh axes; shard_map itself then sums the
-    # cotangents of whole arguments over the devices.
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def run(*arguments: Any) -> Any:
+        names = outputs(jax.eval_shape(function, *arguments)) if callable(outputs) else outputs
+        in_specs, out_specs = jax.tree.map(
+            lambda names: rules.spec(*names), (tuple(inputs), names), is_leaf=_are_names
+        )
+        # check_vma off: the custom gradients of ops/ know no mesh axes; shard_map itself then sums
+        # the cotangents of whole arguments over the devices.
+        mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return mapped(*arguments)
+
+    return run
 
 
 def _are_names(value: Any) -> bool:

@@ -90,15 +90,12 @@ def test_scan_equals_unrolled_and_a_plain_loop(remat):
     single = dataclasses.replace(config, num_units=1)
     x_BTD = params["embed"]["table_VD"][batch.tokens]
     router = lm.init_router(config)
-    model = lm.LightningLM(config)
-    index_BT = jnp.broadcast_to(jnp.arange(20)[None, :], (2, 20))
-    kinds, _ = model._kinds(
-        index_BT, batch.positions, batch.segment_ids, config.attention.rope_base_global, None
-    )
+    base, start_B = config.attention.rope_base_global, jnp.zeros(2, jnp.int32)
+    kinds = lm.kind_contexts(config, start_B, batch.positions, batch.segment_ids, base, None)
     context = lm.Context(kinds, batch.segment_ids != 0, router.top_p)
     # Layers scale their output at initialisation only, so a unit of one equals one of three.
     unit = Unit(single, config.unit_layers, True)
-    run = jax.jit(lambda p, x, b: unit.apply({"params": p}, x, b, {}, context)[0])
+    run = jax.jit(lambda p, x, b: unit.apply({"params": p}, x, b, {}, context, jnp.int32(0))[0])
     for index in range(3):
         mine = jax.tree.map(lambda a, i=index: a[i], params["units"])
         x_BTD = run(mine, x_BTD, router.bias_URE[index])

@@ -169,14 +169,14 @@ def test_every_length_around_the_window(unit, length):
 def test_sizes_and_owners_of_the_cache(length):
     cache = lm.init_cache(model_config("LlGg", prefix="GL"), 2, length)
     ring = min(WINDOW, length)
-    sizes = {kind: slots.position_BS.shape for kind, slots in cache.slots.items()}
+    sizes = {kind: segment_BS.shape for kind, segment_BS in cache.segments.items()}
     assert sizes == {"L": (2, ring), "G": (2, length)}
     shapes = {
-        name: {owner: kv.key_BSKH.shape for owner, kv in owners.items()}
+        name: {owner: kv.key_UBSKH.shape for owner, kv in owners.items()}
         for name, owners in (("prefix", cache.prefix), ("units", cache.units))
     }
     assert shapes == {
-        "prefix": {"0_G": (2, length, 2, 8), "1_L": (2, ring, 2, 8)},
+        "prefix": {"0_G": (1, 2, length, 2, 8), "1_L": (1, 2, ring, 2, 8)},
         "units": {"0_L": (2, 2, ring, 2, 8), "2_G": (2, 2, length, 2, 8)},
     }
 

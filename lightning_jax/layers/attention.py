@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,11 +13,12 @@ from lightning_jax import sharding
 from lightning_jax.config import AttentionConfig
 from lightning_jax.config.pattern import LayerSpec
 from lightning_jax.layers.common import ZEROS, RMSNorm, fan_in, output_scale, param, project
-from lightning_jax.ops import kv_cache
-from lightning_jax.ops.attention import dot_product_attention
-from lightning_jax.ops.kv_cache import KV
+from lightning_jax.ops.cached_attention import attend
+from lightning_jax.ops.kv_cache import KV, Chunk, Fresh, Full, Ring, Stored
 from lightning_jax.ops.mask import Mask
 from lightning_jax.ops.rope import apply_rope
+
+View = Fresh | Stored
 
 
 @jax.tree_util.register_dataclass
@@ -24,24 +26,22 @@ from lightning_jax.ops.rope import apply_rope
 class KindContext:
     """What all layers of one kind (local or global) share in one forward pass.
 
-    `rope` is the (sin, cos) table of the query positions, None for NoPE. `slot_BT` says where the
-    new tokens go in the cache, None without one. `write_first`: attend to the written cache;
-    otherwise to the old slots followed by the new tokens, which a chunk longer than one token
-    needs in a ring (it would overwrite keys that its own first queries still see).
+    `rope` is the (sin, cos) table of the query positions, None for NoPE; `segment_BT` the document
+    of each token; `chunk` what is appended to the caches, None without one.
     """
 
-    mask: Mask
     rope: tuple[jax.Array, jax.Array] | None
-    slot_BT: jax.Array | None
-    write_first: bool = dataclasses.field(metadata={"static": True})
+    segment_BT: jax.Array
+    chunk: Chunk | None
+    window: int | None = dataclasses.field(metadata={"static": True})
 
 
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) whose K/V may belong to an earlier layer.
 
-    Cross-layer attention (arXiv 2405.12981): an owner returns the keys and values that it attended
-    to, a borrower takes them as they are. They are values of the forward pass, so they are the same
-    with and without a cache, and a borrower has neither projections nor cache.
+    Cross-layer attention (arXiv 2405.12981): an owner returns a view of the keys and values that it
+    attended to, and a borrower attends to that view. So borrowers read what their owner read, with
+    and without a cache, and have neither projections nor a cache.
     """
 
     config: AttentionConfig
@@ -51,9 +51,22 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, context: KindContext, shared: KV | None, cache: KV | None
-    ) -> tuple[jax.Array, KV, KV | None]:
-        """Returns (output_BTD, keys and values attended to, updated cache of an owner)."""
+        self,
+        x_BTD: jax.Array,
+        context: KindContext,
+        view: View | None,
+        cache: Ring | Full | None,
+        unit: jax.Array,
+    ) -> tuple[jax.Array, View, Ring | Full | None]:
+        """Returns (output_BTD, view of the keys attended to, updated cache of an owner).
+
+        Args:
+          x_BTD: normed input.
+          context: of the layer's kind.
+          view: of the owner; read by borrowers only.
+          cache: of an owner, for all units; None without caches.
+          unit: int32, which unit of the cache is this layer's.
+        """
         config, dim, dtype = self.config, x_BTD.shape[-1], x_BTD.dtype
         heads = (config.num_heads, config.head_dim)
         query_DNH = param(
@@ -63,8 +76,10 @@ class Attention(nn.Module):
         query_BTNH = project("BTD,DNH->BTNH", x_BTD, query_DNH, bias_NH)
         query_BTNH = self._normed_and_rotated("query_norm", query_BTNH, context)
         if self.spec.owns_kv:
-            shared, cache = self._own_kv(x_BTD, context, cache)
-        out_BTNH = self._attend(query_BTNH, shared, context.mask)
+            view, cache = self._own_view(
+                self._keys_and_values(x_BTD, context), context, cache, unit
+            )
+        out_BTNH = self._attend(query_BTNH, view)
         if config.output_gate:
             out_BTNH = out_BTNH * self._head_gate(x_BTD)[..., None]
         out_NHD = param(
@@ -76,11 +91,9 @@ class Attention(nn.Module):
             dtype,
         )
         bias_D = param(self, "out_bias_D", ZEROS, (dim,), ("embed",)) if config.out_bias else None
-        return project("BTNH,NHD->BTD", out_BTNH, out_NHD, bias_D), shared, cache
+        return project("BTNH,NHD->BTD", out_BTNH, out_NHD, bias_D), view, cache
 
-    def _own_kv(
-        self, x_BTD: jax.Array, context: KindContext, cache: KV | None
-    ) -> tuple[KV, KV | None]:
+    def _keys_and_values(self, x_BTD: jax.Array, context: KindContext) -> KV:
         config, dim = self.config, x_BTD.shape[-1]
         shape, axes = (dim, config.num_kv_heads, config.head_dim), ("embed", "kv_heads", "head")
         init = fan_in(dim)
@@ -90,11 +103,25 @@ class Attention(nn.Module):
         value_bias_KH = self._bias("value_bias_KH", shape[1:], axes[1:])
         key_BTKH = project("BTD,DKH->BTKH", x_BTD, key_DKH, key_bias_KH)
         key_BTKH = self._normed_and_rotated("key_norm", key_BTKH, context)
-        fresh = KV(key_BTKH, project("BTD,DKH->BTKH", x_BTD, value_DKH, value_bias_KH))
+        return KV(key_BTKH, project("BTD,DKH->BTKH", x_BTD, value_DKH, value_bias_KH))
+
+    def _own_view(
+        self, fresh: KV, context: KindContext, cache: Ring | Full | None, unit: jax.Array
+    ) -> tuple[View, Ring | Full | None]:
         if cache is None:
-            return fresh, None
-        written = kv_cache.write(cache, fresh, context.slot_BT)
-        return (written if context.write_first else kv_cache.append(cache, fresh)), written
+            segment_BT = context.segment_BT
+            mask = Mask(
+                query_segments_BT=segment_BT, key_segments_BS=segment_BT, window=context.window
+            )
+            return Fresh(fresh, mask), None
+
+        def update(cache, fresh, chunk, unit):
+            return cache.update(fresh, unit, chunk, context.window)
+
+        arguments = cache, fresh, context.chunk, unit
+        run = sharding.island(update, inputs=_row_names(arguments), outputs=_row_names)
+        cache, view = run(*arguments)
+        return view, cache
 
     def _bias(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> jax.Array | None:
         return param(self, name, ZEROS, shape, axes) if self.config.qkv_bias else None
@@ -108,25 +135,18 @@ class Attention(nn.Module):
             x_BTNH = flat_BTX.reshape(x_BTNH.shape)
         return x_BTNH if context.rope is None else apply_rope(x_BTNH, *context.rope)
 
-    def _attend(self, query_BTNH: jax.Array, kv: KV, mask: Mask) -> jax.Array:
+    def _attend(self, query_BTNH: jax.Array, view: View) -> jax.Array:
         sinks_N = None
         if self.config.sinks:
             shape = (self.config.num_heads,)
             sinks_N = param(self, "sinks_N", ZEROS, shape, ("heads",))
 
-        def attend(query_BTNH, kv, mask, sinks_N):
-            return dot_product_attention(
-                query_BTNH,
-                kv.key_BSKH,
-                kv.value_BSKH,
-                mask,
-                sinks_N=sinks_N,
-                implementation=self.config.implementation or None,
-            )
+        def run(query_BTNH, view, sinks_N):
+            implementation = self.config.implementation or None
+            return attend(query_BTNH, view, sinks_N=sinks_N, implementation=implementation)
 
-        rows = ("batch",)
-        run = sharding.island(attend, inputs=(rows, rows, rows, ("heads",)), outputs=rows)
-        return run(query_BTNH, kv, mask, sinks_N)
+        names = ("batch",), _row_names(view), ("heads",)
+        return sharding.island(run, inputs=names, outputs=("batch",))(query_BTNH, view, sinks_N)
 
     def _head_gate(self, x_BTD: jax.Array) -> jax.Array:
         """Head-wise output gate, 1/2 at the start (as in Step 3.5 Flash)."""
@@ -134,3 +154,9 @@ class Attention(nn.Module):
         gate_DN = param(self, "gate_DN", ZEROS, shape, ("embed", "heads"))
         logits_BTN = jnp.einsum("BTD,DN->BTN", x_BTD.astype(jnp.float32), gate_DN)
         return nn.sigmoid(logits_BTN).astype(x_BTD.dtype)
+
+
+def _row_names(tree: Any) -> Any:
+    """Logical names of arrays that lead with the batch; caches lead with units, scalars do not."""
+    names = {0: (), 5: ("layers", "batch")}
+    return jax.tree.map(lambda leaf: names.get(leaf.ndim, ("batch",)), tree)

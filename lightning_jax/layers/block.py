@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from lightning_jax import sharding
 from lightning_jax.config import ModelConfig
 from lightning_jax.config.pattern import GLOBAL, LOCAL, LayerSpec
-from lightning_jax.layers.attention import Attention, KindContext
+from lightning_jax.layers.attention import Attention, KindContext, View
 from lightning_jax.layers.common import GatedMLP, RMSNorm
 from lightning_jax.layers.moe import MoE
 from lightning_jax.ops.balance import RoutingStats
-from lightning_jax.ops.kv_cache import KV
+from lightning_jax.ops.kv_cache import Full, Ring
 
 
 @jax.tree_util.register_dataclass
@@ -41,16 +41,17 @@ class Layer(nn.Module):
         x_BTD: jax.Array,
         context: Context,
         bias_E: jax.Array | None,
-        shared: KV | None,
-        cache: KV | None,
-    ) -> tuple[jax.Array, KV, KV | None, RoutingStats | None]:
-        """Returns (x_BTD, keys and values attended to, updated cache, routing statistics)."""
+        view: View | None,
+        cache: Ring | Full | None,
+        unit: jax.Array,
+    ) -> tuple[jax.Array, View, Ring | Full | None, RoutingStats | None]:
+        """Returns (x_BTD, view of the keys attended to, updated cache, routing statistics)."""
         config, depth = self.config, self.config.num_layers
         attention = Attention(config.attention, self.spec, config.norm_eps, depth, name="attention")
         kind = context.kinds[LOCAL if self.spec.is_local else GLOBAL]
         with jax.named_scope("attention"):
             normed_BTD = RMSNorm(config.norm_eps, name="attention_norm")(x_BTD)
-            out_BTD, shared, cache = attention(normed_BTD, kind, shared, cache)
+            out_BTD, view, cache = attention(normed_BTD, kind, view, cache, unit)
             x_BTD = sharding.shard(x_BTD + out_BTD, "batch", "sequence", None)
         stats = None
         with jax.named_scope("mlp"):
@@ -61,14 +62,15 @@ class Layer(nn.Module):
             else:
                 out_BTD = GatedMLP(config.mlp_dim, depth, name="mlp")(normed_BTD)
             x_BTD = sharding.shard(x_BTD + out_BTD, "batch", "sequence", None)
-        return x_BTD, shared, cache, stats
+        return x_BTD, view, cache, stats
 
 
 class Unit(nn.Module):
     """A run of layers closed under sharing: no key or value is borrowed from outside.
 
     `bias_RE` has a row for each of the R routed layers; `caches` maps the keys of owner layers to
-    their cache, empty without one. Statistics come back stacked on a leading R axis.
+    the caches of that layer in all units, of which this one is `unit`; empty without caches. They
+    come back updated, and routing statistics stacked on a leading R axis.
     """
 
     config: ModelConfig
@@ -77,18 +79,22 @@ class Unit(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, bias_RE: jax.Array, caches: dict[str, KV], context: Context
-    ) -> tuple[jax.Array, tuple[dict[str, KV], RoutingStats | None]]:
-        shared: dict[str, KV] = {}
-        written: dict[str, KV] = {}
+        self,
+        x_BTD: jax.Array,
+        bias_RE: jax.Array,
+        caches: dict[str, Ring | Full],
+        context: Context,
+        unit: jax.Array,
+    ) -> tuple[jax.Array, tuple[dict[str, Ring | Full], RoutingStats | None]]:
+        views: dict[str, View] = {}
+        written: dict[str, Ring | Full] = {}
         collected = []
         for spec in self.layers:
             bias_E = bias_RE[len(collected)] if spec.routed else None
-            x_BTD, attended, cache, stats = Layer(self.config, spec, self.train, name=spec.key)(
-                x_BTD, context, bias_E, shared.get(spec.owner), caches.get(spec.key)
+            layer = Layer(self.config, spec, self.train, name=spec.key)
+            x_BTD, views[spec.key], cache, stats = layer(
+                x_BTD, context, bias_E, views.get(spec.owner), caches.get(spec.key), unit
             )
-            if spec.owns_kv:
-                shared[spec.key] = attended
             if cache is not None:
                 written[spec.key] = cache
             if stats is not None:

@@ -53,9 +53,10 @@ ZEROS, ONES = Init(0.0), Init(0.0, mean=1.0)
 
 
 class Declared(nn.LogicallyPartitioned):
-    """A boxed parameter: its value, the logical name of each axis, and its distribution."""
+    """A boxed parameter: value, logical name of each axis, distribution, and its dtype in use."""
 
     init: Init = flax.struct.field(default=ZEROS, pytree_node=False)
+    in_use: str = flax.struct.field(default="float32", pytree_node=False)
 
 
 @jax.tree_util.register_dataclass
@@ -96,7 +97,10 @@ def param(
     """
     if isinstance(module.get_variable("params", name), Stacked):
         return module.get_variable("params", name)
-    stored = module.param(name, lambda key: Declared(init.sample(key, shape), axes, init=init))
+    in_use = jnp.dtype(dtype).name
+    stored = module.param(
+        name, lambda key: Declared(init.sample(key, shape), axes, init=init, in_use=in_use)
+    )
     # Cast before the gather: half the bytes travel when computing in bfloat16.
     return sharding.shard(stored.astype(dtype), *axes)
 

@@ -1,9 +1,13 @@
-"""Key/value cache of one owner layer: a ring of `window` slots, or one slot a position.
+"""Key/value caches of owner layers: `Full` has a slot per position, `Ring` the last `window` ones.
 
-A cache has two parts. `Slots` says which position of which segment every slot holds; it is the same
-for all owners of a kind and is kept once. `KV` holds one owner's keys (already rotated) and values.
-Layers that borrow have neither. Positions are indices in the row's stream and are always passed in,
-never read from a cache.
+Either way position p lies in slot p % S, so the position that a slot holds follows from the last
+position of its row (`slot_positions`) and is never stored. The document of a slot's token is the
+same for all owners of a kind: those segments are kept once, beside the caches (`Chunk`). Keys are
+cached after rotation. Layers that borrow keys and values have no cache and attend to the view of
+their owner.
+
+Arrays hold the caches of U units, so that a scan over units carries them and writes in place; a
+layer outside of the scan has U = 1.
 """
 
 from __future__ import annotations
@@ -13,64 +17,234 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from lightning_jax.ops.mask import EMPTY_POSITION
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Slots:
-    """Contents of the slots: `position_BS` int32 (EMPTY_POSITION if free), `segment_BS` int32."""
-
-    position_BS: jax.Array
-    segment_BS: jax.Array
+from lightning_jax.ops.kernels.cpu import narrow
+from lightning_jax.ops.mask import Mask
+from lightning_jax.runtime import target
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KV:
-    """Keys and values of one owner layer, by slot."""
+    """Keys and values of one owner layer."""
 
     key_BSKH: jax.Array
     value_BSKH: jax.Array
 
 
-def init_slots(batch: int, size: int) -> Slots:
-    """Returns `size` free slots a row."""
-    shape = (batch, size)
-    return Slots(jnp.full(shape, EMPTY_POSITION, jnp.int32), jnp.zeros(shape, jnp.int32))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fresh:
+    """A view of the keys at hand: those of this forward pass, a ring's content before them."""
+
+    kv: KV
+    mask: Mask
 
 
-def init_kv(batch: int, size: int, kv_heads: int, head_dim: int, dtype: Any) -> KV:
-    """Returns zeroed keys and values of `size` slots a row."""
-    shape = (batch, size, kv_heads, head_dim)
-    return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """The tokens that a forward pass appends to the caches of a kind.
 
-
-def slot_index(position_BT: jax.Array, segment_BT: jax.Array, size: int) -> jax.Array:
-    """Returns the slot `position % size` that each new token is written to.
-
-    Padding (segment 0) and tokens that later ones of the same chunk would overwrite get the index
-    `size`, which `write` drops: every slot is then written at most once, whatever the chunk length.
-    """
-    valid_BT = segment_BT != 0
-    last_B = jnp.max(jnp.where(valid_BT, position_BT, -1), axis=1)
-    keep_BT = valid_BT & (position_BT > last_B[:, None] - size)
-    return jnp.where(keep_BT, position_BT % size, size)
-
-
-def write(buffers: Any, new: Any, slot_BT: jax.Array) -> Any:
-    """Writes `new` (leaves `[B, T, ...]`) into `buffers` (`[B, S, ...]`) at `slot_BT`.
-
-    Takes and returns a `Slots` or a `KV`; indices outside the buffer are dropped.
+    Attributes:
+      start_B: int32, position of each row's first token; the others follow it.
+      segment_BT: int32, document of each token; 0 is padding, which takes a position but is
+        neither cached nor seen.
+      before_BS: int32, document of each slot's token before the chunk; 0 for none.
+      after_BS: the same after it.
     """
 
-    def write_row(buffer: jax.Array, row: jax.Array, slot_T: jax.Array) -> jax.Array:
-        return buffer.at[slot_T].set(row.astype(buffer.dtype), mode="drop")
+    start_B: jax.Array
+    segment_BT: jax.Array
+    before_BS: jax.Array
+    after_BS: jax.Array
 
-    return jax.tree.map(lambda b, n: jax.vmap(write_row)(b, n, slot_BT), buffers, new)
+    @classmethod
+    def append(cls, start_B: jax.Array, segment_BT: jax.Array, before_BS: jax.Array) -> Chunk:
+        """Returns the chunk, with the segments of the slots once it is written to them."""
+        chunk = cls(start_B, segment_BT, before_BS, before_BS)
+        size, position_BT = before_BS.shape[1], chunk.position_BT
+        # A token that a later one of the chunk overwrites is dropped, so no slot is written twice.
+        keep_BT = (segment_BT != 0) & (position_BT > chunk.last_B[:, None] - size)
+        slot_BT = jnp.where(keep_BT, position_BT % size, size)
+        write = jax.vmap(lambda row_S, slot_T, new_T: row_S.at[slot_T].set(new_T, mode="drop"))
+        return dataclasses.replace(chunk, after_BS=write(before_BS, slot_BT, segment_BT))
+
+    @property
+    def position_BT(self) -> jax.Array:
+        """Positions in the row's stream."""
+        return self.start_B[:, None] + jnp.arange(self.segment_BT.shape[1], dtype=jnp.int32)[None]
+
+    @property
+    def last_B(self) -> jax.Array:
+        """The last position that is cached once the chunk is; -1 in an empty row."""
+        written_BT = jnp.where(self.segment_BT != 0, self.position_BT, -1)
+        return jnp.maximum(self.start_B - 1, jnp.max(written_BT, axis=1))
 
 
-def append(buffers: Any, new: Any) -> Any:
-    """Returns old slots followed by new tokens along the key axis, without writing them."""
-    return jax.tree.map(lambda b, n: jnp.concatenate([b, n.astype(b.dtype)], axis=1), buffers, new)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A view of a cache that holds the queries' own keys too: unit `unit` of `cache`."""
+
+    cache: Ring | Full
+    unit: jax.Array
+    chunk: Chunk
+    window: int | None = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Cache:
+    """Stored keys and values; bfloat16 as its bits on a CPU, where a loop writes them in place."""
+
+    key_UBSKH: jax.Array
+    value_UBSKH: jax.Array
+    dtype: str = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def init(
+        cls, units: int, batch: int, size: int, kv_heads: int, head_dim: int, dtype: Any
+    ) -> Any:
+        """Returns zeroed caches of `size` slots per row for `units` layers."""
+        dtype = jnp.dtype(dtype)
+        is_bits = dtype == jnp.bfloat16 and target.current().platform == "cpu"
+        shape = (units, batch, size, kv_heads, head_dim)
+        zeros = (jnp.zeros(shape, jnp.uint16 if is_bits else dtype) for _ in range(2))
+        return cls(*zeros, dtype.name)
+
+    @property
+    def size(self) -> int:
+        """Slots per row."""
+        return self.key_UBSKH.shape[2]
+
+    def read(self, unit: jax.Array) -> KV:
+        """Returns all slots of a unit."""
+        kv = KV(*(lax.dynamic_index_in_dim(x, unit, keepdims=False) for x in self._arrays))
+        return jax.tree.map(lambda x: narrow.from_bits(x, jnp.dtype(self.dtype)), kv)
+
+    @property
+    def _arrays(self) -> tuple[jax.Array, jax.Array]:
+        return self.key_UBSKH, self.value_UBSKH
+
+    def _put(self, fresh: KV, write: Any) -> Any:
+        """Returns the cache with `write(stored array, fresh array as it is stored)` of both."""
+        rows = [x.astype(self.dtype) for x in (fresh.key_BSKH, fresh.value_BSKH)]
+        if self.key_UBSKH.dtype == jnp.uint16:
+            rows = [narrow.to_bits(x) for x in rows]
+        key, value = (write(x, new) for x, new in zip(self._arrays, rows, strict=True))
+        return dataclasses.replace(self, key_UBSKH=key, value_UBSKH=value)
+
+    def _put_token(self, fresh: KV, unit: jax.Array, chunk: Chunk) -> Any:
+        """Writes chunks of one token each; padding is dropped."""
+        slot_B = jnp.where(chunk.segment_BT[:, 0] != 0, chunk.start_B % self.size, self.size)
+        return self._put(fresh, lambda x, new: _scatter(x, new, unit, slot_B))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Full(_Cache):
+    """A slot for each position up to the size."""
+
+    def update(self, fresh: KV, unit: jax.Array, chunk: Chunk, window: int | None) -> Any:
+        """Appends a chunk to a unit's cache; returns (cache, view of it for the chunk's queries).
+
+        A row's tokens must fit; padding after them need not.
+        """
+        if chunk.segment_BT.shape[1] == 1:
+            cache = self._put_token(fresh, unit, chunk)
+        else:
+            cache = self._put(fresh, lambda x, new: _merge(x, new, unit, chunk))
+        return cache, Stored(cache, unit, chunk, window)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ring(_Cache):
+    """Slots for the last `size` positions: what a sliding window of that length sees."""
+
+    def update(self, fresh: KV, unit: jax.Array, chunk: Chunk, window: int | None) -> Any:
+        """Appends a chunk to a unit's ring; returns (ring, view for the chunk's queries).
+
+        One token attends to the written ring. The queries of a longer chunk still see keys that the
+        chunk overwrites, so they attend to the ring as it was, in order of age, and the chunk.
+        """
+        if chunk.segment_BT.shape[1] == 1:
+            cache = self._put_token(fresh, unit, chunk)
+            return cache, Stored(cache, unit, chunk, window)
+        position_BS = chunk.start_B[:, None] - self.size + jnp.arange(self.size)[None]
+        old_BS = position_BS % self.size
+        before_BS = jnp.where(position_BS >= 0, _take(chunk.before_BS, old_BS), 0)
+        both = jax.tree.map(
+            lambda old, new: jnp.concatenate([_take(old, old_BS), new.astype(old.dtype)], axis=1),
+            self.read(unit),
+            fresh,
+        )
+        mask = Mask(
+            query_segments_BT=chunk.segment_BT,
+            key_segments_BS=jnp.concatenate([before_BS, chunk.segment_BT], axis=1),
+            query_offset=self.size,
+            window=window,
+        )
+        slots_S = jnp.arange(self.size, dtype=jnp.int32)
+        kept_BS = slot_positions(chunk.last_B, slots_S, self.size) - position_BS[:, :1]
+        kept = jax.tree.map(lambda x: _take(x, kept_BS), both)
+        cache = self._put(kept, lambda x, new: lax.dynamic_update_index_in_dim(x, new, unit, 0))
+        return cache, Fresh(both, mask)
+
+
+def slot_positions(last_B: jax.Array, slot_S: jax.Array, size: int) -> jax.Array:
+    """Returns the position that each of some slots holds, as int32 position_BS; < 0 for none.
+
+    Args:
+      last_B: the last position that was cached in each row; -1 for none.
+      slot_S: numbers of slots.
+      size: slots per row.
+    """
+    return last_B[:, None] - (last_B[:, None] - slot_S[None]) % size
+
+
+def _take(x_BSX: jax.Array, index_BR: jax.Array) -> jax.Array:
+    """x_BSX[b, index_BR[b]] for every row; an index outside takes the nearest entry."""
+    index_BR = jnp.clip(index_BR, 0, x_BSX.shape[1] - 1)
+    take = jax.vmap(lambda x_SX, index_R: x_SX.at[index_R].get(mode="promise_in_bounds"))
+    return take(x_BSX, index_BR)
+
+
+_WINDOWS = lax.ScatterDimensionNumbers(
+    update_window_dims=(1, 2, 3),
+    inserted_window_dims=(0, 1),
+    scatter_dims_to_operand_dims=(0, 1, 2),
+)
+
+
+def _scatter(x_UBSKH: jax.Array, rows_BTKH: jax.Array, unit: jax.Array, slot_B: jax.Array) -> Any:
+    """Writes T rows per row of the batch from `slot_B` on; those that do not fit are dropped."""
+    B = slot_B.shape[0]
+    index_B3 = jnp.stack([jnp.broadcast_to(unit, (B,)), jnp.arange(B), slot_B], axis=1)
+    return lax.scatter(
+        x_UBSKH,
+        index_B3.astype(jnp.int32),
+        rows_BTKH,
+        _WINDOWS,
+        indices_are_sorted=True,
+        unique_indices=True,
+        mode=lax.GatherScatterMode.FILL_OR_DROP,
+    )
+
+
+def _merge(x_UBSKH: jax.Array, rows_BTKH: jax.Array, unit: jax.Array, chunk: Chunk) -> jax.Array:
+    """Writes a chunk into slots that follow one another, leaving those of padding as they are."""
+    size, T = x_UBSKH.shape[2], min(rows_BTKH.shape[1], x_UBSKH.shape[2])
+    first_B = jnp.minimum(chunk.start_B, size - T)
+    index_BT = first_B[:, None] + jnp.arange(T)[None] - chunk.start_B[:, None]
+    is_new_BT = (index_BT >= 0) & (_take(chunk.segment_BT, index_BT) != 0)
+    old_BTKH = jax.vmap(
+        lambda b, start: lax.dynamic_slice(
+            x_UBSKH, (unit, b, start, 0, 0), (1, 1, T, *x_UBSKH.shape[3:])
+        )[0, 0]
+    )(jnp.arange(first_B.shape[0]), first_B)
+    new_BTKH = _take(rows_BTKH, index_BT)
+    merged_BTKH = jnp.where(is_new_BT[:, :, None, None], new_BTKH, old_BTKH)
+    return _scatter(x_UBSKH, merged_BTKH, unit, first_B)

@@ -8,6 +8,11 @@ import jax.numpy as jnp
 from lightning_jax.ops.kernels.cpu import narrow
 
 
+def operand(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x rounded to `dtype`, in the dtype in which the target multiplies it fastest."""
+    return narrow.operand(x, dtype)
+
+
 def project(
     equation: str, x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None
 ) -> jax.Array:

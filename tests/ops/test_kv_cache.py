@@ -4,104 +4,133 @@ import numpy as np
 import pytest
 
 from lightning_jax.ops import kv_cache
-from lightning_jax.ops.kv_cache import KV, Slots
-from lightning_jax.ops.mask import EMPTY_POSITION
+from lightning_jax.ops.kv_cache import KV, Chunk, Fresh, Full, Ring, Stored
+
+HEADS, SIZE_H, UNITS, UNIT = 2, 3, 3, 1
 
 
-def _chunk(start, length, padded=None, segment=1):
-    """Positions and segments of one row: `length` tokens from `start`, then padding."""
-    position_BT = start + np.arange(padded or length)[None]
+def chunk_of(start, length, before, padded=None, segment=1):
+    """A chunk of one row: `length` tokens from `start`, then padding."""
     segment_BT = np.where(np.arange(padded or length)[None] < length, segment, 0)
-    return jnp.asarray(position_BT, jnp.int32), jnp.asarray(segment_BT, jnp.int32)
+    return Chunk.append(jnp.array([start], jnp.int32), jnp.asarray(segment_BT, jnp.int32), before)
 
 
-@jax.jit
-def _write(slots, position_BT, segment_BT):
-    slot_BT = kv_cache.slot_index(position_BT, segment_BT, slots.position_BS.shape[1])
-    return kv_cache.write(slots, Slots(position_BT, segment_BT), slot_BT)
+def empty(size, rows=1):
+    return jnp.zeros((rows, size), jnp.int32)
 
 
-def test_empty_slots_hold_nothing():
-    slots, kv = kv_cache.init_slots(2, 3), kv_cache.init_kv(2, 3, 4, 5, jnp.bfloat16)
-    np.testing.assert_array_equal(slots.position_BS, np.full((2, 3), EMPTY_POSITION))
-    np.testing.assert_array_equal(slots.segment_BS, np.zeros((2, 3)))
-    assert kv.key_BSKH.shape == kv.value_BSKH.shape == (2, 3, 4, 5)
-    assert kv.key_BSKH.dtype == jnp.bfloat16
+def positions(chunk):
+    """The position in each slot after the chunk, -1 where there is none."""
+    slot_S = jnp.arange(chunk.after_BS.shape[1], dtype=jnp.int32)
+    found_BS = kv_cache.slot_positions(chunk.last_B, slot_S, len(slot_S))
+    return np.where((found_BS >= 0) & (chunk.after_BS != 0), found_BS, -1)
 
 
 def test_tokens_go_in_order_and_wrap():
-    slots = kv_cache.init_slots(1, 4)
-    slots = _write(slots, *_chunk(0, 3))
-    np.testing.assert_array_equal(slots.position_BS, [[0, 1, 2, EMPTY_POSITION]])
-    slots = _write(slots, *_chunk(3, 3, segment=2))
-    np.testing.assert_array_equal(slots.position_BS, [[4, 5, 2, 3]])
-    np.testing.assert_array_equal(slots.segment_BS, [[2, 2, 1, 2]])
+    first = chunk_of(0, 3, empty(4))
+    np.testing.assert_array_equal(positions(first), [[0, 1, 2, -1]])
+    second = chunk_of(3, 3, first.after_BS, segment=2)
+    np.testing.assert_array_equal(positions(second), [[4, 5, 2, 3]])
+    np.testing.assert_array_equal(second.after_BS, [[2, 2, 1, 2]])
 
 
 @pytest.mark.parametrize("start", [0, 1, 7])
 @pytest.mark.parametrize("length", [4, 5, 13])
 def test_a_chunk_longer_than_the_ring_leaves_its_last_tokens(start, length):
-    slots = _write(kv_cache.init_slots(1, 4), *_chunk(start, length))
-    last = np.arange(start + length - 4, start + length)
-    np.testing.assert_array_equal(np.sort(slots.position_BS[0]), last)
-    np.testing.assert_array_equal(slots.position_BS[0] % 4, np.arange(4))
+    held = positions(chunk_of(start, length, empty(4)))
+    np.testing.assert_array_equal(np.sort(held[0]), np.arange(start + length - 4, start + length))
+    np.testing.assert_array_equal(held[0] % 4, np.arange(4))
 
 
 def test_padding_is_dropped_and_does_not_push_tokens_out():
-    position_BT, segment_BT = _chunk(2, 3, padded=12)
-    slot_BT = kv_cache.slot_index(position_BT, segment_BT, 4)
-    np.testing.assert_array_equal(slot_BT[0], [2, 3, 0] + [4] * 9)
-    slots = _write(kv_cache.init_slots(1, 4), position_BT, segment_BT)
-    np.testing.assert_array_equal(slots.position_BS, [[4, EMPTY_POSITION, 2, 3]])
+    chunk = chunk_of(2, 3, empty(4), padded=12)
+    np.testing.assert_array_equal(positions(chunk), [[4, -1, 2, 3]])
 
 
 def test_a_chunk_of_padding_changes_nothing():
-    before = _write(kv_cache.init_slots(1, 4), *_chunk(0, 6))
-    after = _write(before, *_chunk(6, 0, padded=5))
-    jax.tree.map(np.testing.assert_array_equal, before, after)
-
-
-@pytest.mark.parametrize("size", [1, 3, 8])
-def test_no_slot_is_written_twice(size):
-    rng = np.random.default_rng(size)
-    position_BT = jnp.asarray(rng.integers(0, 50, (64, 1)) + np.arange(10)[None], jnp.int32)
-    segment_BT = jnp.asarray(rng.integers(0, 3, (64, 10)), jnp.int32)
-    slot_BT = np.asarray(kv_cache.slot_index(position_BT, segment_BT, size))
-    for slot_T, segment_T in zip(slot_BT, np.asarray(segment_BT), strict=True):
-        written = slot_T[slot_T < size]
-        assert len(set(written)) == len(written)
-        assert (slot_T[segment_T == 0] == size).all()
-        assert ((slot_T >= 0) & (slot_T <= size)).all()
+    before = chunk_of(0, 6, empty(4))
+    after = chunk_of(6, 0, before.after_BS, padded=5)
+    np.testing.assert_array_equal(before.after_BS, after.after_BS)
+    np.testing.assert_array_equal(before.last_B, after.last_B)
 
 
 def test_rows_have_their_own_positions():
-    position_BT = jnp.asarray([[0, 1], [5, 6], [9, 10]], jnp.int32)
     segment_BT = jnp.asarray([[1, 1], [1, 0], [0, 0]], jnp.int32)
-    slots = _write(kv_cache.init_slots(3, 4), position_BT, segment_BT)
-    empty = EMPTY_POSITION
-    expected = [[0, 1, empty, empty], [empty, 5, empty, empty], [empty] * 4]
-    np.testing.assert_array_equal(slots.position_BS, expected)
+    chunk = Chunk.append(jnp.array([0, 5, 9], jnp.int32), segment_BT, empty(4, rows=3))
+    expected = [[0, 1, -1, -1], [-1, 5, -1, -1], [-1] * 4]
+    np.testing.assert_array_equal(positions(chunk), expected)
 
 
-def test_keys_and_values_go_where_their_positions_go():
-    kv, slots = kv_cache.init_kv(1, 4, 2, 3, jnp.float32), kv_cache.init_slots(1, 4)
-    write_kv = jax.jit(kv_cache.write)
+def keys_of(chunk):
+    """Keys that spell their position in every entry, NaN in padding; values are their negatives."""
+    position_BT = np.where(chunk.segment_BT != 0, chunk.position_BT, np.nan)
+    key = np.broadcast_to(position_BT[:, :, None, None], (*position_BT.shape, HEADS, SIZE_H))
+    return KV(jnp.asarray(key, jnp.float32), jnp.asarray(-key, jnp.float32))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("kind", "size"), [(Ring, 4), (Full, 12)])
+def test_keys_and_values_go_where_their_positions_go(kind, size, dtype):
+    cache, before_BS = kind.init(UNITS, 1, size, HEADS, SIZE_H, dtype), empty(size)
+    update = jax.jit(lambda cache, kv, chunk: cache.update(kv, jnp.int32(UNIT), chunk, 4)[0])
     for start, length in ((0, 3), (3, 6), (9, 1), (10, 2)):
-        position_BT, segment_BT = _chunk(start, length, padded=6)
-        key = np.broadcast_to(position_BT[:, :, None, None], (1, 6, 2, 3)).astype(np.float32)
-        slot_BT = kv_cache.slot_index(position_BT, segment_BT, 4)
-        kv = write_kv(kv, KV(key, -key), slot_BT)
-        slots = _write(slots, position_BT, segment_BT)
-        filled = np.asarray(slots.segment_BS[0] != 0)
-        np.testing.assert_array_equal(
-            kv.key_BSKH[0, filled, 1, 2], slots.position_BS[0, filled].astype(jnp.float32)
-        )
-    np.testing.assert_array_equal(kv.value_BSKH, -kv.key_BSKH)
-    np.testing.assert_array_equal(slots.position_BS, [[8, 9, 10, 11]])
+        for width in (6, 1) if length == 1 else (6,):
+            chunk = chunk_of(start, length, before_BS, padded=width)
+            cache = update(cache, keys_of(chunk), chunk)
+        before_BS, held_BS = chunk.after_BS, positions(chunk)
+        kv = cache.read(UNIT)
+        assert kv.key_BSKH.dtype == dtype
+        filled = held_BS[0] >= 0
+        expected = np.broadcast_to(held_BS[0, filled, None, None], (filled.sum(), HEADS, SIZE_H))
+        np.testing.assert_array_equal(np.asarray(kv.key_BSKH[0, filled], np.float32), expected)
+        np.testing.assert_array_equal(np.asarray(kv.value_BSKH[0, filled], np.float32), -expected)
+    assert filled.all()
+    for other in set(range(UNITS)) - {UNIT}:
+        assert not np.asarray(cache.read(other).key_BSKH, np.float32).any()
 
 
-def test_append_keeps_both_and_casts():
-    old, new = kv_cache.init_kv(1, 3, 2, 4, jnp.bfloat16), kv_cache.init_kv(1, 2, 2, 4, jnp.float32)
-    both = kv_cache.append(old, jax.tree.map(lambda a: a + 1, new))
-    assert both.key_BSKH.shape == (1, 5, 2, 4) and both.key_BSKH.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(both.key_BSKH[0, :, 0, 0], [0, 0, 0, 1, 1])
+def test_a_ring_shows_long_chunks_what_they_overwrite():
+    cache = Ring.init(UNITS, 1, 4, HEADS, SIZE_H, "float32")
+    first = chunk_of(0, 6, empty(4))
+    cache, _ = cache.update(keys_of(first), jnp.int32(UNIT), first, 4)
+    second = chunk_of(6, 3, first.after_BS, segment=2)
+    _, view = cache.update(keys_of(second), jnp.int32(UNIT), second, 4)
+    assert isinstance(view, Fresh)
+    np.testing.assert_array_equal(view.kv.key_BSKH[0, :, 0, 0], np.arange(2, 9))
+    np.testing.assert_array_equal(view.mask.key_segments_BS, [[1, 1, 1, 1, 2, 2, 2]])
+    assert (view.mask.query_offset, view.mask.window) == (4, 4)
+
+
+@pytest.mark.parametrize(("kind", "width"), [(Ring, 1), (Full, 1), (Full, 3)])
+def test_else_the_view_is_the_written_cache(kind, width):
+    cache = kind.init(UNITS, 1, 4, HEADS, SIZE_H, "float32")
+    chunk = chunk_of(0, width, empty(4))
+    cache, view = cache.update(keys_of(chunk), jnp.int32(UNIT), chunk, 4)
+    assert isinstance(view, Stored) and view.cache is cache and view.window == 4
+
+
+def test_padding_may_reach_beyond_a_full_cache():
+    cache = Full.init(1, 1, 4, HEADS, SIZE_H, "float32")
+    chunk = chunk_of(2, 2, empty(4), padded=6)
+    cache, _ = cache.update(keys_of(chunk), jnp.int32(0), chunk, None)
+    np.testing.assert_array_equal(cache.read(0).key_BSKH[0, :, 0, 0], [0, 0, 2, 3])
+
+
+@pytest.mark.parametrize("kind", [Ring, Full])
+@pytest.mark.parametrize("width", [1, 8])
+def test_a_scan_writes_in_place(kind, width):
+    """The compiled loop over units holds no copy of the caches."""
+    units, size = 4, 2048
+    cache = jax.eval_shape(lambda: kind.init(units, 1, size, HEADS, 64, "bfloat16"))
+
+    def step(cache, kv, chunk):
+        body = lambda cache, unit: (cache.update(kv, unit, chunk, size)[0], None)  # noqa: E731
+        return jax.lax.scan(body, cache, jnp.arange(units, dtype=jnp.int32))[0]
+
+    kv = jax.eval_shape(lambda: KV(*(jnp.zeros((1, width, HEADS, 64), "bfloat16"),) * 2))
+    chunk = jax.eval_shape(lambda: chunk_of(0, width, empty(size)))
+    compiled = jax.jit(step, donate_argnums=0).lower(cache, kv, chunk).compile()
+    one_unit = size * HEADS * 64 * 2
+    # A long chunk orders the ring of one unit, keys and values.
+    allowed = 8 * one_unit if (kind, width) == (Ring, 8) else one_unit / 2
+    assert compiled.memory_analysis().temp_size_in_bytes < allowed

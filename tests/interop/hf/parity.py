@@ -17,11 +17,11 @@ from lightning_jax import model as lm
 from lightning_jax.infer.engine import Engine
 from lightning_jax.infer.sampling import Sampling
 from lightning_jax.interop import hf
-from lightning_jax.interop.hf.config import load_json
 from lightning_jax.interop.hf.tensors import file_tensors
-from lightning_jax.layers.block import Layer
+from lightning_jax.layers.block import Layer, Unit
 from lightning_jax.layers.moe import MoE
 from lightning_jax.ops import loss as losses
+from lightning_jax.runtime.files import read_json
 
 # Float32 noise of both sides is below a tenth of these (see the fixtures' own notes).
 LOGITS, HIDDEN, LOSS, GRADIENT = 3e-4, 1e-3, 1e-5, 1e-3
@@ -53,14 +53,9 @@ class Fixture:
             )
         return dataclasses.replace(self, imported=self.imported._replace(config=config))
 
-    def forward(self, tokens_BT, capture=False, **segments):
-        """Returns the model's output, with `capture` also what layers and routers returned."""
+    def forward(self, tokens_BT, **segments):
+        """Returns the model's output."""
         config, params, router = self.imported
-
-        def keep(module, name):
-            return (isinstance(module, Layer) and name == "__call__") or (
-                isinstance(module, MoE) and name == "_route"
-            )
 
         @jax.jit
         def run(params, router, tokens_BT, segments):
@@ -70,37 +65,65 @@ class Fixture:
                 segments.get("position_ids"),
                 segments.get("segment_ids"),
                 router=router,
-                capture_intermediates=keep if capture else False,
-                mutable=["intermediates"] if capture else False,
             )
 
         return run(params, router, jnp.asarray(tokens_BT), segments)
+
+    def layers(self, tokens_BT) -> list[dict]:
+        """What each layer and its router returned, from the first layer to the last."""
+        config, params, router = self.imported
+        specs = [config.unit_layers] * config.num_units
+        units = [
+            (jax.tree.map(lambda a, unit=unit: a[unit], params["units"]), router.bias_URE[unit])
+            for unit in range(config.num_units)
+        ]
+        if config.prefix_layers:
+            specs.insert(0, config.prefix_layers)
+            units.insert(0, (params["prefix"], router.bias_URE[0, :0]))
+
+        def keep(module, name):
+            return (isinstance(module, Layer) and name == "__call__") or (
+                isinstance(module, MoE) and name == "_route"
+            )
+
+        @jax.jit
+        def run(units, tokens_BT):
+            ones_BT, base = jnp.ones_like(tokens_BT), config.attention.rope_base_global
+            index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+            kinds = lm.kind_contexts(config, index_BT[:, 0], index_BT, ones_BT, base, None)
+            context = lm.Context(kinds, ones_BT != 0, router.top_p)
+            x_BTD = params["embed"]["table_VD"][tokens_BT].astype(config.compute_dtype)
+            found = []
+            for layers, (weights, bias_RE) in zip(specs, units, strict=True):
+                (x_BTD, _), variables = Unit(config, layers, False).apply(
+                    {"params": weights},
+                    x_BTD,
+                    bias_RE,
+                    {},
+                    context,
+                    jnp.int32(0),
+                    capture_intermediates=keep,
+                    mutable=["intermediates"],
+                )
+                found += [variables["intermediates"][spec.key] for spec in layers]
+            return found
+
+        return run(units, jnp.asarray(tokens_BT))
 
     def logits(self) -> np.ndarray:
         return np.asarray(self.forward(self.io["input_ids"]).logits())
 
 
-def per_layer(fixture: Fixture, captured: dict, read) -> list:
-    """`read(what a layer's modules returned)` for each layer, from the first to the last."""
-    config = fixture.imported.config
-    at = lambda tree, unit: jax.tree.map(lambda a: a[unit], tree)  # noqa: E731
-    layers = [read(captured["prefix"][spec.key]) for spec in config.prefix_layers]
-    for unit in range(config.num_units):
-        layers += [read(at(captured["units"][spec.key], unit)) for spec in config.unit_layers]
-    return layers
-
-
 def check_forward(fixture: Fixture) -> None:
     """Hidden states of every layer, logits, and what every router decided."""
     io, moe = fixture.io, fixture.imported.config.moe
-    output, variables = fixture.forward(io["input_ids"], capture=True)
-    captured = variables["intermediates"]
-    hidden = per_layer(fixture, captured, lambda layer: layer["__call__"][0][0])
+    output, captured = fixture.forward(io["input_ids"]), fixture.layers(io["input_ids"])
+    hidden = [layer["__call__"][0][0] for layer in captured]
     for index, (ours, theirs) in enumerate(zip(hidden, io["hidden"][1:], strict=True)):
         error = np.abs(np.asarray(ours)[:1] - theirs).max()
         assert error <= HIDDEN and error <= 1e-4 * np.abs(theirs).max(), f"layer {index}: {error}"
     assert np.abs(np.asarray(output.logits()) - io["logits"]).max() <= LOGITS
-    routings = per_layer(fixture, captured, lambda layer: layer.get("moe", {}).get("_route"))
+    routings = [layer.get("moe", {}).get("_route") for layer in captured]
     assert any(f"router_idx_{i}" in io for i in range(len(routings))) == bool(moe.num_experts)
     for index, found in enumerate(routings):
         assert (found is not None) == (f"router_idx_{index}" in io), f"layer {index}"
@@ -199,7 +222,7 @@ def file_gradients(fixture: Fixture, grads) -> dict[str, np.ndarray]:
     """Gradients in the names and layout of the file; a selection bias has none."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(grads)
     named = {jax.tree_util.keystr(k, simple=True, separator="/"): leaf for k, leaf in leaves}
-    model_type = load_json(fixture.folder / "config.json")["model_type"]
+    model_type = read_json(fixture.folder / "config.json")["model_type"]
     return {
         tensor.name: tensor.join([np.asarray(named[p.path][p.index]) for p in tensor.parts])
         for tensor in file_tensors(fixture.imported.config, model_type)
