@@ -1,4 +1,4 @@
-"""Batched generation with a cache: chunked prefill, then one token a step. Knows ids, no text."""
+"""Batched generation with a cache: chunked prefill, then one token per step. Knows ids, no text."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.config import ModelConfig
 from lightning_jax.config.fields import require
-from lightning_jax.infer.sampling import Sampling, sample
+from lightning_jax.infer.buckets import length_bucket, power_of_two
+from lightning_jax.infer.decode_state import FINISHED, DecodeState
+from lightning_jax.infer.sampling import Sampling
 from lightning_jax.ops.balance import RoutingStats
 from lightning_jax.runtime import compiler
 
-FINISHED = -1
+__all__ = ["FINISHED", "Engine"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """All that a forward pass reads."""
+    """All that a forward pass reads; parameters are cast for inference."""
 
     params: Any
     router: lm.Router
@@ -39,12 +41,14 @@ def _forward(
     tokens_BT: jax.Array,
     valid_BT: jax.Array,
     start_B: jax.Array,
+    routing_top_p_B: jax.Array,
 ) -> lm.Output:
+    top_p_BT = jnp.broadcast_to(routing_top_p_B[:, None], tokens_BT.shape)
     return lm.LightningLM(config).apply(
         {"params": weights.params},
         tokens_BT,
         segment_ids_BT=valid_BT.astype(jnp.int32),
-        router=weights.router,
+        router=dataclasses.replace(weights.router, top_p=top_p_BT),
         rope_base_global=weights.rope_base_global,
         cache=cache,
         start_B=start_B,
@@ -58,13 +62,18 @@ def _experts_used(stats: RoutingStats | None) -> jax.Array:
     return jnp.stack([stats.assigned_count_E.sum(), stats.tokens.sum()])
 
 
-# The three functions below are jitted once for the whole process: a second engine of the same
-# config (a sample at every evaluation of a training run) compiles nothing.
+# The functions below are jitted once for the whole process: a second engine of the same config (a
+# sample at every evaluation of a training run) compiles nothing.
+
+_cast = compiler.jit(lm.inference_params, static_argnames=("config",))
+_advance = compiler.jit(DecodeState.advance, static_argnames=("valid_vocab",))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "batch", "length"))
-def _empty_cache(config: ModelConfig, batch: int, length: int) -> lm.Cache:
-    return lm.init_cache(config, batch, length)
+@functools.cache
+def _make_cache(config: ModelConfig, batch: int, length: int, mesh: Any) -> Any:
+    """A jitted function without arguments that returns an empty cache."""
+    placement = None if mesh is None else lm.cache_shardings(config, batch, length, mesh)
+    return jax.jit(lambda: lm.init_cache(config, batch, length), out_shardings=placement)
 
 
 @functools.partial(
@@ -78,6 +87,7 @@ def _prefill_chunk(
     tokens_BT: jax.Array,
     length_B: jax.Array,
     start: jax.Array,
+    routing_top_p_B: jax.Array,
 ) -> tuple[lm.Cache, jax.Array, jax.Array]:
     """Appends positions `start..start+T` of the prompts.
 
@@ -86,7 +96,7 @@ def _prefill_chunk(
     batch, time = tokens_BT.shape
     valid_BT = start + jnp.arange(time)[None, :] < length_B[:, None]
     start_B = jnp.full(batch, start, jnp.int32)
-    output = _forward(config, weights, cache, tokens_BT, valid_BT, start_B)
+    output = _forward(config, weights, cache, tokens_BT, valid_BT, start_B, routing_top_p_B)
     offset_B = length_B - 1 - start
     last_B11 = jnp.clip(offset_B, 0, time - 1)[:, None, None]
     last_B1D = jnp.take_along_axis(output.hidden_BTD, last_B11, axis=1)
@@ -96,66 +106,27 @@ def _prefill_chunk(
     return output.cache, logits_BV, _experts_used(output.stats)
 
 
-@functools.partial(jax.jit, static_argnames=("sampling", "valid_vocab"))
-def _choose(
-    logits_BV: jax.Array,
-    active_B: jax.Array,
-    eos_id: jax.Array,
-    key: jax.Array,
-    step: jax.Array,
-    *,
-    sampling: Sampling,
-    valid_vocab: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns (next tokens, `FINISHED` in rows that are not active; rows active afterwards)."""
-    token_B = sample(
-        logits_BV,
-        jax.random.fold_in(key, step),
-        **dataclasses.asdict(sampling),
-        valid_vocab=valid_vocab,
-    )
-    made_B = jnp.where(active_B, token_B, FINISHED)
-    active_B = active_B & (token_B != eos_id)
-    # The host reads both, so every process of a mesh must hold them whole.
-    return sharding.shard(made_B, None), sharding.shard(active_B, None)
-
-
 @functools.partial(
-    compiler.jit, static_argnames=("config", "sampling", "valid_vocab"), donate_argnames=("cache",)
+    compiler.jit, static_argnames=("config", "valid_vocab"), donate_argnames=("cache",)
 )
 def _decode(
-    config: ModelConfig,
-    weights: Weights,
-    cache: lm.Cache,
-    token_B: jax.Array,
-    active_B: jax.Array,
-    length_B: jax.Array,
-    eos_id: jax.Array,
-    key: jax.Array,
-    step: jax.Array,
-    *,
-    sampling: Sampling,
-    valid_vocab: int,
-) -> tuple[lm.Cache, jax.Array, jax.Array, jax.Array]:
-    """Appends token `step` (of the new ones, from 1) of each row and chooses the next one."""
+    config: ModelConfig, weights: Weights, cache: lm.Cache, state: DecodeState, *, valid_vocab: int
+) -> tuple[lm.Cache, DecodeState, jax.Array, jax.Array, jax.Array]:
+    """Reads the last token of each active row and chooses the next one.
+
+    Returns (cache, *DecodeState.advance, experts used).
+    """
     output = _forward(
         config,
         weights,
         cache,
-        jnp.maximum(token_B, 0)[:, None],
-        active_B[:, None],
-        length_B + step - 1,
+        state.token_B[:, None],
+        state.active_B[:, None],
+        state.position_B,
+        state.routing_top_p_B,
     )
-    token_B, active_B = _choose(
-        output.logits()[:, 0],
-        active_B,
-        eos_id,
-        key,
-        step,
-        sampling=sampling,
-        valid_vocab=valid_vocab,
-    )
-    return output.cache, token_B, active_B, _experts_used(output.stats)
+    logits_BV = output.logits()[:, 0]
+    return output.cache, *state.advance(logits_BV, valid_vocab), _experts_used(output.stats)
 
 
 class Engine:
@@ -163,9 +134,8 @@ class Engine:
 
     Prompts may have different lengths; rows do not see each other, and a row costs no expert once
     it is finished. Memory is that of `model.init_cache`: rings for local layers, nothing for
-    borrowers.
-
-    Under an ambient mesh the number of prompts must be a multiple of its batch shards.
+    borrowers. Rows and lengths are rounded up to few sizes, so that seldom anything compiles; the
+    cost of a step follows the tokens that a row has, not the room in its cache.
     """
 
     def __init__(
@@ -186,7 +156,7 @@ class Engine:
           max_length: tokens of a prompt and its continuation for which the cache has room.
           rope_base_global: RoPE base of global layers; default: the config's.
           valid_vocab: ids from here up are never generated; default: the whole vocabulary.
-          prefill_chunk: prompt tokens a row that one step of the prefill takes.
+          prefill_chunk: prompt tokens per row that one step of the prefill takes.
 
         Raises:
           UserError: a number out of its range.
@@ -206,14 +176,14 @@ class Engine:
         attention = dataclasses.replace(config.attention, implementation="")
         self.config = dataclasses.replace(config, attention=attention)
         self.max_length, self.valid_vocab = max_length, valid_vocab
-        self._weights = Weights(params, router, jnp.float32(base))
-        self._chunk = min(prefill_chunk, max_length)
+        self._weights = Weights(_cast(self.config, params), router, jnp.float32(base))
+        self._chunk = min(prefill_chunk, length_bucket(max_length))
         self._experts_used = np.zeros(2)
 
     @property
     def experts_per_token(self) -> float | None:
-        """Routed experts a token, mean over layers and over all tokens (prompt and new) of the last
-        run, as far as it was consumed; None before the first or without routed layers.
+        """Routed experts per token, mean over layers and over all tokens (prompt and new) of the
+        last run, as far as it was consumed; None before the first or without routed layers.
         """
         used, seen = self._experts_used
         return float(used / seen) if seen else None
@@ -221,16 +191,16 @@ class Engine:
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
+        sampling: Sampling | Sequence[Sampling],
         *,
         max_new_tokens: int,
         key: jax.Array,
-        eos_id: int | None = None,
+        stop_ids: Sequence[int] = (),
     ) -> list[list[int]]:
         """Returns the new tokens of each row; see `stream`."""
         rows: list[list[int]] = [[] for _ in prompts]
         for token_B in self.stream(
-            prompts, sampling, max_new_tokens=max_new_tokens, key=key, eos_id=eos_id
+            prompts, sampling, max_new_tokens=max_new_tokens, key=key, stop_ids=stop_ids
         ):
             for row, token in zip(rows, token_B.tolist(), strict=True):
                 if token != FINISHED:
@@ -240,23 +210,42 @@ class Engine:
     def stream(
         self,
         prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
+        sampling: Sampling | Sequence[Sampling],
         *,
         max_new_tokens: int,
         key: jax.Array,
-        eos_id: int | None = None,
+        stop_ids: Sequence[int] = (),
     ) -> Iterator[np.ndarray]:
         """Yields int32 tokens_B as they are made, until all rows are finished.
 
-        A row is finished after `max_new_tokens` tokens or after its `eos_id`, which is yielded as
-        its last token; from then on it yields -1. The same key gives the same tokens.
+        A row is finished after `max_new_tokens` tokens or after one of `stop_ids`, which is yielded
+        as its last token; from then on it yields -1. The same key gives the same tokens, and a
+        row's tokens do not depend on the other rows. `sampling` is that of all rows, or one per
+        row.
 
         Raises:
-          UserError: no prompt, an empty one, an id outside of the vocabulary, or a prompt that
-            leaves no room for `max_new_tokens` in `max_length`. Raised by the call itself.
+          UserError: no prompt, an empty one, an id outside of the vocabulary, a prompt that leaves
+            no room for `max_new_tokens` in `max_length`, or another number of `sampling` than of
+            prompts. Raised by the call itself.
         """
         self._check(prompts, max_new_tokens)
-        return self._run(prompts, sampling, max_new_tokens, key, eos_id)
+        sampling = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        require(len(sampling) == len(prompts), "sampling", sampling, "one, or one per prompt")
+        state = DecodeState.start(
+            prompts,
+            sampling,
+            max_new_tokens=max_new_tokens,
+            key=key,
+            stop_ids=stop_ids,
+            routing_top_p=self._weights.router.top_p,
+            rows=self._rows(len(prompts)),
+        )
+        return self._run(prompts, state, max_new_tokens)
+
+    def _rows(self, prompts: int) -> int:
+        """Rows of the batch that `prompts` are rounded up to."""
+        shards = sharding.ambient_batch_shards()
+        return -(-power_of_two(prompts) // shards) * shards
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         require(len(prompts) >= 1, "prompts", prompts, "at least one prompt")
@@ -274,56 +263,47 @@ class Engine:
                 require(0 <= token < vocab, f"prompts[{row}]", token, f"ids in [0, {vocab})")
 
     def _run(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        max_new_tokens: int,
-        key: jax.Array,
-        eos_id: int | None,
+        self, prompts: Sequence[Sequence[int]], state: DecodeState, max_new_tokens: int
     ) -> Iterator[np.ndarray]:
         self._experts_used = np.zeros(2)
-        length_B = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
-        eos = jnp.int32(FINISHED if eos_id is None else eos_id)
-        static = {"sampling": sampling, "valid_vocab": self.valid_vocab}
-        cache, logits_BV = self._prefill(prompts, length_B)
-        active_B = jnp.ones(len(prompts), bool)
-        token_B, active_B = _choose(logits_BV, active_B, eos, key, jnp.int32(0), **static)
-        for step in range(1, max_new_tokens):
+        cache, logits_BV = self._prefill(prompts, state)
+        state, made_B, goes_on = _advance(state, logits_BV, valid_vocab=self.valid_vocab)
+        for _ in range(1, max_new_tokens):
             # Dispatched before the last tokens are fetched: the device never waits for the reader.
-            made, made_active = token_B, active_B
-            cache, token_B, active_B, used = _decode(
-                self.config,
-                self._weights,
-                cache,
-                token_B,
-                active_B,
-                length_B,
-                eos,
-                key,
-                jnp.int32(step),
-                **static,
+            cache, state, next_B, next_goes_on, used = _decode(
+                self.config, self._weights, cache, state, valid_vocab=self.valid_vocab
             )
-            yield np.asarray(made)
-            if not np.asarray(made_active).any():
+            yield np.asarray(made_B)[: len(prompts)]
+            if not goes_on:
                 return
             self._experts_used += np.asarray(used, np.float64)
-        yield np.asarray(token_B)
+            made_B, goes_on = next_B, next_goes_on
+        yield np.asarray(made_B)[: len(prompts)]
 
     def _prefill(
-        self, prompts: Sequence[Sequence[int]], length_B: jax.Array
+        self, prompts: Sequence[Sequence[int]], state: DecodeState
     ) -> tuple[lm.Cache, jax.Array]:
-        batch, chunk = len(prompts), self._chunk
+        batch, chunk = len(state.token_B), self._chunk
         padded = -(-max(map(len, prompts)) // chunk) * chunk
         tokens_BT = np.zeros((batch, padded), np.int32)
+        length_B = np.zeros(batch, np.int32)
         for row, prompt in enumerate(prompts):
             tokens_BT[row, : len(prompt)] = prompt
-        cache = _empty_cache(self.config, batch, self.max_length)
+            length_B[row] = len(prompt)
+        mesh = jax.sharding.get_mesh() if sharding.is_split() else None
+        cache = _make_cache(self.config, batch, length_bucket(self.max_length), mesh)()
         logits_BV = jnp.zeros((batch, self.config.vocab_size), jnp.float32)
         counts = []
         for start in range(0, padded, chunk):
-            piece_BT = tokens_BT[:, start : start + chunk]
             cache, logits_BV, used = _prefill_chunk(
-                self.config, self._weights, cache, logits_BV, piece_BT, length_B, jnp.int32(start)
+                self.config,
+                self._weights,
+                cache,
+                logits_BV,
+                tokens_BT[:, start : start + chunk],
+                length_B,
+                jnp.int32(start),
+                state.routing_top_p_B,
             )
             counts.append(used)
         self._experts_used += np.sum([np.asarray(used, np.float64) for used in counts], axis=0)

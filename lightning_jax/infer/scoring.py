@@ -17,14 +17,7 @@ import numpy as np
 from lightning_jax import model as lm
 from lightning_jax.config import ModelConfig
 from lightning_jax.config.fields import require
-
-_SMALLEST_BUCKET = 32
-
-
-def bucket(length: int) -> int:
-    """Returns the least of 32, 48, 64, 96, 128, 192, ... that holds `length`."""
-    size = max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
-    return size * 3 // 4 if size > _SMALLEST_BUCKET and length <= size * 3 // 4 else size
+from lightning_jax.infer.buckets import length_bucket
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -174,7 +167,7 @@ class Scorer:
             inputs = (*context, *continuation)[-self.max_length - 1 : -1]
             row = last_with.get(inputs)
             # A batch has room for as many scored tokens as it has tokens.
-            if row is None or row.entries + len(continuation) > bucket(len(inputs)):
+            if row is None or row.entries + len(continuation) > length_bucket(len(inputs)):
                 row = last_with[inputs] = _Row(inputs, [], 0)
                 rows.append(row)
             row.pairs.append(number)
@@ -184,7 +177,7 @@ class Scorer:
     def _dispatch(
         self, batch: Sequence[_Row], pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> tuple[jax.Array, jax.Array]:
-        time = bucket(max(len(row.inputs) for row in batch))
+        time = length_bucket(max(len(row.inputs) for row in batch))
         tokens_BT = np.zeros((self.batch_size, time), np.int32)
         length_B = np.zeros(self.batch_size, np.int32)
         index_M, target_M = np.zeros((2, tokens_BT.size), np.int32)

@@ -92,7 +92,7 @@ def stream_text(
         sampling,
         max_new_tokens=max_new_tokens,
         key=key,
-        eos_id=tokenizer.eos_id,
+        stop_ids=tokenizer.stop_ids,
     ):
         token = int(token_B[0])
         if token < 0:

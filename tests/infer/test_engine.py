@@ -14,6 +14,7 @@ from lightning_jax.config import MeshConfig, ModelConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build
 from lightning_jax.infer import engine as engine_module
+from lightning_jax.infer.decode_state import DecodeState
 from lightning_jax.infer.engine import Engine
 from lightning_jax.infer.sampling import Sampling
 
@@ -54,9 +55,9 @@ def _engine(seed: int = 0, *, top_p: float = 0.5, **options) -> Engine:
     return Engine(CONFIG, _params(seed), router, **options)
 
 
-def _generate(engine, prompts=PROMPTS, sampling=GREEDY, *, seed=0, new=NEW, eos_id=None):
+def _generate(engine, prompts=PROMPTS, sampling=GREEDY, *, seed=0, new=NEW, stop_ids=()):
     key = jax.random.key(seed)
-    return engine.generate(prompts, sampling, max_new_tokens=new, key=key, eos_id=eos_id)
+    return engine.generate(prompts, sampling, max_new_tokens=new, key=key, stop_ids=stop_ids)
 
 
 @functools.partial(jax.jit, static_argnames=("base",))
@@ -121,9 +122,9 @@ def test_a_row_ends_with_its_eos():
     rows = _generate(_engine())
     eos_id = rows[0][3]
     cut = [row[: row.index(eos_id) + 1] if eos_id in row else row for row in rows]
-    assert _generate(_engine(), eos_id=eos_id) == cut
+    assert _generate(_engine(), stop_ids=[eos_id]) == cut
     stream = _engine().stream(
-        PROMPTS, GREEDY, max_new_tokens=NEW, key=jax.random.key(0), eos_id=eos_id
+        PROMPTS, GREEDY, max_new_tokens=NEW, key=jax.random.key(0), stop_ids=[eos_id]
     )
     table = np.stack(list(stream), axis=1)
     for row, ids in zip(table, cut, strict=True):
@@ -134,7 +135,7 @@ def test_the_stream_ends_when_all_rows_have_ended():
     prompts = [PROMPTS[2]] * 3
     first = _generate(_engine(), prompts)[0]
     stream = _engine().stream(
-        prompts, GREEDY, max_new_tokens=NEW, key=jax.random.key(0), eos_id=first[1]
+        prompts, GREEDY, max_new_tokens=NEW, key=jax.random.key(0), stop_ids=[first[1]]
     )
     made = list(stream)
     assert len(made) == first.index(first[1]) + 1
@@ -160,11 +161,58 @@ def test_a_dense_model_has_no_experts_to_count():
 
 
 def test_a_second_engine_compiles_nothing():
-    functions = (engine_module._prefill_chunk, engine_module._decode, engine_module._choose)
+    functions = (engine_module._prefill_chunk, engine_module._decode, engine_module._advance)
     _generate(_engine())
     compiled = [function._cache_size() for function in functions]
-    _generate(_engine(1), [[1], [2, 3], list(range(14))])
+    # Other weights, lengths, a batch of the same bucket, other settings and room in the cache.
+    _generate(_engine(1), [[1], [2, 3], list(range(14)), [4]], stop_ids=[3])
+    _generate(_engine(max_length=LENGTH - 3), [[5]] * 3, sampling=WARM, new=2, seed=7)
     assert [function._cache_size() for function in functions] == compiled
+
+
+def test_each_row_has_its_own_settings():
+    greedy, warm = _generate(_engine()), _generate(_engine(), sampling=WARM)
+    mixed = _generate(_engine(), sampling=[GREEDY, WARM, GREEDY])
+    assert mixed == [greedy[0], warm[1], greedy[2]]
+    with pytest.raises(UserError, match="^sampling = "):
+        _generate(_engine(), sampling=[GREEDY])
+
+
+def test_any_stop_id_ends_a_row():
+    rows = _generate(_engine())
+    ends = [rows[0][2], rows[1][4], VOCAB]
+    cut = [next((i for i, token in enumerate(row) if token in ends), NEW - 1) for row in rows]
+    expected = [row[: end + 1] for row, end in zip(rows, cut, strict=True)]
+    assert _generate(_engine(), stop_ids=ends) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_decode_step_holds_no_copy_of_a_cache_or_of_all_experts(dtype):
+    config = dataclasses.replace(CONFIG, num_units=3, compute_dtype=dtype)
+    moe = dataclasses.replace(config.moe, num_experts=64, implementation="")
+    attention = dataclasses.replace(config.attention, implementation="")
+    config = dataclasses.replace(config, moe=moe, attention=attention)
+    params = jax.eval_shape(lambda: lm.init_params(config, jax.random.key(0)))
+    params = jax.eval_shape(lambda p: lm.inference_params(config, p), params)
+    router = jax.eval_shape(lambda: lm.init_router(config))
+    weights = engine_module.Weights(params, router, jax.ShapeDtypeStruct((), "float32"))
+    cache = lm.abstract_cache(config, 1, 4096)
+    state = DecodeState.start(
+        [[1]],
+        [GREEDY],
+        max_new_tokens=1,
+        key=jax.random.key(0),
+        stop_ids=(),
+        routing_top_p=1,
+        rows=1,
+    )
+    compiled = engine_module._decode.lower(
+        config, weights, cache, state, valid_vocab=VALID
+    ).compile()
+    size = lambda tree: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))  # noqa: E731
+    experts = size(params["units"]["0_L"]["moe"]["gate_EDF"]) / config.num_units
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary < min(size(cache.units["2_G"]) / config.num_units / 2, 4 * experts)
 
 
 def test_a_row_may_fill_the_cache():

@@ -12,14 +12,15 @@ LOGITS_V = np.log([0.5, 0.25, 0.15, 0.1])
 DRAWS = 4000  # of every test: one shape and few settings, so that little is compiled
 
 
-@functools.partial(jax.jit, static_argnames=("temperature", "top_k", "top_p", "valid_vocab"))
+@functools.partial(jax.jit, static_argnames=("valid_vocab",))
 def _sample(logits_BV, key, temperature=1.0, top_k=0, top_p=1.0, valid_vocab=None):
+    rows = logits_BV.shape[0]
     return sample(
         logits_BV,
-        key,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows)),
+        temperature_B=jnp.full(rows, temperature, jnp.float32),
+        top_k_B=jnp.full(rows, top_k, jnp.int32),
+        top_p_B=jnp.full(rows, top_p, jnp.float32),
         valid_vocab=valid_vocab or logits_BV.shape[1],
     )
 

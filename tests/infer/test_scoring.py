@@ -9,7 +9,7 @@ import pytest
 from lightning_jax import model as lm
 from lightning_jax.config.errors import UserError
 from lightning_jax.infer import scoring
-from lightning_jax.infer.scoring import Scorer, bucket
+from lightning_jax.infer.scoring import Scorer
 from tests import tiny
 
 # The head's chunk is no divisor of any bucket, and smaller than what is scored.
@@ -119,13 +119,6 @@ def test_few_shapes_compile():
         scorer().score(random_pairs([(length, 2), (1, 1)]))
     # 32 and 48; what MAX_LENGTH cuts off has no shape of its own.
     assert scoring._score._cache_size() - before <= 2
-
-
-def test_buckets_grow_by_less_than_a_half():
-    sizes = [bucket(length) for length in range(1, 5000)]
-    assert sizes == sorted(sizes) and set(sizes[:200]) == {32, 48, 64, 96, 128, 192, 256}
-    assert all(size >= n for n, size in enumerate(sizes, 1))
-    assert all(size <= max(32, n * 1.5) for n, size in enumerate(sizes, 1))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class _Scripted:
     def __init__(self, ids):
         self.ids, self.prompts = ids, None
 
-    def stream(self, prompts, sampling, *, max_new_tokens, key, eos_id):
+    def stream(self, prompts, sampling, *, max_new_tokens, key, stop_ids):
         self.prompts = prompts
         for token in self.ids:
             yield np.array([token] + [7] * (len(prompts) - 1), np.int32)

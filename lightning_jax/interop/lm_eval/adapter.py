@@ -25,9 +25,10 @@ from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require
 from lightning_jax.data.chat import encode_inside
 from lightning_jax.data.tokenizer import Tokenizer
+from lightning_jax.infer.buckets import length_bucket
 from lightning_jax.infer.engine import Engine
 from lightning_jax.infer.sampling import Sampling
-from lightning_jax.infer.scoring import Scorer, bucket
+from lightning_jax.infer.scoring import Scorer
 
 try:
     from lm_eval.api.instance import Instance
@@ -241,7 +242,7 @@ class LightningAdapter(LM):
             run.config.model,
             run.params,
             run.router,
-            max_length=bucket(max(map(len, prompts)) + max_new_tokens),
+            max_length=length_bucket(max(map(len, prompts)) + max_new_tokens),
             rope_base_global=run.meta.rope_base_global,
             valid_vocab=tokenizer.vocab_size,
         )
@@ -254,7 +255,7 @@ class LightningAdapter(LM):
             sampling,
             max_new_tokens=max_new_tokens,
             key=key,
-            eos_id=tokenizer.eos_id,
+            stop_ids=tokenizer.stop_ids,
         ):
             for answer, token in zip(answers, token_B.tolist(), strict=False):
                 answer.push(token)

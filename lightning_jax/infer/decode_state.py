@@ -1,0 +1,123 @@
+"""The requests that are being answered, as rows of arrays.
+
+Nothing about a request is static, so another temperature, key or stop id compiles nothing, and
+nothing about a row depends on its neighbours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lightning_jax import sharding
+from lightning_jax.infer.buckets import power_of_two
+from lightning_jax.infer.sampling import Sampling, sample
+
+# In place of a token: of rows that are finished, and of stop ids that a request has not.
+FINISHED = -1
+_NO_STOP = -2
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """B requests between two decode steps.
+
+    Attributes:
+      token_B: int32, the last token of each row, which the next step reads.
+      position_B: int32, its position in the row.
+      active_B: bool, False once a row has ended, or where a row only fills the batch.
+      left_B: int32, tokens that may still be made.
+      key_B: a PRNG key per row; the token at position p is drawn with its fold of p.
+      temperature_B, top_k_B, top_p_B: float32, int32 and float32, see `sampling.Sampling`.
+      stop_BJ: int32 ids that end a row.
+      routing_top_p_B: float32, the router's top-p for each row's tokens.
+    """
+
+    token_B: jax.Array
+    position_B: jax.Array
+    active_B: jax.Array
+    left_B: jax.Array
+    key_B: jax.Array
+    temperature_B: jax.Array
+    top_k_B: jax.Array
+    top_p_B: jax.Array
+    stop_BJ: jax.Array
+    routing_top_p_B: jax.Array
+
+    @classmethod
+    def start(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[Sampling],
+        *,
+        max_new_tokens: int,
+        key: jax.Array,
+        stop_ids: Sequence[int],
+        routing_top_p: float | jax.Array,
+        rows: int,
+    ) -> DecodeState:
+        """Returns the state before the prompts are read; row b draws with the fold b of `key`.
+
+        Args:
+          prompts: token ids.
+          sampling: of each prompt.
+          max_new_tokens: most tokens per row.
+          key: a PRNG key.
+          stop_ids: tokens that end a row, of all rows.
+          routing_top_p: of all rows.
+          rows: B; the rows after the prompts are never active.
+        """
+        fill = rows - len(prompts)
+
+        def row_array(values: Sequence[float], dtype: str) -> jax.Array:
+            return jnp.asarray(np.pad(np.asarray(values, dtype), (0, fill)))
+
+        stops_J = np.full(power_of_two(max(len(stop_ids), 1)), _NO_STOP, np.int32)
+        stops_J[: len(stop_ids)] = stop_ids
+        return cls(
+            token_B=row_array([prompt[-1] for prompt in prompts], "int32"),
+            position_B=row_array([len(prompt) - 1 for prompt in prompts], "int32"),
+            active_B=jnp.arange(rows) < len(prompts),
+            left_B=jnp.full(rows, max_new_tokens, jnp.int32),
+            key_B=jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows)),
+            temperature_B=row_array([s.temperature for s in sampling], "float32"),
+            top_k_B=row_array([s.top_k for s in sampling], "int32"),
+            top_p_B=row_array([s.top_p for s in sampling], "float32"),
+            stop_BJ=jnp.asarray(np.tile(stops_J, (rows, 1))),
+            routing_top_p_B=jnp.full(rows, routing_top_p, jnp.float32),
+        )
+
+    def advance(
+        self, logits_BV: jax.Array, valid_vocab: int
+    ) -> tuple[DecodeState, jax.Array, jax.Array]:
+        """Chooses each row's next token from the logits after its last one.
+
+        Returns:
+          The state with the new tokens; int32 made_B, `FINISHED` in rows that had ended; whether
+          any row goes on. The last two are whole on every process of a mesh.
+        """
+        position_B = self.position_B + 1
+        token_B = sample(
+            logits_BV,
+            jax.vmap(jax.random.fold_in)(self.key_B, position_B),
+            temperature_B=self.temperature_B,
+            top_k_B=self.top_k_B,
+            top_p_B=self.top_p_B,
+            valid_vocab=valid_vocab,
+        )
+        made_B = jnp.where(self.active_B, token_B, FINISHED)
+        left_B = self.left_B - self.active_B
+        stopped_B = (token_B[:, None] == self.stop_BJ).any(axis=1)
+        state = dataclasses.replace(
+            self,
+            token_B=jnp.where(self.active_B, token_B, self.token_B),
+            position_B=jnp.where(self.active_B, position_B, self.position_B),
+            active_B=self.active_B & ~stopped_B & (left_B > 0),
+            left_B=left_B,
+        )
+        return state, sharding.shard(made_B, None), state.active_B.any()
