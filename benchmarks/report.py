@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import datetime
 import importlib
-import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.measure import Options
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require_choice
-from lightning_jax.runtime import huge_pages
+from lightning_jax.runtime import files, huge_pages, tables
 
 # Each is a module of this package with `run(options)`; loaded when asked for.
-SUITES = ("attention", "moe", "train", "startup", "data", "kernels_tpu", "kernels_gpu")
+SUITES = (
+    "attention",
+    "moe",
+    "train",
+    "serve_small",
+    "startup",
+    "data",
+    "kernels_tpu",
+    "kernels_gpu",
+)
 PROFILED = ("attention", "moe", "train")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 _ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +78,6 @@ def machine() -> dict[str, Any]:
 
 
 # Of a table; a terminal of its own width breaks long lines, a file does not.
-_WIDTH = 200
 # What decides the speed of a matrix product on x86.
 _VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
@@ -109,31 +113,25 @@ def git_commit() -> str | None:
 
 def write(report: dict[str, Any], path: str | Path) -> None:
     """Writes the report as JSON; makes the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, report)
 
 
 def print_tables(report: dict[str, Any], file: TextIO | None = None) -> None:
     """Prints the rows, one table for each value of their key `table`, to standard error."""
-    console = Console(file=file or sys.stderr, width=_WIDTH)
     rows: Sequence[dict[str, Any]] = report["rows"]
     for title in dict.fromkeys(row.get("table", report["suite"]) for row in rows):
         inside = [row for row in rows if row.get("table", report["suite"]) == title]
-        console.print(_table(title, [_without(row, "table", "profile") for row in inside]))
+        _print_table(title, [_without(row, "table", "profile") for row in inside], file)
     for row in rows:
         if "profile" in row:
-            console.print(_table(f"{row['name']}: where its milliseconds go", _by_kind(row)))
+            _print_table(f"{row['name']}: where its milliseconds go", _by_kind(row), file)
 
 
-def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+def _print_table(title: str, rows: Sequence[dict[str, Any]], file: TextIO | None) -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(title=title, title_justify="left")
-    for index, name in enumerate(columns):
-        table.add_column(name, justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*(_cell(row.get(name)) for name in columns))
-    return table
+    cells = [[_cell(row.get(name)) for name in columns] for row in rows]
+    tables.print_table([columns, *cells], title, file=file)
 
 
 def _without(row: dict[str, Any], *names: str) -> dict[str, Any]:

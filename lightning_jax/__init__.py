@@ -1,3 +1,34 @@
-"""lightning_jax: a research framework for language models that are cheap to train and serve."""
+"""lightning_jax: a research framework for language models that are cheap to train and serve.
+
+    config, params, router = lightning_jax.load("folder")      # a Hugging Face folder
+    run = lightning_jax.load_run("runs/a")                      # a run's config, parameters, router
+    engine = lightning_jax.Engine(run.config.model, run.params, run.router, max_length=512)
+    lightning_jax.run(config, "runs/b")                         # trains, or resumes, a RunConfig
+
+Each name is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Engine": "infer.engine",
+    "LightningLM": "model",
+    "load": "interop.hf",
+    "load_run": "checkpoint",
+    "run": "train.loop",
+    "save": "interop.hf",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

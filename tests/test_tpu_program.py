@@ -1,0 +1,30 @@
+"""A program for a TPU, compiled on a machine without one, is a TPU's program."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.tpu_static import environment
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (tpu-aot)"
+)
+def test_a_cpu_process_compiles_tpu_kernels_and_grouped_matmuls():
+    command = [sys.executable, str(ROOT / "tests" / "tpu_program.py")]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["platform"], found["host"]) == ("tpu", "cpu")
+    # Two layers, forward and backward; three products of experts in each layer and direction.
+    assert found["attention"] >= 4 and found["compiled"] >= 4
+    assert found["grouped"] >= 6

@@ -1,0 +1,62 @@
+"""Compiles a gradient for TPUs that are not here; prints what is in the program as JSON.
+
+python tests/tpu_program.py       # in the environment of benchmarks.tpu_static
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from benchmarks.tpu_static import CHIPS
+from lightning_jax import model as lm
+from lightning_jax import sharding
+from lightning_jax.config import MeshConfig
+from lightning_jax.runtime import target
+from tests.tiny import tiny_model
+
+BATCH, LENGTH = 4, 256
+
+
+def main() -> None:
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS["v5e"].topology)
+    mesh = sharding.make_mesh(
+        MeshConfig(data=2, fsdp=-1, expert=1, tensor=1, sequence=1), topology.devices
+    )
+    config = tiny_model(unit="LG", attention__window=128, attention__head_dim=128, model_dim=128)
+    moe = dataclasses.replace(config.moe, expert_dim=128)
+    config = dataclasses.replace(config, compute_dtype="bfloat16", moe=moe)
+    with jax.set_mesh(mesh):
+        placement = sharding.tree_shardings(lm.logical_axes(config), mesh)
+        params = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            lm.abstract_params(config),
+            placement,
+        )
+        tokens = jax.ShapeDtypeStruct(
+            (BATCH, LENGTH), jnp.int32, sharding=sharding.batch_sharding(mesh)
+        )
+
+        def loss(params, tokens_BT):
+            output = lm.LightningLM(config, train=True).apply({"params": params}, tokens_BT)
+            return (output.hidden_BTD.astype(jnp.float32) ** 2).sum()
+
+        lowered = jax.jit(jax.grad(loss)).lower(params, tokens)
+        found = {
+            "platform": target.current().platform,
+            "host": jax.default_backend(),
+            "attention": lowered.as_text().count("tpu_custom_call"),
+            "grouped": lowered.as_text().count("ragged_dot"),
+            "compiled": lowered.compile().as_text().count('custom_call_target="tpu_custom_call"'),
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
