@@ -98,6 +98,14 @@ def check_rows(name: str, queries: int, heads: int, limit: int) -> None:
         raise ValueError(f"{name}: {queries} queries of {heads} heads: at most {limit} together")
 
 
+def check_stack(name: str, key: jax.Array, unit: jax.Array | None) -> None:
+    """Raises a ValueError unless a cache leads with an axis of units just where one is named."""
+    axes = "BSKH" if unit is None else "UBSKH"
+    if key.ndim != len(axes):
+        given = "without" if unit is None else "with"
+        raise ValueError(f"{name}: key cache of shape {key.shape} {given} a unit: must be {axes}")
+
+
 def check_cache(
     name: str, query: jax.Array, cache: Sequence[jax.Array], scales: Sequence[jax.Array | None]
 ) -> None:

@@ -54,11 +54,18 @@ class _Static(NamedTuple):
     tile: DecodeTile
 
 
+def fits(query_BTNH: jax.Array, key_BSKH: jax.Array) -> bool:
+    """Whether `ring_decode` takes so many queries, and heads of that size."""
+    _, T, N, H = query_BTNH.shape
+    return T * N // key_BSKH.shape[-2] <= MAX_ROWS and H in common.TRITON_HEAD_SIZES
+
+
 def ring_decode(
     query_BTNH: jax.Array,
     key_BSKH: jax.Array,
     value_BSKH: jax.Array,
     *,
+    unit: jax.Array | None = None,
     query_positions_BT: jax.Array,
     key_positions_BS: jax.Array,
     window: int | None,
@@ -81,6 +88,8 @@ def ring_decode(
         query_BTNH: queries, few: T x N / K is at most 128.
         key_BSKH: cached keys in the queries' dtype, or int8 with `key_scales_BSK`.
         value_BSKH: cached values, likewise.
+        unit: int32 below U, the one of U caches that is read, in place: keys, values and scales
+            then lead with an axis U, and all U units share the slots' positions and segments.
         query_positions_BT: int32 position of each query; negative ones see nothing.
         key_positions_BS: int32 position that each slot holds; `EMPTY_POSITION` if none.
         window: visible keys per query, self included; None for all.
@@ -100,18 +109,23 @@ def ring_decode(
     Raises:
         ValueError: more queries, another dtype or another sign than the kernel can honour.
     """
-    B, S = key_BSKH.shape[:2]
+    common.check_stack("GPU decode", key_BSKH, unit)
+    B, S = key_BSKH.shape[-4:-2]
     if query_segments_BT is not None:
         query_positions_BT = jnp.where(query_segments_BT == 0, -1, query_positions_BT)
     stored = [
-        None if x is None else jnp.broadcast_to(x, (B, S)).reshape(-1)
+        None if x is None else jnp.broadcast_to(x, (B, S))
         for x in (key_positions_BS, key_segments_BS)
     ]
     # A ring is the one page of its row, into which all positions are folded.
     pages_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
+    cache = [key_BSKH, value_BSKH, key_scales_BSK, value_scales_BSK]
+    if unit is not None:
+        pages_B1 += unit * B
+        cache = [None if x is None else x.reshape(-1, *x.shape[2:]) for x in cache]
     return _decode(
         query_BTNH,
-        (key_BSKH, value_BSKH, key_scales_BSK, value_scales_BSK),
+        cache,
         query_positions_BT,
         query_segments_BT,
         pages_B1,
@@ -175,7 +189,7 @@ def paged_decode(
 
 
 def _decode(query_BTNH, cache, positions_BT, segments_BT, pages_BJ, stored, sinks_N, options):
-    """Both caches as one pool of pages; `stored` are position and segment of its slots, or None."""
+    """Both caches as one pool of pages; `stored` are position and segment of a ring's slots."""
     window, scale, logit_softcap, interpret = options
     _check(query_BTNH, *cache, scale, logit_softcap)
     cap = None if logit_softcap is None else float(logit_softcap)
@@ -228,9 +242,6 @@ def _shares(static, query_BKRH, bounds_B2, positions_BR, segments_BR, pages_BJ, 
             return None
         return pl.BlockSpec((None, array_BX.shape[1]), lambda c, k, b: (b, 0))
 
-    def whole(array_X):
-        return None if array_X is None else pl.BlockSpec(array_X.shape, lambda c, k, b: (0,))
-
     def of_head(array):
         if array is None:
             return None
@@ -244,8 +255,7 @@ def _shares(static, query_BKRH, bounds_B2, positions_BR, segments_BR, pages_BJ, 
         grid=(C, K, B),
         in_specs=[
             pl.BlockSpec((None, None, R, H), lambda c, k, b: (b, k, 0, 0)),
-            *map(per_row, (bounds_B2, positions_BR, segments_BR, pages_BJ)),
-            *map(whole, stored),
+            *map(per_row, (bounds_B2, positions_BR, segments_BR, pages_BJ, *stored)),
             *map(of_head, pool),
         ],
         out_specs=[
@@ -297,11 +307,11 @@ def _kernel(
         top_R, total_R, sum_RH = state
         position_S = start + index * S + jnp.arange(S)
         # Past the end the last key is read again, and hidden.
-        slot_S = _slot_of(jnp.minimum(position_S, end - 1), pages_ref, static)
+        slot_S, place_S = _slots_of(jnp.minimum(position_S, end - 1), pages_ref, static)
         product_RS = dot(query_RH, key_ref[slot_S].astype(dtype), (1, 1))
         if key_scale_ref is not None:
             product_RS *= key_scale_ref[slot_S][None]
-        seen_RS = _seen(position_R, segment_R, position_S, slot_S, static.window, *stored)
+        seen_RS = _seen(position_R, segment_R, position_S, place_S, static.window, *stored)
         seen_RS &= (position_S < end)[None]
         score_RS = jnp.where(seen_RS, scores.squash(product_RS), HIDDEN)
         new_top_R = jnp.maximum(top_R, jnp.max(score_RS, axis=1))
@@ -326,14 +336,14 @@ def _kernel(
     store_rows(total_ref, 0, count, total_R)
 
 
-def _seen(position_R, segment_R, position_S, slot_S, window, stored_position_ref, segment_ref):
-    """Which rows see which positions; a slot must hold the position that is looked for there."""
+def _seen(position_R, segment_R, position_S, place_S, window, stored_position_ref, segment_ref):
+    """Which rows see which positions; a ring's place must hold the position looked for there."""
     distance_RS = position_R[:, None] - position_S[None]
     seen_RS = (distance_RS >= 0) & (distance_RS < window)
     if stored_position_ref is not None:
-        seen_RS &= (stored_position_ref[slot_S] == position_S)[None]
+        seen_RS &= (stored_position_ref[place_S] == position_S)[None]
     if segment_R is not None:
-        seen_RS &= segment_R[:, None] == segment_ref[slot_S][None]
+        seen_RS &= segment_R[:, None] == segment_ref[place_S][None]
     return seen_RS
 
 
@@ -346,11 +356,12 @@ def _share(bounds_ref, static):
     return start, jnp.minimum(start + size, after)
 
 
-def _slot_of(position_S, pages_ref, static):
-    """Slots of the pool in which positions of this program's row are stored."""
+def _slots_of(position_S, pages_ref, static):
+    """Slots of the pool in which positions of this program's row are stored; places in a page."""
     page_S = jnp.full_like(position_S, static.page)
     column_S = jnp.minimum(lax.div(position_S, page_S), pages_ref.shape[0] - 1)
-    return pages_ref[column_S] * static.page + lax.rem(position_S, page_S)
+    place_S = lax.rem(position_S, page_S)
+    return pages_ref[column_S] * static.page + place_S, place_S
 
 
 def _combine(sum_BKCRH, top_BKCR, total_BKCR, sinks_N):

@@ -14,51 +14,27 @@ the batch; W lanes of a statistic.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lightning_jax.ops.kernels import common
-from lightning_jax.ops.kernels.common import FLOOR, HIDDEN, LOG2_E, UNBOUNDED, dot
+from lightning_jax.ops.kernels.common import HIDDEN, LOG2_E, UNBOUNDED
+from lightning_jax.ops.kernels.tpu.decode_kernel import VMEM_BYTES, Static, walk_pages
 
 MAX_ROWS = 1024
-_SHARE = 512  # slots of a ring that are one page
+_SHARES = (512, 256, 128)  # slots of a ring that are one page
 # Rows of a register that holds bfloat16, its smallest tile.
 _SUBLANES = 16
-# What two pages in flight, with keys and values, may take of fast memory.
-_PAGE_BYTES = 24 * 2**20
+# What two pages in flight, with keys and values, may take of fast memory, and a page's scores.
+_PAGE_BYTES, _SCORE_BYTES = VMEM_BYTES // 2, VMEM_BYTES // 3
 
 
-class _Static(NamedTuple):
-    """What the kernel is specialised to."""
-
-    window: int
-    factor: float
-    softcap: float | None
-    page: int
-    stored: bool
-    segments: bool
-    quantized: bool
-
-
-class _Refs(NamedTuple):
-    """What a grid step reads and writes; None for what the call has not."""
-
-    first: Any
-    count: Any
-    pages: Any
-    query: Any
-    rows: Any
-    sinks: Any
-    columns: Any
-    pool: tuple[Any, ...]
-    out: Any
-    buffers: tuple[Any, ...]
-    arrived: Any
+def fits(query_BTNH: jax.Array, key_BSKH: jax.Array) -> bool:
+    """Whether `ring_decode` takes so many queries, and caches of that shape and dtype."""
+    rows = query_BTNH.shape[1] * query_BTNH.shape[2]
+    return rows <= MAX_ROWS and _page_fits(rows, _page_size(rows, key_BSKH), key_BSKH)
 
 
 def ring_decode(
@@ -66,6 +42,7 @@ def ring_decode(
     key_BSKH: jax.Array,
     value_BSKH: jax.Array,
     *,
+    unit: jax.Array | None = None,
     query_positions_BT: jax.Array,
     key_positions_BS: jax.Array,
     window: int | None,
@@ -89,6 +66,8 @@ def ring_decode(
         key_BSKH: cached keys in the queries' dtype, or int8 with `key_scales_BSK`. S is best a
             multiple of 128; other rings are read whole.
         value_BSKH: cached values, likewise.
+        unit: int32 below U, the one of U caches that is read, in place: keys, values and scales
+            then lead with an axis U, and all U units share the slots' positions and segments.
         query_positions_BT: int32 position of each query; negative ones see nothing.
         key_positions_BS: int32 position that each slot holds; `EMPTY_POSITION` if none.
         window: visible keys per query, self included; None for all.
@@ -109,13 +88,18 @@ def ring_decode(
         ValueError: more queries, another dtype, another sign or a longer share than the kernel can
             honour.
     """
-    B, S, K, H = key_BSKH.shape
-    share = next((size for size in (_SHARE, 256, 128) if S % size == 0), S)
+    common.check_stack("pallas_tpu", key_BSKH, unit)
+    B, S, K, H = key_BSKH.shape[-4:]
+    share = _page_size(query_BTNH.shape[1] * query_BTNH.shape[2], key_BSKH)
     J = S // share
-
-    def pool(x, *last):
-        return None if x is None else x.reshape(B * J, share, *last)
-
+    pages_BJ = jnp.arange(B * J, dtype=jnp.int32).reshape(B, J)
+    scales = [key_scales_BSK, value_scales_BSK]
+    if unit is not None:
+        pages_BJ += unit * (B * J)
+        # Scales are copied in any case, to have them along columns: those of one unit, then.
+        scales = [
+            None if x is None else lax.dynamic_index_in_dim(x, unit, 0, False) for x in scales
+        ]
     valid_BT = query_positions_BT >= 0
     if query_segments_BT is not None:
         valid_BT &= query_segments_BT != 0
@@ -124,19 +108,19 @@ def ring_decode(
     # Whole shares; a range that comes around into its first share meets it only once.
     count_B = jnp.minimum((start_B % share + high_B - low_B) // share + 1, J)
     slots = [
-        pool(jnp.broadcast_to(x_BS, (B, S)))
+        jnp.broadcast_to(x_BS, (B, S)).reshape(B * J, share)
         for x_BS in (key_positions_BS, key_segments_BS)
         if x_BS is not None
     ]
     return _decode(
         query_BTNH,
-        (pool(key_BSKH, K, H), pool(value_BSKH, K, H)),
-        (pool(key_scales_BSK, K), pool(value_scales_BSK, K)),
+        [x.reshape(-1, share, K, H) for x in (key_BSKH, value_BSKH)],
+        [None if x is None else x.reshape(B * J, share, K) for x in scales],
         jnp.where(valid_BT, query_positions_BT, -1),
         query_segments_BT,
         slots,
         (start_B // share, jnp.where(high_B < 0, 0, count_B)),
-        jnp.arange(B * J, dtype=jnp.int32).reshape(B, J),
+        pages_BJ,
         sinks_N,
         (window, scale, logit_softcap, interpret),
     )
@@ -202,6 +186,20 @@ def paged_decode(
     )
 
 
+def _page_size(rows, key_BSKH):
+    """Slots of a ring that are one page: all, unless a share divides them and fits."""
+    S = key_BSKH.shape[-3]
+    shares = (size for size in _SHARES if S % size == 0 and _page_fits(rows, size, key_BSKH))
+    return next(shares, S)
+
+
+def _page_fits(rows, page, key_BSKH):
+    """Whether fast memory holds pages of a cache and their scores."""
+    K, H = key_BSKH.shape[-2:]
+    key_bytes = page * K * H * key_BSKH.dtype.itemsize
+    return 4 * key_bytes <= _PAGE_BYTES and 4 * rows * page * K <= _SCORE_BYTES
+
+
 def _bounds(positions_BT, valid_BT, window):
     """First and last position that a row's queries see; the last is -1 where there is none."""
     high_B = jnp.max(jnp.where(valid_BT, positions_BT, -1), axis=1)
@@ -222,7 +220,7 @@ def _decode(
     B, T, N, H = query_BTNH.shape
     page, K = pool[0].shape[1:3]
     _check(query_BTNH, pool, scales, scale, softcap)
-    static = _Static(
+    static = Static(
         window=window or UNBOUNDED,
         factor=scale * LOG2_E if softcap is None else scale / softcap,
         softcap=softcap,
@@ -245,7 +243,7 @@ def _decode(
     matrices = [x.reshape(-1, page * K, H) for x in pool]
     matrices += [x.reshape(-1, 1, page * K) for x in scales if x is not None]
     matrices += [jnp.repeat(x, K, axis=1)[:, None] for x in slots]
-    out_BRH = _call(
+    out_BRH = walk_pages(
         static, walk, pages_BJ, rows_BRH, rows_BRX, sinks_1R1[0], columns_2C, matrices, interpret
     )
     out_BKTGH = out_BRH[:, : N * T].reshape(B, K, T, N // K, H)
@@ -259,132 +257,15 @@ def _to_rows(x_BTNH, K, fill=0):
     return jnp.pad(x_BRH, ((0, 0), (0, -T * N % _SUBLANES), (0, 0)), constant_values=fill)
 
 
-def _call(static, walk, pages_BJ, rows_BRH, rows_BRX, sinks_R1, columns_2C, matrices, interpret):
-    B, R, H = rows_BRH.shape
-    each = pl.BlockSpec((1, R, H), lambda b, *_: (b, 0, 0))
-    buffers = [pltpu.VMEM((2, *x.shape[1:]), x.dtype) for x in matrices]
-
-    def kernel(first, count, pages, query, rows, sinks, columns, *rest):
-        n = len(matrices)
-        pool, out, buffers, arrived = rest[:n], rest[n], rest[n + 1 : -1], rest[-1]
-        _kernel(
-            static,
-            _Refs(first, count, pages, query, rows, sinks, columns, pool, out, buffers, arrived),
-        )
-
-    return pl.pallas_call(
-        kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(B,),
-            in_specs=[
-                each,
-                pl.BlockSpec((1, R, rows_BRX.shape[2]), lambda b, *_: (b, 0, 0)),
-                pl.BlockSpec(sinks_R1.shape, lambda b, *_: (0, 0)),
-                pl.BlockSpec(columns_2C.shape, lambda b, *_: (0, 0)),
-                *[pl.BlockSpec(memory_space=pl.ANY)] * len(matrices),
-            ],
-            out_specs=each,
-            scratch_shapes=[*buffers, pltpu.SemaphoreType.DMA((2, len(matrices)))],
-        ),
-        out_shape=jax.ShapeDtypeStruct(rows_BRH.shape, rows_BRH.dtype),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=2 * _PAGE_BYTES
-        ),
-        interpret=interpret,
-        name="cache_decode",
-    )(
-        *(x.astype(jnp.int32) for x in walk),
-        pages_BJ,
-        rows_BRH,
-        rows_BRX,
-        sinks_R1,
-        columns_2C,
-        *matrices,
-    )
-
-
-def _kernel(static: _Static, refs: _Refs) -> None:
-    row = pl.program_id(0)
-    first, count, wrap = refs.first[row], refs.count[row], refs.pages.shape[1]
-
-    def place(turn):
-        """Which page of the row the turn takes: a ring may come around."""
-        at = first + turn
-        return jnp.where(at >= wrap, at - wrap, at)
-
-    def copies(turn):
-        slot = lax.bitwise_and(turn, 1)
-        page = refs.pages[row, place(turn)]
-        return [
-            pltpu.make_async_copy(source.at[page], target.at[slot], refs.arrived.at[slot, index])
-            for index, (source, target) in enumerate(zip(refs.pool, refs.buffers, strict=True))
-        ]
-
-    def start(turn):
-        @pl.when(turn < count)
-        def _():
-            for copy in copies(turn):
-                copy.start()
-
-    query_RH = (refs.query[0].astype(jnp.float32) * static.factor).astype(refs.query.dtype)
-    start(jnp.int32(0))
-
-    def visit(turn, state):
-        start(turn + 1)
-        for copy in copies(turn):
-            copy.wait()
-        page = [buffer[lax.bitwise_and(turn, 1)] for buffer in refs.buffers]
-        return _update(static, refs, query_RH, page, place(turn) * static.page, state)
-
-    R, H = query_RH.shape
-    state = jnp.full((R, 1), FLOOR), jnp.zeros((R, 1)), jnp.zeros((R, H))
-    top_R1, total_R1, sum_RH = lax.fori_loop(0, count, visit, state)
-    new_top_R1 = jnp.maximum(top_R1, refs.sinks[...])
-    decay_R1 = jnp.exp2(top_R1 - new_top_R1)
-    total_R1 = decay_R1 * total_R1 + jnp.exp2(refs.sinks[...] - new_top_R1)
-    total_R1 = jnp.where(total_R1 > 0, total_R1, 1.0)
-    refs.out[0] = (sum_RH * (decay_R1 / total_R1)).astype(refs.out.dtype)
-
-
-def _update(static, refs, query_RH, page, position, state):
-    """Adds a page, whose first token has `position` unless stored, to a running softmax."""
-    top_R1, total_R1, sum_RH = state
-    key_CH, value_CH, *rest = page
-    if static.quantized:
-        key_CH, value_CH = (x.astype(query_RH.dtype) for x in (key_CH, value_CH))
-        key_scale_1C, value_scale_1C, *rest = rest
-    scores_RC = dot(query_RH, key_CH, (1, 1))
-    if static.quantized:
-        scores_RC *= key_scale_1C
-    if static.softcap is not None:
-        scores_RC = static.softcap * LOG2_E * jnp.tanh(scores_RC)
-    key_1C = rest[0] if static.stored else position + refs.columns[1:2]
-    distance_RC = refs.rows[0, :, 1:2] - key_1C
-    visible_RC = refs.rows[0, :, 0:1] == refs.columns[0:1]
-    visible_RC &= (distance_RC >= 0) & (distance_RC < static.window)
-    if static.segments:
-        visible_RC &= (refs.rows[0, :, 2:3] == rest[1]) & (rest[1] != 0)
-    scores_RC = jnp.where(visible_RC, scores_RC, HIDDEN)
-    new_top_R1 = jnp.maximum(top_R1, jnp.max(scores_RC, axis=1, keepdims=True))
-    weights_RC = jnp.exp2(scores_RC - new_top_R1)
-    decay_R1 = jnp.exp2(top_R1 - new_top_R1)
-    total_R1 = decay_R1 * total_R1 + jnp.sum(weights_RC, axis=1, keepdims=True)
-    if static.quantized:
-        weights_RC *= value_scale_1C
-    seen_RH = dot(weights_RC.astype(value_CH.dtype), value_CH, (1, 0))
-    return new_top_R1, total_R1, decay_R1 * sum_RH + seen_RH
-
-
 def _check(query_BTNH, pool, scales, scale, logit_softcap) -> None:
     T, N = query_BTNH.shape[1:3]
     common.check_rows("pallas_tpu", T, N, MAX_ROWS)
     common.check_dtypes("pallas_tpu", [query_BTNH], (jnp.bfloat16, jnp.float32))
     common.check_cache("pallas_tpu", query_BTNH, pool, scales)
     common.check_scores("pallas_tpu", scale, logit_softcap)
-    size = 4 * pool[0][0].size * pool[0].dtype.itemsize
-    if size > _PAGE_BYTES:
+    page = pool[0].shape[1]
+    if not _page_fits(T * N, page, pool[0]):
         raise ValueError(
-            f"pallas_tpu: pages of {pool[0].shape[1]} tokens take {size} bytes of fast memory:"
-            f" at most {_PAGE_BYTES}; a ring is cut into pages if its slots are a multiple of 128"
+            f"pallas_tpu: pages of {page} tokens and their scores for {T * N} rows are more than"
+            f" fast memory holds; a ring is cut into pages if its slots are a multiple of 128"
         )

@@ -1,5 +1,7 @@
 """The GPU decode kernel in interpret mode, against the dense softmax over all slots in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +73,35 @@ def test_ring_reads_what_the_dense_mask_shows(slots, window, T, N, K):
     expected = _expected(query, key, value, visible, sinks=sinks)
     np.testing.assert_allclose(out, expected, 2e-5, 2e-5)
     assert (np.asarray(out)[last < 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "slots, window, packed, quantize",
+    [(128, 100, True, False), (64, None, False, True), (50, None, True, True)],
+)
+def test_a_unit_of_a_stack_has_the_bits_of_its_slice(slots, window, packed, quantize):
+    rng = np.random.default_rng(slots)
+    units, T, N, K, H = 3, 2, 4, 2, 16
+    last = np.array([3 * slots + 5 if window else slots - 1, 7])
+    B = len(last)
+    stored, segments, queries, query_segments, _ = _ring(last, slots, window, T, rng)
+    named = {"query_positions_BT": queries, "key_positions_BS": stored}
+    if packed:
+        named |= {"query_segments_BT": query_segments, "key_segments_BS": segments}
+    query = jnp.asarray(rng.normal(size=(B, T, N, H)), jnp.float32)
+    cache = [rng.normal(size=(units, B, slots, K, H)).astype(np.float32) for _ in range(2)]
+    scales = {}
+    if quantize:
+        cache, (key_scales, value_scales) = zip(*(_quantized(x, rng) for x in cache), strict=True)
+        scales = {"key_scales_BSK": key_scales, "value_scales_BSK": value_scales}
+    decode = jax.jit(functools.partial(ring_decode, window=window, scale=SCALE, interpret=True))
+    seen = []
+    for unit in range(units):
+        alone = {name: x[unit] for name, x in scales.items()}
+        expected = decode(query, *(x[unit] for x in cache), **alone, **named)
+        seen.append(np.asarray(decode(query, *cache, unit=jnp.int32(unit), **scales, **named)))
+        np.testing.assert_array_equal(seen[-1], expected)
+    assert not (seen[0] == seen[1]).any()
 
 
 @pytest.mark.parametrize(
@@ -150,6 +181,7 @@ def test_bfloat16_and_same_bits():
         ({"H": 48}, "head size 48"),
         ({"cache": jnp.int8}, "key cache of int8"),
         ({"scale": -1.0}, "scale=-1.0"),
+        ({"unit": jnp.int32(0)}, r"\(1, 64, 1, 16\) with a unit: must be UBSKH"),
     ],
 )
 def test_what_it_cannot_honour_is_named(changes, match):
@@ -165,4 +197,5 @@ def test_what_it_cannot_honour_is_named(changes, match):
             key_positions_BS=jnp.zeros((1, 64), jnp.int32),
             window=8,
             scale=changes.get("scale", 1.0),
+            unit=changes.get("unit"),
         )

@@ -86,17 +86,21 @@ def test_vmap():
     assert "__gpu$xla.gpu.triton" in _lowered(jax.vmap(attend), *heads)
 
 
-@pytest.mark.parametrize("H, T, quantized", [(128, 1, True), (64, 4, False), (256, 1, False)])
-def test_decode(H, T, quantized):
+@pytest.mark.parametrize(
+    "H, T, quantized, units",
+    [(128, 1, True, None), (64, 4, False, None), (256, 1, False, None), (64, 2, True, 3)],
+)
+def test_decode(H, T, quantized, units):
     cache = jnp.int8 if quantized else jnp.bfloat16
     positions = ((B, T), jnp.int32)
     query = ((B, T, N, H), jnp.bfloat16)
 
-    def ring(query, key, value, at, stored, segments, scales):
+    def ring(query, key, value, at, stored, segments, scales, unit):
         return ring_decode(
             query,
             key,
             value,
+            unit=unit,
             query_positions_BT=at,
             key_positions_BS=stored,
             query_segments_BT=at,
@@ -120,10 +124,11 @@ def test_decode(H, T, quantized):
             scale=H**-0.5,
         )
 
-    slots, rings = ((B, 1024), jnp.int32), ((B, 1024, K, H), cache)
-    scales = ((B, 1024, K), jnp.float32) if quantized else None
+    lead, unit = ((B,), None) if units is None else ((units, B), ((), jnp.int32))
+    slots, rings = ((B, 1024), jnp.int32), ((*lead, 1024, K, H), cache)
+    scales = ((*lead, 1024, K), jnp.float32) if quantized else None
     assert "__gpu$xla.gpu.triton" in _lowered(
-        ring, query, rings, rings, positions, slots, slots, scales
+        ring, query, rings, rings, positions, slots, slots, scales, unit
     )
     pages = ((99, 64, K, H), cache)
     scales = ((99, 64, K), jnp.float32) if quantized else None

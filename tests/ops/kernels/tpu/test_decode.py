@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from lightning_jax.ops.kernels.tpu.decode import paged_decode, ring_decode
+from lightning_jax.ops.kernels.tpu.decode import fits, paged_decode, ring_decode
 from lightning_jax.ops.mask import EMPTY_POSITION, Mask
 from tests.ops.kernels.dense_attention import dense_attention
 
@@ -79,6 +79,34 @@ def test_ring(T, S, window, features):
     )
     np.testing.assert_allclose(out, expected, 1e-5, 1e-5)
     assert (np.asarray(out)[-1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "S, window, segments, int8",
+    [(256, 200, True, False), (384, None, False, True), (40, None, True, True)],
+)
+def test_a_unit_of_a_stack_has_the_bits_of_its_slice(S, window, segments, int8):
+    units, T, last = 3, 2, [S - 6, 100 if window else 30]
+    B = len(last)
+    query, *cache = _inputs(units * B, T, S)
+    cache = [x.reshape(units, B, *x.shape[1:]) for x in cache]
+    named = {}
+    if int8:
+        cache, scales = zip(*map(_quantized, cache), strict=True)
+        named = dict(zip(("key_scales_BSK", "value_scales_BSK"), scales, strict=True))
+    slots = {"query_positions_BT": _queries(last, T), "key_positions_BS": _ring(last, S)}
+    if segments:
+        slots["query_segments_BT"] = jnp.full((B, T), 2)
+        slots["key_segments_BS"] = jnp.where(slots["key_positions_BS"] > 20, 2, 1)
+    decode = jax.jit(functools.partial(ring_decode, window=window, scale=0.3, interpret=True))
+    stack = functools.partial(decode, query[:B], *cache, **named, **slots)
+    seen = []
+    for unit in range(units):
+        alone = [x[unit] for x in cache], {name: x[unit] for name, x in named.items()}
+        expected = decode(query[:B], *alone[0], **alone[1], **slots)
+        seen.append(np.asarray(stack(unit=jnp.int32(unit))))
+        np.testing.assert_array_equal(seen[-1], expected)
+    assert not (seen[0] == seen[1]).any()
 
 
 def _pages(key, value, page):
@@ -162,6 +190,7 @@ def test_bfloat16_ring_and_repeated_bits():
         ({"scale": 0.0}, "scale=0.0"),
         ({"logit_softcap": 0.0}, "logit_softcap=0.0"),
         ({"key_scales_BSK": jnp.ones((1, 64, 2))}, "key cache of float32 with scales: int8"),
+        ({"unit": jnp.int32(0)}, r"\(1, 64, 2, 16\) with a unit: must be UBSKH"),
     ],
 )
 def test_bad_options_are_named(change, message):
@@ -184,6 +213,8 @@ def test_too_much_for_a_step_is_named():
     options = {"window": None, "scale": 1.0, "interpret": True}
     with pytest.raises(ValueError, match="200 queries of 6 heads"):
         ring_decode(query, key, value, **positions, **options)
+    assert not fits(query, key) and fits(query[:, :170], key)
+    one = jax.ShapeDtypeStruct((1, 1, 64, 128), jnp.float32)
     big = jax.ShapeDtypeStruct((1, 9001, 64, 128), jnp.float32)
     call = functools.partial(ring_decode, **options)
     with pytest.raises(ValueError, match="pages of 9001 tokens"):
@@ -191,8 +222,18 @@ def test_too_much_for_a_step_is_named():
             lambda query, key, positions, slots: call(
                 query, key, key, query_positions_BT=positions, key_positions_BS=slots
             ),
-            jax.ShapeDtypeStruct((1, 1, 64, 128), jnp.float32),
+            one,
             big,
             jax.ShapeDtypeStruct((1, 1), jnp.int32),
             jax.ShapeDtypeStruct((1, 9001), jnp.int32),
         )
+    assert not fits(one, big)
+
+
+def test_pages_shrink_for_many_rows_of_many_heads():
+    cache = jax.ShapeDtypeStruct((4, 1, 1024, 32, 128), jnp.bfloat16)
+    few, many = (jax.ShapeDtypeStruct((1, T, 32, 128), jnp.bfloat16) for T in (1, 32))
+    assert fits(few, cache) and fits(many, cache)
+    # 1,023 slots are one page, of which 1,024 rows have too many scores.
+    odd = jax.ShapeDtypeStruct((4, 1, 1023, 32, 128), jnp.bfloat16)
+    assert not fits(many, odd)

@@ -73,22 +73,27 @@ def _attention(
     return Case(function, tuple(arguments), 0, 0)
 
 
-def _ring(queries=1, slots=1024, head_size=128, int8=False, segments=False, softcap=None):
+def _ring(
+    queries=1, slots=1024, head_size=128, int8=False, segments=False, softcap=None, units=None
+):
     B, N, K = 2, 16, 8
+    lead = (B,) if units is None else (units, B)
     dtype = jnp.int8 if int8 else jnp.bfloat16
     names = {
         "query_positions_BT": Shape((B, queries), jnp.int32),
         "key_positions_BS": Shape((B, slots), jnp.int32),
     }
     if int8:
-        scales = Shape((B, slots, K), jnp.float32)
+        scales = Shape((*lead, slots, K), jnp.float32)
         names |= {"key_scales_BSK": scales, "value_scales_BSK": scales}
     if segments:
         names |= {
             "query_segments_BT": Shape((B, queries), jnp.int32),
             "key_segments_BS": Shape((B, slots), jnp.int32),
         }
-    cache = Shape((B, slots, K, head_size), dtype)
+    if units:
+        names["unit"] = Shape((), jnp.int32)
+    cache = Shape((*lead, slots, K, head_size), dtype)
     query = Shape((B, queries, N, head_size), jnp.bfloat16)
 
     def function(query, key, value, *rest):
@@ -156,6 +161,8 @@ VARIANTS = {
         _ring, queries=4, segments=True, softcap=30.0, int8=True
     ),
     "ring of other slots": functools.partial(_ring, slots=1000),
+    "ring of one unit of three": functools.partial(_ring, units=3, segments=True, int8=True),
+    "ring, as many queries as fit": functools.partial(_ring, queries=64, segments=True),
     "pages": _paged,
     "pages, window, int8": functools.partial(_paged, queries=3, window=500, int8=True),
     "pages of one head": functools.partial(_paged, kv_heads=1),
