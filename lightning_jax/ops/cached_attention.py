@@ -63,9 +63,9 @@ def attend(
             implementation=implementation,
         )
     if implementation is None:
-        T, N = query_BTNH.shape[1:3]
-        group = N // view.cache.key_UBSKH.shape[3]
-        implementation = _choose(target.current().platform, T, N, group, query_BTNH.shape[3])
+        arrays = query_BTNH, view.cache.key_UBSKH
+        shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
+        implementation = _choose(target.current().platform, *shapes)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r}: attention to a cache is one of "
@@ -77,21 +77,31 @@ def attend(
 
 
 @functools.cache
-def _choose(platform: str, length: int, heads: int, group: int, head_size: int) -> str:
+def _choose(
+    platform: str, query_BTNH: jax.ShapeDtypeStruct, key_UBSKH: jax.ShapeDtypeStruct
+) -> str:
     # Cached so that each kind of call is logged once, however often it is traced.
-    choice = "blocked"
-    if platform == "tpu" and length * heads <= 1024:
-        choice = "pallas_tpu"
-    elif platform == "gpu" and length * group <= 128 and head_size in (64, 128, 256):
-        choice = "pallas_gpu"
-    _logger.info("attention to a cache: %s on %s for %d queries", choice, platform, length)
+    choice = f"pallas_{platform}"
+    if choice not in _KERNELS or not _kernel(choice).fits(query_BTNH, key_UBSKH):
+        choice = "blocked"
+    _logger.info(
+        "attention to a cache: %s on %s for queries %s and keys %s",
+        choice,
+        platform,
+        query_BTNH.shape,
+        key_UBSKH.shape,
+    )
     return choice
+
+
+def _kernel(implementation: str) -> Any:
+    """The module of a decode kernel; imported when first used, since Pallas takes a second."""
+    return importlib.import_module(f"lightning_jax.ops.kernels.{_KERNELS[implementation]}.decode")
 
 
 def _over_all_slots(query_BTNH, view, sinks_N, implementation):
     """The dense mask over all slots, or a decode kernel, which takes the same arguments."""
-    chunk, kv = view.chunk, view.cache.read(view.unit)
-    size = view.cache.size
+    chunk, size = view.chunk, view.cache.size
     key_BS = slot_positions(chunk.last_B, jnp.arange(size, dtype=jnp.int32), size)
     key_BS = jnp.where((key_BS < 0) | (chunk.after_BS == 0), EMPTY_POSITION, key_BS)
     arguments: dict[str, Any] = {
@@ -102,6 +112,7 @@ def _over_all_slots(query_BTNH, view, sinks_N, implementation):
         "window": view.window,
     }
     if implementation == "reference":
+        kv = view.cache.read(view.unit)
         return dot_product_attention(
             query_BTNH,
             kv.key_BSKH,
@@ -110,11 +121,12 @@ def _over_all_slots(query_BTNH, view, sinks_N, implementation):
             sinks_N=sinks_N,
             implementation="reference",
         )
-    folder = f"lightning_jax.ops.kernels.{_KERNELS[implementation]}"
-    return importlib.import_module(f"{folder}.decode").ring_decode(
+    # In place: a unit that is sliced out for a kernel would be copied, all its slots.
+    return _kernel(implementation).ring_decode(
         query_BTNH,
-        kv.key_BSKH,
-        kv.value_BSKH,
+        view.cache.key_UBSKH,
+        view.cache.value_UBSKH,
+        unit=view.unit,
         sinks_N=sinks_N,
         scale=query_BTNH.shape[-1] ** -0.5,
         **arguments,

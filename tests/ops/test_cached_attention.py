@@ -9,7 +9,8 @@ import pytest
 
 from lightning_jax.ops import cached_attention
 from lightning_jax.ops.cached_attention import attend
-from lightning_jax.ops.kv_cache import KV, Chunk, Full, Ring
+from lightning_jax.ops.kv_cache import KV, Chunk, Full, Ring, Stored
+from tests.targets import HOPPER, TPU
 
 B, N, K, H = 3, 4, 2, 8
 LENGTH, WINDOW = 30, 7
@@ -96,6 +97,72 @@ def test_the_decode_kernels_read_the_same_cache(monkeypatch):
     cache = Full.init(2, B, LENGTH, K, H, "float32")
     got = answers(cache, (9, 9, 9, 3), None, None, "pallas_tpu")
     np.testing.assert_allclose(got, oracle(None, None), atol=2e-5)
+
+
+def _shapes(units, T, heads, slots, kv_heads, head_size):
+    """Queries, and a view of a bfloat16 cache, of shapes without values."""
+    shape = jax.ShapeDtypeStruct
+    query = shape((1, T, heads, head_size), jnp.bfloat16)
+    keys = shape((units, 1, slots, kv_heads, head_size), jnp.bfloat16)
+    tokens, held = shape((1, T), jnp.int32), shape((1, slots), jnp.int32)
+    chunk = Chunk(shape((1,), jnp.int32), tokens, held, held)
+    view = Stored(Full(keys, keys, "bfloat16"), shape((), jnp.int32), chunk, None)
+    return query, view
+
+
+def _program(mesh, *sizes):
+    """What `attend` becomes on the devices of a mesh, as text."""
+    with jax.sharding.use_abstract_mesh(mesh):
+        return str(jax.make_jaxpr(attend)(*_shapes(*sizes)))
+
+
+TPU_KERNEL, GPU_KERNEL = "name=cache_decode", "name=decode_attention"
+
+
+@pytest.mark.parametrize(
+    "T, heads, kv_heads, slots, head_size, on_tpu, on_gpu",
+    [
+        (1, 8, 2, 384, 64, True, True),
+        # 1,024 rows of all heads on a TPU, 128 of a key head on a GPU, and one query more.
+        (128, 8, 2, 384, 64, True, False),
+        (129, 8, 2, 384, 64, False, False),
+        (32, 64, 16, 384, 128, False, True),
+        (33, 64, 16, 384, 128, False, False),
+        # Head sizes: any on a TPU, powers of two on a GPU.
+        (1, 8, 2, 384, 16, True, True),
+        (1, 8, 2, 384, 96, True, False),
+        # Fast memory of a TPU does not hold slots that cannot be cut into pages.
+        (1, 32, 32, 2001, 128, False, True),
+    ],
+)
+def test_the_choice_is_the_kernel_where_it_fits(
+    T, heads, kv_heads, slots, head_size, on_tpu, on_gpu
+):
+    sizes = 3, T, heads, slots, kv_heads, head_size
+    for mesh, kernel, expected in ((TPU, TPU_KERNEL, on_tpu), (HOPPER, GPU_KERNEL, on_gpu)):
+        text = _program(mesh, *sizes)
+        assert (kernel in text) == expected
+        assert ("pallas_call" in text) == expected
+
+
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_a_decode_step_takes_no_unit_out_of_its_stack(implementation):
+    units, slots, kv_heads, head_size = 3, 384, 2, 128
+    query, view = _shapes(units, 1, 8, slots, kv_heads, head_size)
+    kv = KV(*[jax.ShapeDtypeStruct((1, 1, kv_heads, head_size), jnp.bfloat16)] * 2)
+
+    def step(cache, query, kv, chunk, unit):
+        cache, view = cache.update(kv, unit, chunk, None)
+        return cache, attend(query, view, implementation=implementation)
+
+    with jax.sharding.use_abstract_mesh(TPU):
+        traced = jax.jit(step).trace(view.cache, query, kv, view.chunk, view.unit)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    one = f"tensor<1x1x{slots}x{kv_heads}x{head_size}xbf16>"
+    # The reference shows that a unit taken out would be found.
+    in_place = implementation is None
+    assert (one in text) != in_place
+    assert ("tpu_custom_call" in text) == in_place
 
 
 def test_names_are_checked_and_nothing_falls_back():
