@@ -240,11 +240,13 @@ def _merge(x_UBSKH: jax.Array, rows_BTKH: jax.Array, unit: jax.Array, chunk: Chu
     first_B = jnp.minimum(chunk.start_B, size - T)
     index_BT = first_B[:, None] + jnp.arange(T)[None] - chunk.start_B[:, None]
     is_new_BT = (index_BT >= 0) & (_take(chunk.segment_BT, index_BT) != 0)
-    old_BTKH = jax.vmap(
-        lambda b, start: lax.dynamic_slice(
-            x_UBSKH, (unit, b, start, 0, 0), (1, 1, T, *x_UBSKH.shape[3:])
-        )[0, 0]
-    )(jnp.arange(first_B.shape[0]), first_B)
+
+    def read_row(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+        at = (unit, *row, 0, 0)
+        return lax.dynamic_slice(x_UBSKH, at, (1, 1, T, *x_UBSKH.shape[3:]))[0, 0]
+
+    # Row by row: as one gather, XLA would copy the whole stack on a TPU.
+    old_BTKH = lax.map(read_row, (jnp.arange(first_B.shape[0], dtype=jnp.int32), first_B))
     new_BTKH = _take(rows_BTKH, index_BT)
     merged_BTKH = jnp.where(is_new_BT[:, :, None, None], new_BTKH, old_BTKH)
     return _scatter(x_UBSKH, merged_BTKH, unit, first_B)

@@ -56,6 +56,7 @@ def session_of(start=0, fresh=True, sampler=None, program=None, restored=None, *
 
     made = Session(
         plan=Plan.of(tiny_run("unread", model__vocab_size=64, **changes)),
+        sources=None,
         tokenizer="tokenizer",
         mesh=None,
         program=program,

@@ -26,9 +26,12 @@ def test_the_first_signal_is_remembered(number):
 
 
 def test_a_second_signal_acts_as_usual():
+    # A shell starts what runs in the background with interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with StopRequest() as stop, pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
     assert stop.signal is signal.SIGTERM
 
 

@@ -163,7 +163,7 @@ DAMAGE = {
     "no shard": (point_to_nothing, "model-00001-of-00002.safetensors: no such file"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has neither model.safetensors"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
-    "bad config": (lambda f: (f / "config.json").write_text("{"), "not a JSON file"),
+    "bad config": (lambda f: (f / "config.json").write_text("{"), "not JSON"),
     "missing": (lambda f: edit_tensors(f, lambda t: t.pop(NORM)), f"lacks {NORM}"),
     "extra": (
         lambda f: edit_tensors(f, lambda t: t.update({"model.bonus": np.zeros(3)})),

@@ -22,7 +22,7 @@ pytest.importorskip("lm_eval", reason="needs the lm-eval extra")
 
 from lm_eval.api.instance import Instance
 
-from lightning_jax.infer.scoring import bucket
+from lightning_jax.infer.buckets import length_bucket
 from lightning_jax.interop.lm_eval.adapter import Generation, LightningAdapter
 
 VOCAB, MAX_LENGTH, ROPE_BASE = 304, 40, 500.0
@@ -172,12 +172,12 @@ def engine_says(tokenizer, prompt, eos_id):
         run.config.model,
         run.params,
         run.router,
-        max_length=bucket(len(tokenizer.encode(LONGEST)) + 1 + NEW),
+        max_length=length_bucket(len(tokenizer.encode(LONGEST)) + 1 + NEW),
         rope_base_global=ROPE_BASE,
         valid_vocab=tokenizer.vocab_size,
     )
     key = jax.random.key(0)
-    return engine.generate([prompt] * 3, GREEDY, max_new_tokens=NEW, key=key, eos_id=eos_id)[0]
+    return engine.generate([prompt] * 3, GREEDY, max_new_tokens=NEW, key=key, stop_ids=[eos_id])[0]
 
 
 @pytest.mark.slow
