@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.measure import Call, Options, Rounds, interleave, peer, temp_mb
 from benchmarks.profile import profiles
+from lightning_jax import accounting
 from lightning_jax.ops.kernels.cpu.banded import banded_attention
 
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
@@ -46,9 +47,9 @@ def run(options: Options) -> list[dict[str, Any]]:
 
 def useful_flops(length: int, window: int | None, passes: str) -> float:
     """FLOPs of the visible pairs: two products forward, five more backward."""
-    pairs = sum(min(t + 1, window or length) for t in range(length))
     products = 2 if passes == "forward" else 7
-    return 2.0 * products * QUERY_HEADS * HEAD_DIM * pairs
+    per_pair = accounting.pair_flops(QUERY_HEADS, HEAD_DIM, products=products)
+    return float(per_pair * accounting.attention_pairs(length, window))
 
 
 def _row(passes: str, dtype: str, window: int | None, options: Options) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from benchmarks.gpu_correctness import correctness_rows
 from benchmarks.gpu_decoding import decode_rows
 from benchmarks.gpu_timing import QUEUED, note, queue, runnable, timed
 from benchmarks.measure import PROBE, Call, Options, peer
+from lightning_jax import accounting
 from lightning_jax.config.errors import UserError
 from lightning_jax.ops.kernels.gpu import backward as gpu_backward
 from lightning_jax.ops.kernels.gpu import blocks as gpu_blocks
@@ -90,11 +91,10 @@ def documents(batch: int, length: int, mean: int) -> np.ndarray:
 
 def useful_flops(segments: np.ndarray, window: int, passes: str) -> float:
     """FLOPs of the visible pairs of all heads: two products forward, five more backward."""
-    starts = np.concatenate([np.ones((len(segments), 1)), np.diff(segments, axis=1)], 1) != 0
-    time = np.arange(segments.shape[1])
-    first = np.maximum.accumulate(np.where(starts, time, 0), axis=1)
-    pairs = np.minimum(time - first + 1, window).sum()
-    return 2.0 * (2 if passes == "forward" else 7) * QUERY_HEADS * HEAD_DIM * float(pairs)
+    lengths = [int(n) for row in segments for n in np.unique(row, return_counts=True)[1]]
+    products = 2 if passes == "forward" else 7
+    per_pair = accounting.pair_flops(QUERY_HEADS, HEAD_DIM, products=products)
+    return float(per_pair * sum(accounting.attention_pairs(n, window) for n in lengths))
 
 
 def _row(passes: str, window: int, options: Options) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jax.experimental.pallas.ops.tpu import flash_attention as flash
 from benchmarks import tpu_splash, tpu_static
 from benchmarks.measure import Options
 from benchmarks.tpu_static import CHIPS, Case
+from lightning_jax import accounting
 from lightning_jax.ops.kernels.tpu.backward import backward
 from lightning_jax.ops.kernels.tpu.band import Band
 from lightning_jax.ops.kernels.tpu.blocks import blocks_for, fast_memory
@@ -157,9 +158,10 @@ def _flash(block, heads, length, window) -> Case:
 
 def _work(passes: str, heads: int, length: int, window: int) -> tuple[float, float]:
     """FLOPs of the visible pairs, and bytes of all arrays read and written once."""
-    pairs = heads * sum(min(t + 1, window) for t in range(length))
     products, arrays = {"forward": (2, 4), "backward": (5, 8), "both": (7, 12)}[passes]
-    return 2.0 * products * pairs * HEAD_SIZE, 2.0 * arrays * heads * length * HEAD_SIZE
+    per_pair = accounting.pair_flops(heads, HEAD_SIZE, products=products)
+    flops = per_pair * accounting.attention_pairs(length, window)
+    return float(flops), 2.0 * arrays * heads * length * HEAD_SIZE
 
 
 def _pairs(band: Band) -> tuple[int, int]:

@@ -117,14 +117,34 @@ def decode_flops(
     return 2 * _matmul_parameters(config, experts_per_token) + _score_flops(config) * visible
 
 
+def attention_pairs(length: int, window: int | None = None) -> int:
+    """Returns the number of visible query-key pairs of one head over a causal sequence.
+
+    Args:
+      length: tokens of the sequence.
+      window: visible keys per query, self included; None for all.
+    """
+    window = length if window is None else min(window, length)
+    # The first `window` queries see 1, 2, ..., window keys, the others `window` each.
+    return window * (window + 1) // 2 + (length - window) * window
+
+
+def pair_flops(num_heads: int, head_dim: int, *, products: int = 2) -> int:
+    """Returns FLOPs of one query-key pair over all heads.
+
+    Args:
+      num_heads: query heads.
+      head_dim: H; a product is one multiply-add for each of its entries.
+      products: those of one pair: 2 going forward, the score and the weighted value. A backward
+        pass that recomputes the scores has 5.
+    """
+    return 2 * products * num_heads * head_dim
+
+
 def attention_flops(config: ModelConfig, context: int) -> int:
     """Returns FLOPs of scores and weighted values over a whole causal sequence (its prefill)."""
-    pairs = 0
-    for spec in config.layers:
-        window = _visible(config, spec, context)
-        # The first `window` queries see 1, 2, ..., window keys, the others `window` each.
-        pairs += window * (window + 1) // 2 + (context - window) * window
-    return _score_flops(config) * pairs
+    windows = (_visible(config, spec, context) for spec in config.layers)
+    return _score_flops(config) * sum(attention_pairs(context, window) for window in windows)
 
 
 def kv_cache_bytes(config: ModelConfig, context: int, *, bytes_per_value: int = 2) -> int:
@@ -268,8 +288,7 @@ def _visible(config: ModelConfig, spec: LayerSpec, context: int) -> int:
 
 
 def _score_flops(config: ModelConfig) -> int:
-    """FLOPs of one pair of query and key over all heads: the score, and the weighted value."""
-    return 4 * config.attention.num_heads * config.attention.head_dim
+    return pair_flops(config.attention.num_heads, config.attention.head_dim)
 
 
 def _count(value: float) -> str:

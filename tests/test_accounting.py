@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from configs import base
@@ -81,6 +82,19 @@ def test_measured_experts_replace_the_nominal_number():
     step = accounting.flops_per_token(config, seq_len=64, experts_per_token=4.0)
     step -= accounting.flops_per_token(config, seq_len=64, experts_per_token=3.0)
     assert step == 3 * 2 * 8 * 3 * 128 * 96
+
+
+@pytest.mark.parametrize("length", [1, 5, 64, 65, 200])
+@pytest.mark.parametrize("window", [1, 63, 64, 65, None])
+def test_pairs_are_those_of_a_dense_mask(length, window):
+    distance = np.subtract.outer(np.arange(length), np.arange(length))
+    visible = (distance >= 0) & (distance < (window or length))
+    assert accounting.attention_pairs(length, window) == visible.sum()
+
+
+def test_flops_of_one_pair():
+    assert accounting.pair_flops(4, 32) == 2 * 2 * 4 * 32
+    assert accounting.pair_flops(4, 32, products=7) == 7 * 2 * 4 * 32
 
 
 @pytest.mark.parametrize("context", [1, 5, 64, 65, 200])

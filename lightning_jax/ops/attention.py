@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import importlib
 import logging
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lightning_jax.config.errors import suggest
 from lightning_jax.ops.kernels.common import HIDDEN, TRITON_HEAD_SIZES
 from lightning_jax.ops.mask import Mask
 from lightning_jax.runtime import target
@@ -186,10 +186,8 @@ def _choose(
 def _checked(implementation: str, mask: Mask, used: dict[str, Any]) -> _Kernel:
     """Raises a ValueError for an unknown kernel, or one that lacks what the call uses."""
     if implementation not in _KERNELS:
-        close = difflib.get_close_matches(str(implementation), IMPLEMENTATIONS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        expected = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"implementation={implementation!r}: expected one of {expected}{hint}")
+        known = suggest(implementation, IMPLEMENTATIONS)
+        raise ValueError(f"implementation={implementation!r}: expected {known}")
     kernel = _KERNELS[implementation]
     lacks = [name for name in used if name not in kernel.honours]
     if not mask.aligned:

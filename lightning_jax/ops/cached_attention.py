@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lightning_jax.config.errors import suggest
 from lightning_jax.ops.attention import dot_product_attention
+from lightning_jax.ops.kernels.common import FLOOR, HIDDEN
 from lightning_jax.ops.kernels.cpu import narrow
 from lightning_jax.ops.kv_cache import Fresh, Stored, slot_positions
 from lightning_jax.ops.mask import EMPTY_POSITION, Mask
@@ -23,8 +25,6 @@ from lightning_jax.runtime import target
 
 _logger = logging.getLogger(__name__)
 
-# As in the kernels: the exponential of a hidden score less any running maximum is 0.
-_HIDDEN, _FLOOR = -1e30, -5e29
 _KERNELS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 IMPLEMENTATIONS = ("reference", "blocked", *_KERNELS)
 
@@ -67,10 +67,8 @@ def attend(
         shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
         implementation = _choose(target.current().platform, *shapes)
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation={implementation!r}: attention to a cache is one of "
-            f"{', '.join(IMPLEMENTATIONS)}"
-        )
+        known = suggest(implementation, IMPLEMENTATIONS)
+        raise ValueError(f"implementation={implementation!r}: expected {known} for a cache")
     if implementation == "blocked":
         return _blocked(query_BTNH, view, sinks_N)
     return _over_all_slots(query_BTNH, view, sinks_N, implementation)
@@ -166,7 +164,7 @@ def _blocked(query_BTNH, view, sinks_N):
         )
         slot_S = start + jnp.arange(block, dtype=jnp.int32)
         visible_BTS = _visible(view, slot_S) & (slot_S >= index * block)[None, None]
-        scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, _HIDDEN)
+        scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, HIDDEN)
         new_top_BKGT = jnp.maximum(top_BKGT, jnp.max(scores_BKGTS, axis=-1))
         weights_BKGTS = jnp.exp(scores_BKGTS - new_top_BKGT[..., None])
         decay_BKGT = jnp.exp(top_BKGT - new_top_BKGT)
@@ -180,7 +178,7 @@ def _blocked(query_BTNH, view, sinks_N):
         return new_top_BKGT, total_BKGT, decay_BKGT[..., None] * sum_BKGTH + seen_BKGTH
 
     rows = (B, K, N // K, T)
-    top_BKGT = jnp.full(rows, _FLOOR, jnp.float32)
+    top_BKGT = jnp.full(rows, FLOOR, jnp.float32)
     total_BKGT = jnp.zeros(rows, jnp.float32)
     if sinks_N is not None:
         # A sink is a key that is always visible and has no value.

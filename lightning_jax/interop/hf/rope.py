@@ -80,7 +80,8 @@ def _scaling(given: Json, config: Json) -> Json:
     known = _KEYS[kind] | {"rope_type", "type", "rope_theta", "partial_rotary_factor", _LENGTH}
     for key in given:
         if key not in known and given[key] is not None:
-            raise UserError(f"rope scaling {kind!r} has an unknown key {key!r}: one of {known}")
+            right = suggest(key, sorted(known))
+            raise UserError(f"rope scaling {kind!r} has an unknown key {key!r}: must be {right}")
     if kind == "default":
         return PLAIN
     scaling = {**PLAIN, "kind": kind, "factor": float(given["factor"])}
