@@ -1,1 +1,1 @@
-"""Benchmarks: one module a suite, each with `run(options) -> list[dict]` of flat rows."""
+"""Benchmarks: one module per suite, each with `run(options) -> list[dict]` of flat rows."""

@@ -1,9 +1,9 @@
-"""Suite `data`: what opening a corpus costs at the first start of a run, and at the next.
+"""Suite `data`: the cost of opening a corpus at the first start of a run, and at the next.
 
 Each start is a process of its own that opens one source, takes its fingerprint and makes the first
-batch. The first one has an empty cache, the second what the first left. The corpus is one made-up
-`.jsonl` with documents of the lengths of web text, in a temporary folder; `--only=start_100_mb`
-chooses its size.
+batch. The first start has an empty cache, the second the cache of the first. The corpus is one
+made-up `.jsonl` with documents of the lengths of web text, in a temporary folder;
+`--only=start_100_mb` chooses its size.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ CASES = (
 
 
 def correctness_rows(options: Options) -> list[dict[str, Any]]:
-    """One row a case: error of the output and of each gradient over the largest value."""
+    """One row per case: error of the output and of each gradient over the largest value."""
     rows = []
     for window, N, K, H, packed, with_sinks, cap, dtype, offset in CASES:
         features = "".join(

@@ -1,4 +1,4 @@
-"""Table `decode` of suite `kernels_gpu`: one query a row against rings and pages."""
+"""Table `decode` of suite `kernels_gpu`: one query per row against rings and pages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def decode_rows(options: Options) -> list[dict[str, Any]]:
 
 
 def _row(name, builders, error, visible, dtype, options) -> dict[str, Any]:
-    """Times the calls next to a copy of a large array, which says what the memory can do."""
+    """Times the calls next to a copy of a large array, whose rate is the peak of the memory."""
     calls, reasons = runnable(builders)
     block = jnp.zeros((_COPIED,), jnp.float32)
     copy = jax.jit(lambda x: x + 1)
@@ -149,7 +149,7 @@ def _dense(query, key, value, query_BT, stored_BS, *, window):
 
 
 def _exact(dense, query, key, value, scales, query_BT, stored_BS):
-    """The first rows' answer in float32 without TF32, from the cache as it was rounded."""
+    """The exact answer of the first rows: float32 without TF32, from the rounded cache."""
     few = slice(0, _CHECKED_ROWS)
     wide = [x[few].astype(jnp.float32) for x in (key, value)]
     if scales:

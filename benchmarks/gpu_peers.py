@@ -1,7 +1,7 @@
-"""What others offer for the same attention on a GPU, ready to be timed.
+"""Peers for the same attention on a GPU, ready to be timed.
 
 Each builder takes the arrays of `kernels_gpu` and returns a call that queues one pass and waits for
-nothing. None of them has window, packed segments and grouped heads together but flex_attention.
+nothing. Only flex_attention has window, packed segments and grouped heads together.
 """
 
 from __future__ import annotations

@@ -41,10 +41,10 @@ def timed(calls: dict[str, Call], options: Options) -> Rounds:
 
 
 def runnable(builders: dict[str, Callable[[], Call]]) -> tuple[dict[str, Call], dict[str, str]]:
-    """Builds calls and runs each once: those that ran here, and why the others did not.
+    """Builds calls and runs each once; returns those that ran, and the others' reasons.
 
-    What others offer may be missing or refuse a shape, and a tile may need more shared memory than
-    this GPU has; none of that may cost the other numbers.
+    A peer may be missing or refuse a shape, and a tile may need more shared memory than this GPU
+    has; none of this may cost the other numbers.
     """
     calls, reasons = {}, {}
     for name, build in builders.items():

@@ -1,8 +1,8 @@
 """Suite `kernels_gpu`: the Pallas kernels of attention on a real GPU, against what others offer.
 
 Tables: `correctness` (values, gradients and repeatability against float32), `attention` (useful
-TFLOP/s at one shape, share of the matmul peak, peers), `decode` (useful bytes a second) and `tiles`
-(every kernel with other tiles than the table's, to choose the table by).
+TFLOP/s at one shape, share of the matmul peak, peers), `decode` (useful bytes per second) and
+`tiles` (candidate tile sizes, to re-tune the table of `ops.kernels.gpu.blocks`).
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _row(passes: str, window: int, options: Options) -> dict[str, Any]:
 def _peers(
     passes: str, arrays: list[jax.Array], segments_BT: jax.Array, window: int
 ) -> tuple[dict[str, Call], dict[str, str]]:
-    """The peers that run here, and why others do not."""
+    """The peers that run here, and for the others the reason why not."""
     available = {name: (build, None) for name, build in gpu_peers.JAX_PEERS.items()}
     missing = {}
     if peer("torch") is None:

@@ -2,7 +2,7 @@
 
 All shapes are bfloat16 with one query head per key/value head, heads side by side as the kernels
 take them, and a causal window; flash, which has none, is measured where the window is the length.
-See `tpu_static` for what the figures are and are not.
+See `tpu_static` for the meaning and the limits of the figures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FULL = (8, 4096, 4096)
 FLASH = (512, 1024)
 # How cycles grow with the length at one window, and with the window at one length.
 GROWTH = ((1, 8192, 1024), (1, 16384, 1024), (1, 16384, 2048), (1, 16384, 4096))
-# Where it is also counted what the profiler ran: its trace takes gigabytes for larger ones.
+# Cases whose executed tiles are also counted: for larger ones the trace takes gigabytes.
 TRACED = (1, 4096, 1024)
 PASSES = ("forward", "backward")
 # Blocks of queries, of keys, and of keys at once: the best two. The profiler would need more than
@@ -59,7 +59,7 @@ def run(options: Options) -> list[dict[str, Any]]:
 
 
 def cases(chip: str) -> dict[str, Callable[[], Case]]:
-    """What is measured on a chip."""
+    """The cases measured on a chip, by name."""
     found = {}
     for shape in (*SHAPES, FULL, TRACED, *GROWTH):
         for passes in PASSES:

@@ -1,10 +1,10 @@
 """Timing on a shared machine: interleaved rounds, medians, and ratios within a round.
 
-Other processes slow all variants of a row alike, so they run one after another in each of several
-rounds, and two variants are compared by the median over rounds of their ratio. A matrix product
-takes part in the rounds where a row wants its fraction of what the machine can do at that moment.
-Processor time, of all threads, is kept next to elapsed time: on a busy machine it moves far less,
-and the two together tell a slow program from one that had to wait.
+Variants are interleaved: each round runs all of them once, so background load hits them alike, and
+two variants are compared by the median over rounds of their ratio. A matrix product takes part in
+the rounds of rows that report their share of the machine's peak at that moment. Processor time of
+all threads is kept next to elapsed time: on a busy machine it moves far less, and the two together
+tell a slow program from one that had to wait.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PROBE_SIZE = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What every suite is told.
+    """The options of every suite.
 
     Attributes:
       rounds: times that each variant of a row is measured.
@@ -57,7 +57,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Rounds:
-    """Seconds a call of each variant, one number a round.
+    """Seconds per call of each variant, one number per round.
 
     `cpu_seconds` is processor time; `probe_flops` are those of the matrix product `PROBE`, 0 if
     none took part.
@@ -89,7 +89,7 @@ class Rounds:
         return self.cpu_ms(slow) / self.cpu_ms(fast)
 
     def gflops(self, name: str, flops: float) -> float:
-        """GFLOP/s of a variant that does `flops` floating point operations a call."""
+        """GFLOP/s of a variant that does `flops` floating point operations per call."""
         return flops / self.median_ms(name) / 1e6
 
     def of_peak(self, name: str, flops: float) -> float:
@@ -110,10 +110,10 @@ def interleave(
     """Measures all variants in turn, `rounds` times.
 
     Args:
-      variants: by name, a call that returns what it computed (jax arrays are waited for; others
-        must be ready when it returns). It is called `warmup` times before the first round, so
-        that nothing is compiled in one.
-      rounds: samples a variant.
+      variants: by name, a call that returns its result (jax arrays are waited for; other results
+        must be ready when the call returns). It is called `warmup` times before the first round,
+        so that nothing is compiled in a round.
+      rounds: samples per variant.
       warmup: calls before the first round, at least 1.
       min_seconds: a sample is the mean over as many calls as last this long.
       probe: dtype of a square matrix product that takes part as `PROBE`; None for none.
@@ -137,7 +137,7 @@ def interleave(
     found = Rounds({name: [] for name in calls}, {name: [] for name in calls}, probe_flops)
     order = list(calls)
     for index in range(rounds):
-        # Each round starts with another variant: nobody always runs after the same neighbour.
+        # Each round starts with another variant: none always runs after the same neighbour.
         first = index % len(order)
         for name in order[first:] + order[:first]:
             elapsed, processor = _timed(calls[name], repeats[name])
@@ -148,7 +148,7 @@ def interleave(
 
 
 def _timed(call: Call, repeats: int) -> tuple[float, float]:
-    """Elapsed and processor seconds a call."""
+    """Elapsed and processor seconds per call."""
     start, processor = time.perf_counter(), time.process_time()
     for _ in range(repeats):
         jax.block_until_ready(call())

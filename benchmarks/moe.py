@@ -143,7 +143,7 @@ def _mean_filled(logits_ME: Any, p: float) -> float:
 
 
 def _p_that_fills(logits_ME: np.ndarray, target: float) -> float:
-    """The threshold at which a token uses `target` experts in the mean, by bisection."""
+    """The threshold at which tokens use `target` experts on average, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(16):
         middle = (low + high) / 2

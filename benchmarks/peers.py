@@ -25,8 +25,8 @@ def torch_moe_calls(
     Args:
       passes: "forward" or "forward+backward"; gradients of x and of all weights.
       arrays: x_MD, router_DE, gate_EDF, up_EDF, down_EFD and the output's cotangent.
-      choices: experts a token.
-      batched: with `batched_mm`, which gathers a copy of its weights for every choice of every
+      choices: experts per token.
+      batched: also time `batched_mm`, which gathers a copy of the weights for every choice of every
         token and so is for few tokens only.
     """
     x, router, gate, up, down, dout = (to_torch(a) for a in arrays)
@@ -92,7 +92,7 @@ def mixtral_train_call(model: ModelConfig, shape: tuple[int, int], dtype: str, k
 
     Args:
       model: local layers with top-k experts only.
-      shape: rows and tokens a row.
+      shape: rows and tokens per row.
       dtype: float32, or bfloat16 by autocast.
       kind: implementation of the experts.
     """

@@ -16,24 +16,24 @@ from benchmarks.measure import Call, Options
 WAITING, REST, UNNAMED = "waiting", "rest", "batched dot_general"
 # Calls in a trace.
 _TRACED = 5
-# Of the time of a call, below which a kind of work joins the rest.
+# A kind of work below this share of a call's time joins the rest.
 _SHARE = 0.005
-# Of a compiled program as text: where a computation starts, an instruction, what it calls and the
-# path of the operation that asked for it.
+# In the text of a compiled program: the start of a computation, an instruction, the computations
+# that it calls, and the path of the operation that it implements.
 _COMPUTATION = re.compile(r"(?:ENTRY )?%([\w.\-]+) \(")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = ")
 _CALLS = re.compile(r"calls=%([\w.\-]+)")
 _PATH = re.compile(r'op_name="([^"]+)"')
-# Operations that run others; their own time is that of the others.
+# Operations that run others; their time is counted for those others.
 _CALLERS = ("while", "call", "conditional")
-# Steps of a path that only say how jax got there; an einsum adds its subscripts.
+# Parts of a path that name only jax's own wrappers; an einsum adds its subscripts.
 _NO_PART = re.compile(r"while|body|cond|closed_call|branch_\d+_fun|checkpoint|\w*\(.*|.*->.*")
 
 Span = tuple[float, float, str]
 
 
 def profiles(options: Options, programs: Mapping[str, tuple[Any, Call]]) -> dict[str, Any]:
-    """The entry `profile` of a row, where profiles are wanted: `where_time_goes` of each program.
+    """The entry `profile` of a row, if profiles are wanted: `where_time_goes` of each program.
 
     `programs`: by name, the compiled program and a call that runs it.
     """
@@ -45,12 +45,12 @@ def profiles(options: Options, programs: Mapping[str, tuple[Any, Call]]) -> dict
 def where_time_goes(compiled: Any, call: Call) -> dict[str, float]:
     """Milliseconds of one call by part of the program and kind of operation, largest first.
 
-    Elapsed time: what runs at the same moment on several threads shares that moment. A product
-    that XLA spreads over cores is one operation. `waiting` is time in which none runs, `rest` all
-    kinds below half a percent.
+    Elapsed time: operations that run at the same moment on several threads share that moment. A
+    product that XLA spreads over cores is one operation. `waiting` is the time in which no
+    operation runs, `rest` the sum of all kinds below half a percent.
 
     Args:
-      compiled: the program, which says what each of its instructions was asked for.
+      compiled: the program; its text names the operation behind each instruction.
       call: runs it once; the mean of several is reported.
     """
     asked_for = paths(compiled.as_text())
@@ -87,7 +87,7 @@ def paths(program: str) -> dict[str, str]:
 
 
 def kind_of(instruction: str, path: str) -> str:
-    """The kind of work of an instruction: pass, part and primitive of what asked for it.
+    """The kind of work of an instruction: pass, part and primitive of its operation.
 
     `path` is the operation's name, such as "jit(f)/transpose(jvp(experts))/while/body/dot_general":
     "backward experts: dot_general". An instruction without one was added by XLA and keeps its own
@@ -104,7 +104,7 @@ def kind_of(instruction: str, path: str) -> str:
 
 
 def elapsed_by_name(threads: Iterable[list[Span]]) -> dict[str, float]:
-    """Elapsed time of each name from spans (start, end, name), one list a thread.
+    """Elapsed time of each name from spans (start, end, name), one list per thread.
 
     Spans of a thread nest: the innermost counts. Names that run at once share the time.
     """
@@ -131,7 +131,7 @@ def elapsed_by_name(threads: Iterable[list[Span]]) -> dict[str, float]:
 
 
 def _innermost(spans: list[Span]) -> Iterable[Span]:
-    """The spans of a thread, each cut into the pieces in which no other one is inside it."""
+    """The spans of a thread, each cut into the pieces that contain no other span."""
     open_spans: list[tuple[float, str]] = []
     now = 0.0
 
@@ -153,7 +153,7 @@ def _innermost(spans: list[Span]) -> Iterable[Span]:
 
 
 def _trace(call: Call) -> list[list[Span]]:
-    """The operations of `_TRACED` calls as spans in nanoseconds, one list a thread."""
+    """The operations of `_TRACED` calls as spans in nanoseconds, one list per thread."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     jax.block_until_ready(call())

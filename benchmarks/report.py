@@ -1,4 +1,4 @@
-"""What a suite found: the rows, and on what they were measured."""
+"""The report of a suite: its rows, and the machine and versions that they were measured on."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run_suite(name: str, options: Options) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """The processor, the memory, and what jax computes on."""
+    """The processor, the memory, and the devices of jax."""
     device = jax.devices()[0]
     num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     vectors = [flag for flag in _VECTORS if flag in _cpu_field("flags").split()]
@@ -91,7 +91,7 @@ def _cpu_field(name: str) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of what was measured; None where it is not installed."""
+    """Versions of Python and of the packages measured; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -139,7 +139,7 @@ def _without(row: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _by_kind(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The profiles of a row as a table: a line for each kind of work, a column a program."""
+    """The profiles of a row as a table: a line for each kind of work, a column per program."""
     profiles: dict[str, dict[str, float]] = row["profile"]
     kinds = dict.fromkeys(kind for profile in profiles.values() for kind in profile)
     return [

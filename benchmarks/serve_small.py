@@ -1,8 +1,9 @@
 """Suite `serve_small`: prefill and decode of the engine on a model of 28 million parameters.
 
-Each row compares what should cost the same: more experts held at as many used, more room in the
-cache at the same short prompt, several units or one of the same layers, bfloat16 or float32. The
-last rows are the slope of a prefill's cost over its length, and what another request compiles.
+Each row compares two cases that should cost the same: more or fewer experts held at as many used,
+more or less room in the cache at the same short prompt, several units or one of the same layers,
+bfloat16 or float32. The last rows are the slope of a prefill's cost over its length, and the
+compile time of another request.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def run(options: Options) -> list[dict[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model, and how many tokens its cache has room for."""
+    """A model, and the number of tokens that its cache has room for."""
 
     model: ModelConfig
     experts: int = 8

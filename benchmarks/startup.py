@@ -1,7 +1,7 @@
 """Suite `startup`: from the start of `experiments.train` to the end of its first step.
 
 Each run is a process of its own in a fresh work folder, trained for one step of `--config`, with
-empty caches (a newcomer) and with those that the run before left (everybody else). The
+empty caches (the first run on a machine) and with those of the run before (every later run). The
 peer is a Python program that imports transformers, builds the same Mixtral and takes one step.
 """
 
@@ -108,7 +108,7 @@ def seconds_to_first_step(folder: Path, name: str) -> float:
                 time.sleep(_POLL_SECONDS)
             return time.perf_counter() - start
         finally:
-            # It would go on to evaluate; what it compiled so far is in the cache already.
+            # It would go on to evaluate; the programs compiled so far are in the cache already.
             process.kill()
             process.wait()
 

@@ -1,6 +1,6 @@
-"""JAX's splash attention made measurable: its look-ups replaced by the arithmetic they stand for.
+"""JAX's splash attention made measurable: arithmetic in place of its look-ups.
 
-Splash reads which blocks to visit from tables in scalar memory, which the static profiler takes for
+Splash reads the blocks to visit from tables in scalar memory, which the static profiler takes for
 zeros: it would see every block skipped. The vector code is untouched.
 """
 
@@ -48,7 +48,7 @@ def visited(length: int, window: int, query: int, key: int) -> int:
 
 @contextlib.contextmanager
 def arithmetic(length: int, window: int, sizes: kernel.BlockSizes) -> Iterator[None]:
-    """While it lasts, splash computes the next block from its grid indices."""
+    """A context in which splash computes the next block from its grid indices."""
     original = kernel._next_nonzero
 
     def shift(x, size):

@@ -1,10 +1,11 @@
 """Static cycles of a TPU program, without a TPU: libtpu compiles it and profiles its own schedule.
 
 The profiler walks the scalar program of every op (grid, branches and loops on program ids, data
-movement with its latency) and adds up the cycles of the schedule. Not in it are shared bandwidth of
-the main memory, clocks under load and launch costs, and a scalar that is read from memory counts as
-zero: kernels must derive their control flow from program ids, and `executed` shows what ran. It
-ranks kernels; it is no time. libtpu reads its flags once, so every case is a process of its own.
+movement with its latency) and adds up the cycles of the schedule. It leaves out shared bandwidth of
+the main memory, clocks under load and launch costs, and takes a scalar that is read from memory as
+zero: kernels must derive their control flow from program ids, and `executed` shows the share that
+ran. The cycles rank kernels; they are no measured time. libtpu reads its flags once, so every case
+is a process of its own.
 
     python -m benchmarks.tpu_static MODULE CASE TOPOLOGY FOLDER    # the child
 """
@@ -38,15 +39,15 @@ _MEMORY = 12 * 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a count of cycles is set against; public figures of one tensor core.
+    """Public figures of one tensor core, to compare a count of cycles with.
 
     Attributes:
       topology: smallest that libtpu accepts.
-      kind: what a device calls itself.
-      clock: cycles a second.
-      flops: bfloat16 FLOPs a cycle of one core.
+      kind: `device_kind` of its devices.
+      clock: cycles per second.
+      flops: bfloat16 FLOPs per cycle of one core.
       cores: tensor cores that share the bandwidth; a parallel grid axis is split among them.
-      bandwidth: bytes a second of the main memory.
+      bandwidth: bytes per second of the main memory.
     """
 
     topology: str
@@ -69,12 +70,12 @@ class Case:
     """A program to compile.
 
     Attributes:
-      function: what is compiled.
+      function: the function to compile.
       arguments: shapes and dtypes.
-      flops: useful ones: of visible pairs only.
+      flops: useful FLOPs, of visible pairs only.
       traffic: least bytes that move to and from the main memory.
-      pairs: pairs of tiles (in the code, run) of the kernel with products, to check what the
-        profiler ran; None where it is not known.
+      pairs: pairs of tiles (in the code, run) of the kernel with products, to check the tiles that
+        the profiler ran; None if not known.
     """
 
     function: Callable[..., Any]
@@ -85,7 +86,7 @@ class Case:
 
 
 def versions() -> dict[str, str]:
-    """Those that a figure depends on.
+    """Versions of the packages that a figure depends on.
 
     Raises:
       UserError: libtpu is not installed.
@@ -125,15 +126,15 @@ def measure(module: str, name: str, chip: str, *, trace: bool) -> dict[str, Any]
       module: full name of a module with `cases(chip) -> dict[str, Callable[[], Case]]`.
       name: the case.
       chip: a key of `CHIPS`.
-      trace: also count what ran; the trace grows with the cycles.
+      trace: also count the tiles that ran; the trace grows with the cycles.
 
     Returns:
       `cycles` of all ops, `us` at the chip's clock, `hbm_us` for the least traffic, `bound_us`
       (the larger), `mxu` (useful FLOPs over those of the cycles), `compile_s` (processor time,
       profile included), and of the slowest kernel its name and cycles, `vmem_kib`, `bundles`,
       `spills`, `block` (bundles of its longest straight piece), `*_slots` (share of the issue slots
-      used there) and, if traced, `executed` (pairs that ran, over those that should). With `error`
-      alone where the profiler gives up.
+      used there) and, if traced, `executed` (pairs that ran, over those that should). If the
+      profiler fails, only `error`.
     """
     with tempfile.TemporaryDirectory(prefix="tpu_static_") as folder:
         path = Path(folder)
@@ -248,7 +249,7 @@ def compile_case(case: Case, chip: str) -> Any:
 
 
 def _child(module: str, name: str, chip: str, folder: str) -> None:
-    # The profiler may ask for more than the machine has; it shall fail alone.
+    # The profiler may ask for more memory than the machine has; then only this process fails.
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, _MEMORY))
     case = importlib.import_module(module).cases(chip)[name]()
     start = os.times()

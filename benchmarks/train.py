@@ -83,7 +83,7 @@ def _row(dtype: str, options: Options, config: RunConfig) -> dict[str, Any]:
 def our_step(config: RunConfig) -> tuple[Any, Call]:
     """The compiled step of a run's first stage on one device, and a call that takes it.
 
-    Every call takes the state that the last one returned, as the loop does.
+    As in the loop, every call takes the state that the previous call returned.
     """
     mesh = sharding.make_mesh(dataclasses.replace(config.mesh, data=1), jax.devices()[:1])
     plan = Plan.of(config)
@@ -105,7 +105,7 @@ def our_step(config: RunConfig) -> tuple[Any, Call]:
 
 
 def _batch(segment: Segment, vocab_size: int) -> Batch:
-    """Random tokens, one document a row."""
+    """Random tokens, one document per row."""
     shape = (segment.batch_size, segment.seq_len)
     tokens = np.random.default_rng(0).integers(0, vocab_size, shape, np.int32)
     positions = np.broadcast_to(np.arange(segment.seq_len, dtype=np.int32), shape)

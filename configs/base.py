@@ -19,15 +19,15 @@ def stage(**changes) -> ConfigDict:
     fields = dict(
         tokens=1_000_000,  # tokens of the stage; rounded up to whole optimizer steps
         mixture=named(code=0.9, docs=0.1),  # share of the stage's tokens by source
-        batch_size=8,  # sequences an optimizer step, over all devices
-        seq_len=512,  # tokens a sequence
-        accumulate=1,  # micro-batches an optimizer step: memory falls, results do not change
+        batch_size=8,  # sequences per optimizer step, over all devices
+        seq_len=512,  # tokens per sequence
+        accumulate=1,  # micro-batches per optimizer step: memory falls, results do not change
         learning_rate=3e-3,  # peak
         final_learning_rate=0.0,  # at the end of the decay
         warmup_tokens=0,  # tokens of linear warm-up, from the previous stage's last rate
         decay="none",  # none, linear, cosine or sqrt (1 - sqrt), over the last decay_tokens
         decay_tokens=0,  # tokens of decay at the end of the stage
-        rope_base_global=0.0,  # RoPE base of global layers in this stage; 0: the model's
+        rope_base_global=0.0,  # RoPE base of global layers in this stage; 0: that of the model
     )
     unknown = set(changes) - set(fields)
     if unknown:
@@ -48,8 +48,8 @@ def get_config() -> ConfigDict:
     model.vocab_size = 0  # rows of the embedding; 0: the tokenizer's, rounded up to 16
     model.model_dim = 128  # D, residual stream
     model.prefix = ""  # layers before the units, with a dense MLP; letters as in `unit`
-    model.unit = "LLLGLLLg"  # one letter a layer: L local, G global; lower case borrows K/V
-    model.unit_mlp = ""  # one letter a layer of the unit: E experts, D dense; "": all E
+    model.unit = "LLLGLLLg"  # one letter per layer: L local, G global; lower case borrows K/V
+    model.unit_mlp = ""  # one letter per layer of the unit: E experts, D dense; "": all E
     model.num_units = 1  # repeats of the unit; the scan runs over them
     model.mlp_dim = 384  # F of dense MLPs (prefix layers, and all layers if num_experts = 0)
     model.norm_eps = 1e-5  # RMSNorm
@@ -57,14 +57,14 @@ def get_config() -> ConfigDict:
     model.compute_dtype = "float32"  # float32 or bfloat16; parameters are always float32
     model.scan = True  # scan over units: compile time does not grow with depth; False unrolls
     model.remat = "none"  # none, full, or a name in jax.checkpoint_policies
-    model.head_chunk = 2048  # tokens whose logits exist at one time in the loss
+    model.head_chunk = 2048  # tokens whose logits the loss holds at one time
 
     attention = model.attention = ConfigDict()
     attention.num_heads = 4  # N query heads
     attention.num_kv_heads = 2  # K key/value heads, a divisor of N
     attention.head_dim = 32  # H
     attention.window = 64  # keys a local layer sees, self included
-    attention.rope_base_local = 10_000.0  # stays when the context grows
+    attention.rope_base_local = 10_000.0  # fixed when the context grows
     attention.rope_base_global = 10_000.0  # raised for long context, here or by a stage
     attention.global_rope = True  # False: no position on global layers (NoPE)
     attention.qk_norm = "head"  # RMSNorm of queries and keys: none, head, or whole projection
@@ -73,38 +73,38 @@ def get_config() -> ConfigDict:
     scaling = attention.rope_scaling = ConfigDict()
     scaling.kind = "none"  # none, linear, llama3 or yarn: longer wavelengths on all rotated layers
     scaling.factor = 1.0  # new length over original length
-    scaling.original_length = 4096  # tokens a sequence when the wavelengths were learned
+    scaling.original_length = 4096  # tokens per sequence when the wavelengths were learned
     scaling.low_freq_factor = 1.0  # llama3: wavelengths above original / this are stretched fully
     scaling.high_freq_factor = 4.0  # llama3: wavelengths below original / this are kept
     scaling.beta_fast = 32.0  # yarn: pairs with more turns than this in the original are kept
     scaling.beta_slow = 1.0  # yarn: pairs with fewer turns than this are stretched fully
     scaling.truncate = True  # yarn: whole pairs as bounds of the ramp between them
     scaling.attention_factor = 1.0  # yarn: factor of queries and keys
-    attention.output_gate = False  # one sigmoid gate a head on the attention output
-    attention.sinks = False  # one learned logit a head that takes attention from all keys
-    attention.implementation = ""  # name in ops.attention; "": chosen by device and shape
+    attention.output_gate = False  # one sigmoid gate per head on the attention output
+    attention.sinks = False  # one learned logit per head that takes attention from all keys
+    attention.implementation = ""  # a name in ops/attention.py; "": chosen by device and shape
 
     moe = model.moe = ConfigDict()
-    moe.num_experts = 16  # E routed experts a layer; 0: dense MLPs
+    moe.num_experts = 16  # E routed experts per layer; 0: dense MLPs
     moe.expert_dim = 96  # F of one expert, routed or shared
     moe.num_shared_experts = 1  # experts that every token uses
     moe.train_routing = "top_p"  # top_k, top_p, or dense (every expert)
     moe.eval_routing = "top_p"  # routing of evaluation and generation
     moe.router_score = "softmax"  # softmax over experts, or sigmoid of each logit
-    moe.top_k = 4  # experts a token under top_k
-    moe.top_p = 0.4  # probability mass to reach under top_p; where the controller starts
-    moe.max_experts = 8  # static bound on experts a token under top_p
+    moe.top_k = 4  # experts per token under top_k
+    moe.top_p = 0.4  # probability mass to reach under top_p; start value of the controller
+    moe.max_experts = 8  # static bound on experts per token under top_p
     moe.renormalize_gates = False  # gates sum to 1 over the chosen; False: raw probabilities
     moe.routed_scale = 1.0  # factor on the routed experts' sum
     moe.router_bias = False  # learned bias of the router logits (bias_update_rate has its own)
     moe.expert_bias = False  # of the three projections of every routed expert
     moe.clamp = 0.0  # bound of the clamped gated unit (gpt-oss) in experts; 0: SwiGLU
-    moe.target_experts = 3.0  # mean experts a token that the controller holds; 0: top_p is fixed
+    moe.target_experts = 3.0  # mean experts per token that the controller holds; 0: top_p is fixed
     moe.controller_kp = 0.5  # proportional gain on (target - mean) / E
-    moe.controller_ki = 0.2  # integral gain, once an optimizer step
+    moe.controller_ki = 0.2  # integral gain, per optimizer step
     moe.bias_update_rate = 1e-3  # aux-free balancing: step of the selection bias; 0: off
     moe.num_groups = 4  # expert-parallel groups of the balance losses, virtual on one device
-    moe.num_partitions = 2  # partitions a group of the PEP loss
+    moe.num_partitions = 2  # partitions per group of the PEP loss
     moe.switch_weight = 1e-6  # balance over single experts (Switch)
     moe.group_weight = 1e-4  # EP balance: experts within each group
     moe.partition_weight = 1e-3  # PEP balance: experts within each partition of a group
@@ -120,7 +120,7 @@ def get_config() -> ConfigDict:
     optimizer.epsilon = 1e-8
     optimizer.weight_decay = 0.1  # times the learning rate; on matrices only
     optimizer.clip_norm = 1.0  # global norm of the gradient
-    optimizer.ema_decay = 0.0  # a step; 0: no average is kept
+    optimizer.ema_decay = 0.0  # of the averaged parameters, per step; 0: no average is kept
     optimizer.z_loss_weight = 1e-4  # squared log-sum-exp of the output logits
     optimizer.on_nan = "stop"  # stop, or skip the step, when loss or gradient is not finite
 
@@ -146,7 +146,7 @@ def get_config() -> ConfigDict:
     data.prefetch = 2  # batches made ahead in a background thread
 
     mesh = config.mesh = ConfigDict()
-    mesh.data = -1  # devices that hold a copy of the parameters; -1: all that are left
+    mesh.data = -1  # number of data-parallel replicas; -1: all devices that the other axes leave
     mesh.fsdp = 1  # devices that share one copy of the parameters
     mesh.expert = 1  # reserved
     mesh.tensor = 1  # reserved
@@ -155,10 +155,10 @@ def get_config() -> ConfigDict:
     config.log_every = 10  # steps between lines of metrics.jsonl and TensorBoard
     config.histogram_every = 100  # steps between TensorBoard histograms; 0: never
     config.eval_every = 200  # steps between evaluations; 0: only at the end
-    config.eval_tokens = 65_536  # held-out tokens per source at each of them; 0: all
-    config.final_eval_tokens = 1_000_000  # the same at the end: minutes, not a corpus; 0: all
+    config.eval_tokens = 65_536  # held-out tokens per source at each evaluation; 0: all
+    config.final_eval_tokens = 1_000_000  # the same at the end, which bounds its time; 0: all
     config.checkpoint_every = 200  # steps between checkpoints
     config.keep_checkpoints = 2  # newest ones kept; the last of each stage is always kept
     config.sample_prompt = "def "  # text sample written at each evaluation
-    config.sample_tokens = 128  # its length; 0: no sample
+    config.sample_tokens = 128  # tokens of the sample; 0: no sample
     return config

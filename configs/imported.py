@@ -1,6 +1,6 @@
 """The model of a folder (a run's, or Hugging Face's) under this project's data and stages.
 
-Training goes on from the folder's weights where it is a run's (`experiments.convert` makes one).
+Training continues from the weights of a run's folder (which `experiments.convert` makes).
 
     python -m experiments.convert --from=hf --path=FOLDER --workdir=runs/imported
     python -m experiments.train --config=configs/imported.py:runs/imported --workdir=runs/imported

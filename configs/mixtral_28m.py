@@ -1,7 +1,7 @@
 """A Mixtral of 28 million parameters, the shape that `experiments.benchmark --suite=train` times.
 
-Eight layers of sliding-window attention and eight experts, two a token, as `transformers` builds
-it: no shared experts, no balance losses, plain AdamW. Its data is only there to run it:
+Eight layers of sliding-window attention and eight experts, two per token, as `transformers` builds
+them: no shared experts, no balance losses, plain AdamW. Its data serves only to run it:
 
     python -m experiments.train --config=configs/mixtral_28m.py --workdir=runs/mixtral
 """

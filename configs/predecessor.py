@@ -1,4 +1,4 @@
-"""The quickstart's dense full-attention predecessor: what every saving is a ratio against.
+"""The quickstart's dense full-attention predecessor, the reference of every saving.
 
 Same depth, width, heads, data and stages; every layer attends globally with its own keys and
 values, and a dense MLP is as wide as the experts (three routed, one shared) that a token uses.

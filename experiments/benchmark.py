@@ -3,7 +3,7 @@
     python -m experiments.benchmark --suite=attention --out=benchmarks/results/attention.json
 
 Prints JSON on stdout (machine, versions, commit, rows) and tables on stderr. torch and transformers
-are optional (`pip install -e .[peers]`): without them their rows are skipped with a note.
+are optional (`pip install -e '.[peers]'`): without them their rows are skipped with a note.
 """
 
 from absl import flags
@@ -12,7 +12,10 @@ from lightning_jax.runtime import program
 
 _CONFIG = program.define_config("configs/mixtral_28m.py")
 _SUITE = flags.DEFINE_string(
-    "suite", None, "attention, moe, train, startup, data, …", required=True
+    "suite",
+    None,
+    "attention, moe, train, serve_small, startup, data, kernels_tpu or kernels_gpu.",
+    required=True,
 )
 _OUT = flags.DEFINE_string("out", None, "File for the JSON, besides standard output.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds; medians are reported.", 1)

@@ -3,8 +3,8 @@
     python -m experiments.convert --from=hf --path=FOLDER --workdir=runs/a [--kv_source=0,0,2,2]
     python -m experiments.convert --to=hf --path=FOLDER --workdir=runs/a [--model_type=llama]
 
-Prints what was read or written as JSON. A folder made from Hugging Face evaluates and generates as
-it is; to train on, use --config=configs/imported.py:runs/a.
+Prints a summary of the model as JSON. A folder made from Hugging Face can be evaluated and generate
+text at once; to train it further, use --config=configs/imported.py:runs/a.
 """
 
 from absl import flags
@@ -16,10 +16,10 @@ _FROM = flags.DEFINE_enum("from", None, ["hf"], "Read PATH, write WORKDIR.")
 _TO = flags.DEFINE_enum("to", None, ["hf"], "Read WORKDIR, write PATH.")
 _PATH = flags.DEFINE_string("path", None, "The Hugging Face folder.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-_KV_SOURCE = flags.DEFINE_list("kv_source", [], "Whose keys and values each layer reads.")
+_KV_SOURCE = flags.DEFINE_list("kv_source", [], "By layer, the layer whose K/V it reads.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to write; default: the newest.")
 _TYPE = flags.DEFINE_string("model_type", None, "Layout to write; default: the first that fits.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the file to write.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype to write.")
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
     python -m experiments.generate --workdir=runs/a --prompt='def ' [--temperature=0.8] [--chat]
 
-Streams the prompt and its continuation to stdout, with --chat the answer alone; tokens a second and
-the mean number of experts a token used go to stderr. The same seed gives the same text;
+Streams the prompt and its continuation to stdout, with --chat only the answer; tokens per second
+and the mean number of experts per token go to stderr. The same seed gives the same text;
 --temperature=0 is greedy.
 """
 
@@ -20,9 +20,9 @@ _CHAT = flags.DEFINE_bool("chat", False, "Answer the prompt, by the tokenizer's 
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: greedy.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k most probable tokens; 0: all.")
 _TOP_P = flags.DEFINE_float("top_p", 0.95, "Draw from the most probable tokens of this mass.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Tokens a sample at the most.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Tokens per sample at the most.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Continuations, one after another.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the newest.")
 _ROUTING_TOP_P = flags.DEFINE_float(
     "routing_top_p", None, "Probability mass that the experts of a token reach; default: the run's."

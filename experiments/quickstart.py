@@ -1,4 +1,4 @@
-"""Train, evaluate and sample a complete small Lightning model: what `make quickstart` runs.
+"""Train, evaluate and sample a complete small Lightning model (`make quickstart`).
 
     python -m experiments.quickstart [--config=configs/quickstart.py] [--workdir=runs/quickstart]
 

@@ -1,4 +1,4 @@
-"""Train a run, or resume it where its folder says it stopped.
+"""Train a run, or resume it from the last checkpoint in its folder.
 
     python -m experiments.train --config=configs/small.py --workdir=runs/a [--config.seed=1]
 

@@ -21,7 +21,7 @@ _TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Key of the text in reco
 
 
 def main() -> None:
-    # A source with an eval path of its own is all train: nothing is held out here.
+    # With an eval path of its own, a source holds nothing out of `path`.
     config = DataConfig(
         tokenizer="bytes",
         sources=(SourceConfig(name="input", path=_INPUT.value, eval_path=_INPUT.value),),

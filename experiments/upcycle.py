@@ -3,9 +3,9 @@
     python -m experiments.upcycle --source=runs/dense --config=configs/x.py --workdir=runs/up
     python -m experiments.train --config=configs/x.py --workdir=runs/up
 
-SOURCE is the folder of a run or of Hugging Face; the config's model must have its width, heads,
-depth and vocabulary. Prints whether the function was kept exactly, and the held-out loss before and
-after, as JSON.
+SOURCE is the folder of a run or of Hugging Face; the config's model must have the same width,
+heads, depth and vocabulary. Prints whether the function was kept exactly, and the held-out loss
+before and after, as JSON.
 """
 
 from absl import flags
@@ -18,7 +18,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to make.", re
 _POOL = flags.DEFINE_enum(
     "pool", "mean", ["mean", "first"], "Shared keys and values: mean of the group's, or the first."
 )
-_TOKENS = flags.DEFINE_integer("eval_tokens", 16_384, "Held-out tokens a domain; 0: all.")
+_TOKENS = flags.DEFINE_integer("eval_tokens", 16_384, "Held-out tokens per domain; 0: all.")
 
 
 def main() -> None:

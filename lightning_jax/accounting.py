@@ -5,9 +5,8 @@ F expert or MLP hidden, V vocabulary, W window, T sequence length. One multiply-
 only matrix products count, and a backward pass is two forward passes. Rematerialisation does not
 count: these are the FLOPs that the model needs, not those that a device spent.
 
-A layer routed by top-p uses as many experts a token as its inputs ask for, so functions that depend
-on it take the measured mean `experts_per_token`; None stands for the nominal number
-(`nominal_experts`).
+Under top-p routing the number of experts per token depends on the input, so functions of it take
+the measured mean `experts_per_token`; None stands for the nominal number (`nominal_experts`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ Rows = list[list[str]]
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters of the whole model; `used_experts` is what one token meets."""
+    """Numbers of parameters of the whole model; `used_experts` counts those of one token."""
 
     embedding: int
     head: int
@@ -40,12 +39,12 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """All that is stored. A tied head is the embedding and counts once."""
+        """All stored parameters. A tied head is the embedding and counts once."""
         return self._outside_experts + self.experts
 
     @property
     def active(self) -> float:
-        """Those that one token uses, the whole embedding included."""
+        """Parameters that one token uses, the whole embedding included."""
         return self._outside_experts + self.used_experts
 
     @property
@@ -55,9 +54,9 @@ class Parameters:
 
 
 def nominal_experts(moe: MoeConfig, *, training: bool = True) -> float:
-    """Returns the routed experts a token that the config asks for, in training or evaluation.
+    """Returns the routed experts per token that the config asks for, in training or evaluation.
 
-    Under top-p that is the controller's target, or the bound `max_experts` where there is none.
+    Under top-p this is the controller's target, or the bound `max_experts` without a target.
     """
     routing = moe.train_routing if training else moe.eval_routing
     if not moe.num_experts:
@@ -71,7 +70,7 @@ def parameters(config: ModelConfig, experts_per_token: float | None = None) -> P
     """Counts the parameters. The router's selection bias is state and is not among them.
 
     Raises:
-      UserError: the vocabulary is still the tokenizer's to say.
+      UserError: the vocabulary's size is 0, that is, left to the tokenizer.
     """
     _require_vocab(config)
     moe, D = config.moe, config.model_dim
@@ -99,7 +98,7 @@ def flops_per_token(
     experts_per_token: float | None = None,
     training: bool = True,
 ) -> float:
-    """Returns FLOPs a token, mean over a sequence of `seq_len`; training includes the backward."""
+    """Returns FLOPs per token, mean over `seq_len` tokens; training includes the backward pass."""
     if experts_per_token is None:
         experts_per_token = nominal_experts(config.moe, training=training)
     forward = 2 * _matmul_parameters(config, experts_per_token)
@@ -159,7 +158,7 @@ def kv_cache_bytes(config: ModelConfig, context: int, *, bytes_per_value: int = 
 
 
 def kv_bytes_per_token(config: ModelConfig, context: int, *, bytes_per_value: int = 2) -> float:
-    """Returns cache bytes a token of context, mean over a context of `context` tokens."""
+    """Returns cache bytes per token of context, mean over a context of `context` tokens."""
     return kv_cache_bytes(config, context, bytes_per_value=bytes_per_value) / context
 
 
@@ -175,7 +174,7 @@ def mfu(
 
     Args:
       tokens_per_second: of all devices together.
-      peak_flops: FLOPs a second of all devices together, in the compute dtype.
+      peak_flops: FLOPs per second of all devices together, in the compute dtype.
     """
     flops = flops_per_token(config, seq_len=seq_len, experts_per_token=experts_per_token)
     return flops * tokens_per_second / peak_flops
@@ -184,10 +183,10 @@ def mfu(
 def predecessor(config: ModelConfig) -> ModelConfig:
     """Returns the dense full-attention model to compare with: same depth, width and heads.
 
-    Every layer attends globally with its own keys and values. The MLP is as wide as what one token
-    used on average over the layers: `nominal_experts` plus the shared experts in a routed layer,
-    `mlp_dim` in a dense one, rounded. So both multiply one token by MLPs of the same size, and only
-    attention, the router and the held experts differ.
+    Every layer attends globally with its own keys and values. The MLP is as wide as the MLPs that
+    one token uses, averaged over the layers: `nominal_experts` plus the shared experts in a routed
+    layer, `mlp_dim` in a dense one, rounded. So both models multiply a token by MLPs of the same
+    size, and only attention, the router and the number of experts held differ.
     """
     moe = config.moe
     routed = sum(spec.routed for spec in config.layers)
@@ -216,20 +215,20 @@ def summary_rows(config: ModelConfig, seq_len: int) -> Rows:
         ["layers", f"{config.num_layers} ({pattern})"],
         ["layers that keep keys and values", str(sum(s.owns_kv for s in config.layers))],
         ["parameters", _count(size.total)],
-        ["parameters a token uses", _count(size.active)],
-        ["experts a token, of those held", f"{used:g} of {held}" if held else "dense"],
-        ["training FLOPs a token", _count(flops_per_token(config, seq_len=seq_len))],
-        ["FLOPs of a decoded token", _count(decode_flops(config, seq_len))],
-        ["KV-cache bytes a token (16 bit)", _count(kv_bytes_per_token(config, seq_len))],
+        ["parameters used per token", _count(size.active)],
+        ["experts per token, of those held", f"{used:g} of {held}" if held else "dense"],
+        ["training FLOPs per token", _count(flops_per_token(config, seq_len=seq_len))],
+        ["FLOPs per decoded token", _count(decode_flops(config, seq_len))],
+        ["KV-cache bytes per token (16 bit)", _count(kv_bytes_per_token(config, seq_len))],
     ]
 
 
 def comparison_rows(config: ModelConfig, experts_per_token: float | None = None) -> Rows:
-    """Rows, header first: this model, the `predecessor` shape, and what the one saves."""
+    """Rows, header first: this model, its `predecessor`, and the saving."""
     dense = predecessor(config)
     rows = [["", "this model", "predecessor", "saved"]]
     for name, cost in (
-        ("KV-cache bytes a token", kv_bytes_per_token),
+        ("KV-cache bytes per token", kv_bytes_per_token),
         ("attention FLOPs of prefill", attention_flops),
     ):
         for context in CONTEXTS:

@@ -39,14 +39,14 @@ _DELETED = "deleted" + _TEMPORARY
 class Checkpointer:
     """Saves and restores the checkpoints of one run; leaving the context waits for the last save.
 
-    An error of a background save is raised by the next `save`, `restore`, `wait` or `close`: as
-    UserError where the disk is the cause, as it is otherwise.
+    An error of a background save is raised by the next `save`, `restore`, `wait` or `close`: as a
+    UserError if the disk is the cause, else unchanged.
     """
 
     def __init__(self, workdir: StrPath, *, keep: int, keep_steps: Collection[int] = ()) -> None:
         """Makes the folder, tries to write there, and removes what an interrupted save left.
 
-        Keeps the newest `keep` checkpoints, and those of `keep_steps` (the ends of stages) besides.
+        Keeps the newest `keep` checkpoints, and also those of `keep_steps` (the ends of stages).
         """
         require(keep >= 1, "keep", keep, "at least 1")
         self._directory = checkpoints_dir(workdir)
@@ -79,9 +79,9 @@ class Checkpointer:
     ) -> None:
         """Copies the state, then writes it in the background; a step already saved stays as it is.
 
-        `items` are, by name, pytrees of arrays and Python numbers, which the caller may donate or
-        overwrite afterwards. The position of the Grain iterator (or None) is saved in one
-        file per process. `meta` is what JSON can hold: a `CheckpointMeta` for `load_run` to read.
+        `items` maps names to pytrees of arrays and Python numbers, which the caller may donate or
+        overwrite afterwards. The position of the Grain iterator (or None) is saved in one file per
+        process. `meta` is a `CheckpointMeta` as a plain dict; `load_run` reads it.
         """
         reserved = {DATA_ITEM, META_ITEM} & set(items)
         if reserved:
@@ -111,12 +111,12 @@ class Checkpointer:
 
         Args:
           step: which checkpoint; None is the newest.
-          abstract_items: by name, trees of `jax.ShapeDtypeStruct` with shardings (arrays and Python
+          abstract_items: names to trees of `jax.ShapeDtypeStruct` with shardings (arrays and Python
             numbers serve as examples); other items of the checkpoint are not read.
           data_iterator: Grain iterator to move to the saved position; or None.
 
-        Returns the items, in the containers of `abstract_items`. Raises UserError where there is no
-        such checkpoint, or it is damaged, or any name, shape or dtype differs from those asked for.
+        Returns the items, in the containers of `abstract_items`. Raises UserError if there is no
+        such checkpoint, it is damaged, or a name, shape or dtype differs from that asked for.
         """
         self.wait()
         return _read(self._directory, _find(self._directory, step), abstract_items, data_iterator)
@@ -129,12 +129,12 @@ class Checkpointer:
             with disk_errors(self._task):
                 self._manager.wait_until_finished()
         except BaseException:
-            # The manager dropped the steps that this save would have replaced from its list.
+            # The manager has already dropped from its list the steps that this save would replace.
             self._manager.reload()
             raise
 
     def close(self) -> None:
-        """Waits for the last save, then releases its threads and what was marked for deletion."""
+        """Waits for the last save, then releases threads and deletes replaced checkpoints."""
         try:
             self.wait()
         finally:
@@ -155,7 +155,7 @@ class Checkpointer:
                 # A kill while deleting in place would leave half a checkpoint; a move is atomic.
                 todelete_subdir=_DELETED,
                 async_options=ocp.options.AsyncOptions(
-                    # A folder that cannot be made is then an error of `save`, at once.
+                    # So `save` itself raises when a folder cannot be made.
                     create_directories_asynchronously=False,
                     post_finalization_callback=self._seal,
                 ),
@@ -198,7 +198,7 @@ def load_run(
       mesh: where to put parameters, stored as in training; None is the first device.
       weights: "params", "ema" (their moving average), or "auto": "ema" where it was saved.
 
-    Raises UserError where there is no such checkpoint or weights, or it is damaged.
+    Raises UserError if there are no such checkpoint or weights, or the checkpoint is damaged.
     """
     require(weights in ("auto", "params", "ema"), "weights", weights, "auto, params or ema")
     from lightning_jax import model
@@ -224,7 +224,7 @@ def load_run(
 
 
 def read_meta(workdir: StrPath, step: int | None = None) -> CheckpointMeta:
-    """Returns what a checkpoint (None: the newest) says of itself. Raises as `load_run` does."""
+    """Returns the description in a checkpoint (None: the newest). Raises as `load_run` does."""
     directory = checkpoints_dir(workdir)
     step = _find(directory, step)
     folder = directory / str(step)
@@ -323,7 +323,7 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 
 def _nested(leaves: Mapping[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
-    """Nests converted leaves; those without elements stay out, for Orbax refuses them."""
+    """Nests converted leaves; those without elements stay out, because Orbax refuses them."""
     flat = {key: convert(leaf) for key, leaf in leaves.items() if np.size(leaf)}
     return traverse_util.unflatten_dict(flat, sep="/")
 

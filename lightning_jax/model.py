@@ -36,7 +36,7 @@ from lightning_jax.ops.projection import operand
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Router:
-    """Router state that no gradient touches: selection bias of R routed layers a unit, and p."""
+    """Router state without gradients: selection bias of the R routed layers per unit, and p."""
 
     bias_URE: jax.Array
     top_p: jax.Array
@@ -47,8 +47,8 @@ class Router:
 class Cache:
     """Caches of the owners by their keys: prefix layers (U = 1), and those of all units.
 
-    `segments` says by kind ("L", "G") which document the token in each slot belongs to, as int32
-    segment_BS; 0 is an empty slot.
+    `segments` maps each kind ("L", "G") to int32 segment_BS, the document of the token in each
+    slot; 0 is an empty slot.
     """
 
     segments: dict[str, jax.Array]
@@ -94,7 +94,7 @@ class LightningLM(nn.Module):
         Args:
           tokens_BT: int32 token ids.
           positions_BT: position within the document, for RoPE; default: `start_B + 0..T-1`.
-          segment_ids_BT: document of each token, 0 for padding; default: one document a row.
+          segment_ids_BT: document of each token, 0 for padding; default: one document per row.
           router: selection bias and top-p; default: no bias, `config.moe.top_p`.
           rope_base_global: RoPE base of global layers; default: the config's.
           cache: from `init_cache`; the chunk is appended to it.
@@ -163,7 +163,7 @@ def kind_contexts(
     rope_base_global: float | jax.Array,
     cache: Cache | None,
 ) -> dict[str, KindContext]:
-    """Returns what all layers of a kind share, by kind; see `LightningLM` for the arguments."""
+    """Returns the shared context of each kind of layer; see `LightningLM` for the arguments."""
     attention = config.attention
     settings = {
         LOCAL: (attention.window, attention.rope_base_local, True),
@@ -241,7 +241,7 @@ def abstract_params(config: ModelConfig) -> Any:
 
 
 def logical_axes(config: ModelConfig) -> Any:
-    """Returns the tree of tuples of logical axis names, one name an axis of each parameter."""
+    """Returns the tree of tuples of logical axis names, one name per axis of each parameter."""
     specs = nn.get_partition_spec(_boxed(config))
     return jax.tree.map(tuple, specs, is_leaf=lambda leaf: isinstance(leaf, jax.P))
 
@@ -249,7 +249,7 @@ def logical_axes(config: ModelConfig) -> Any:
 def init_params(config: ModelConfig, key: jax.Array) -> Any:
     """Returns freshly initialised float32 parameters (jit it with the shardings wanted).
 
-    Parameters of one shape are drawn together: a generator a parameter would take XLA longer to
+    Parameters of one shape are drawn together: one RNG call per parameter would take longer to
     compile than the train step.
     """
     leaves, tree = jax.tree.flatten(_boxed(config), is_leaf=lambda a: isinstance(a, Declared))
@@ -268,10 +268,10 @@ def init_params(config: ModelConfig, key: jax.Array) -> Any:
 
 
 def inference_params(config: ModelConfig, params: Any) -> Any:
-    """Returns parameters in the dtypes that they are used in, so that no forward pass casts them.
+    """Returns parameters in the dtypes in which they are used, so that no forward pass casts them.
 
-    On a CPU without bfloat16 products bfloat16 parameters are rounded and widened again: the
-    values are those of bfloat16, in the dtype that is multiplied fastest.
+    On a CPU without bfloat16 products, bfloat16 parameters are rounded and then held in float32,
+    which such a CPU multiplies fastest.
     """
     boxed = _boxed(config)
     return jax.tree.map(
@@ -322,7 +322,7 @@ def abstract_cache(config: ModelConfig, batch: int, length: int) -> Cache:
 
 
 def cache_shardings(config: ModelConfig, batch: int, length: int, mesh: Mesh) -> Cache:
-    """Returns the placement of `init_cache` on a mesh: rows go with the batch."""
+    """Returns the placement of `init_cache` on a mesh: rows are split as the batch is."""
     names = {2: ("batch",), 5: ("layers", "batch", None, "kv_heads", "head")}
     rules = sharding.Rules.of(mesh)
     return jax.tree.map(

@@ -166,7 +166,7 @@ def island(function: Callable[..., Any], *, inputs: Sequence[Any], outputs: Any)
       function: of pytrees of arrays.
       inputs: for each positional argument the logical names of its arrays' leading axes, a tuple;
         or, where its arrays differ, a tree of such tuples that the argument's tree extends.
-      outputs: likewise for the result; or a function that gives it for the abstract result.
+      outputs: likewise for the result; or a function from the abstract result to such names.
     """
     mesh = _ambient()
     if mesh is None:

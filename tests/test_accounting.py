@@ -24,7 +24,7 @@ def model(*, attention=None, moe=None, **changes):
 
 
 def test_parameters_by_hand():
-    """D=128, N=4, K=2, H=32, E=16, F=96, one shared expert, 3 experts a token, MLP 384, V=100."""
+    """D=128, N=4, K=2, H=32, E=16, F=96, one shared expert, 3 experts per token, MLP 384, V=100."""
     size = accounting.parameters(model(prefix="G", unit="LlGg", num_units=2))
     owners, borrowers = 1 + 2 * 2, 2 * 2
     expert = 3 * 128 * 96
@@ -144,11 +144,11 @@ def test_predecessor_is_dense_global_and_as_wide_as_the_active_experts():
 def test_tables():
     rows = accounting.summary_rows(model(), 512)
     assert all(len(row) == 2 for row in rows)
-    assert ["experts a token, of those held", "3 of 16"] in rows
+    assert ["experts per token, of those held", "3 of 16"] in rows
     rows = accounting.comparison_rows(model(vocab_size=0), 2.5)
     assert [len(row) for row in rows] == [4] * 8
     assert rows[-1] == ["experts used, of those held", "2.50 of 16", "dense", "84.4%"]
-    # 6 rings of 64 and one full layer, of K=2 heads of 32, at 1024 tokens; 2 bytes a value.
+    # 6 rings of 64 and one full layer, of K=2 heads of 32, at 1024 tokens; 2 bytes per value.
     assert rows[1][1:] == ["352", "2.05 K", "82.8%"]
 
 

@@ -101,7 +101,7 @@ def tiny_model(vocab_size: int = 64, **changes: Any) -> ModelConfig:
 
 
 def random_batch(batch: int, time: int, vocab_size: int, seed: int = 0) -> Batch:
-    """A packed batch with several documents a row and some padding at the end of each."""
+    """A packed batch with several documents per row and some padding at the end of each."""
     generator = np.random.default_rng(seed)
     segments, positions = np.zeros((2, batch, time), np.int32)
     for row in range(batch):

@@ -1,4 +1,4 @@
-"""What the report of a sweep shows: the figure, and a page that holds everything in one file."""
+"""The figure of a sweep's report, and the page that holds everything in one file."""
 
 from __future__ import annotations
 
@@ -84,11 +84,11 @@ def plot(report: dict[str, Any], curve: dict[str, tuple[np.ndarray, np.ndarray]]
         color = looks[arm]["color"]
         right.plot(tokens, losses.mean(axis=0), color=color, label=arm, linewidth=1.5)
         right.fill_between(tokens, losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.15)
-    right.set(xlabel="training tokens", ylabel="training loss (nats a token)")
+    right.set(xlabel="training tokens", ylabel="training loss (nats per token)")
     right.set_title("Learning curves: mean and range over seeds")
     right.xaxis.set_major_formatter(EngFormatter(sep=""))
     if curve:
-        # The first fall is the same for all arms and would flatten what they differ in.
+        # The first fall is the same for all arms and would flatten their differences.
         shown = [losses[:, losses.shape[1] // 10 :] for _, losses in curve.values()]
         low, high = min(map(np.min, shown)), max(map(np.max, shown))
         right.set_ylim(low - 0.05 * (high - low) - 1e-6, high + 1e-6)
@@ -125,7 +125,7 @@ def _plot_scores(
     if by_cost:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.set_xlabel(f"KV cache, bytes a token at a context of {context // 1024}K")
+        axes.set_xlabel(f"KV cache, bytes per token at a context of {context // 1024}K")
     else:
         axes.set_xticks(range(len(arms)), [arm["arm"] for arm in arms])
         axes.set_xlabel("arm (all have the same KV cache)")
@@ -142,15 +142,15 @@ def build(
     image: bytes,
     origin: str,
 ) -> str:
-    """Returns the page: question, table, what is missing, figure, arms, how to reproduce.
+    """Returns the page: question, table, gaps, figure, arms, how to reproduce.
 
     Args:
       report: what `report.summarize` returns.
       header: names of the table's columns.
       rows: its cells.
-      gaps: notes and missing runs, a line each.
+      gaps: notes and missing runs, one per line.
       image: the figure, a PNG.
-      origin: commands, commits and versions that the runs were made with.
+      origin: commands, commits and versions of the runs.
     """
     domains = list(dict.fromkeys(d for arm in report["arms"] for d in arm.get("domains", {})))
     detail = [
@@ -194,7 +194,7 @@ def _html_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def origin(runs: Sequence[Run], workdir: Path) -> str:
-    """Commands, commits and versions of the runs, a line each, as their `run.json` have them."""
+    """Commands, commits and versions of the runs, one per line, from their `run.json`."""
     paths = [run.folder(workdir) / "run.json" for run in runs]
     made = [read_json(path) for path in paths if path.exists()]
     commands = [_command(run["command"]) for run in made]

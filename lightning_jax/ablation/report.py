@@ -38,7 +38,7 @@ def paired_difference(
     """Mean of paired differences and half the width of its 95% t-interval.
 
     The half width is t(0.975, n - 1) s / sqrt(n), with s the standard deviation of the n
-    differences (Student 1908); None for a single pair, which says nothing of the spread.
+    differences (Student 1908); None for a single pair, which has no spread.
     """
     differences = np.asarray(values, np.float64) - np.asarray(baseline, np.float64)
     count, mean = len(differences), float(differences.mean())
@@ -107,7 +107,7 @@ def summarize(sweep: Sweep, workdir: Path) -> dict[str, Any]:
 
 
 def _result(run: Run, folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """A run's row, or None and why there is none."""
+    """A run's row, or None and the reason."""
     if is_finished(folder):
         row = run_row(run, folder)
         finite = math.isfinite(row[METRIC])

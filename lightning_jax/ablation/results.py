@@ -1,4 +1,4 @@
-"""What one run of a sweep gave and what it costs, read from the run's folder."""
+"""Quality and cost of one run of a sweep, read from the run's folder."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def collect(runs: Sequence[Run], workdir: Path) -> list[dict[str, Any]]:
 def run_row(run: Run, folder: Path) -> dict[str, Any]:
     """Reads one finished run.
 
-    Returns `arm`, `seed`; held-out `loss` (nats a token) over all tokens, `bits_per_byte` over all
-    bytes, their `tokens` and `bytes`, `domains` with the same by domain; `experts_per_token`
+    Returns `arm`, `seed`; held-out `loss` (nats per token) over all tokens, `bits_per_byte` over
+    all bytes, their `tokens` and `bytes`, `domains` with the same by domain; `experts_per_token`
     (routed, mean over layers; None without); costs (see `costs`); `tokens_per_second` (median over
-    logged windows, so that compilation does not count) and `seconds` of training, resumed sessions
-    added up.
+    logged windows, so that compilation does not count) and `seconds` of training, summed over
+    sessions.
 
     Raises:
       UserError: a file of the run is missing or damaged.
@@ -99,14 +99,14 @@ def run_row(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def costs(model: ModelConfig, experts_per_token: float | None) -> dict[str, float]:
-    """Returns the size of a model, and its cost a token at a context of `COST_CONTEXT` tokens.
+    """Returns the size of a model, and its cost per token at a context of `COST_CONTEXT` tokens.
 
-    `params_total`, `params_active` (a token's, embedding included), `kv_bytes_per_token` (16 bit)
+    `params_total`, `params_active` (per token, embedding included), `kv_bytes_per_token` (16 bit)
     and `attention_flops_per_token` (scores and weighted values, mean over a prefill).
 
     Args:
       model: with its vocabulary's size.
-      experts_per_token: measured routed experts a token; None where there are none.
+      experts_per_token: measured routed experts per token; None without experts.
     """
     size = accounting.parameters(model, experts_per_token)
     return {

@@ -103,7 +103,7 @@ class Sweep:
 
 
 def build_sweep(values: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Sweep:
-    """Builds a Sweep from what `get_sweep()` returned, or from a `sweep.json`.
+    """Builds a Sweep from the result of `get_sweep()`, or from a `sweep.json`.
 
     Args:
       values: the fields of Sweep; `base` may be a ConfigDict.
@@ -165,7 +165,7 @@ def load_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None =
 
 
 def parse_change(text: str) -> tuple[str, Any]:
-    """Reads `model.model_dim=64`; what is not a Python literal is text.
+    """Reads `model.model_dim=64`; a value that is not a Python literal is text.
 
     Raises:
       UserError: no `=` in it.
@@ -210,7 +210,7 @@ def run_sweep(
     only: Sequence[str] = (),
     seeds: Sequence[int] = (),
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Trains what is not finished yet, in `workdir/<arm>/seed_<n>`, and collects the results.
+    """Trains the unfinished runs in `workdir/<arm>/seed_<n>`, and collects the results.
 
     Finished runs are skipped and half-done ones resume. After each run `results.jsonl` and
     `results.csv` have one row for each finished run of the folder (see `collect`).
@@ -276,7 +276,7 @@ def _check_same(sweep: Sweep, root: Path) -> None:
             )
         before, now = read_json(path), to_dict(sweep.config(run))
         if now["model"]["vocab_size"] == 0:
-            # 0 is "the tokenizer's"; a run records what that was.
+            # 0 means "the tokenizer's"; a run records the actual size.
             now["model"]["vocab_size"] = before["model"]["vocab_size"]
         changed = first_change(before, now)
         if changed:

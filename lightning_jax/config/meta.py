@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, beside its arrays."""
+"""The description that a checkpoint holds beside its arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_jax.config.run import RunConfig
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointMeta:
-    """The run, and where in it a checkpoint was made.
+    """The run, and the point of it at which a checkpoint was made.
 
     Attributes:
       config: the run, its vocabulary resolved.
@@ -32,7 +32,7 @@ class CheckpointMeta:
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> CheckpointMeta:
-        """Builds it from what `fields.to_dict` made of it.
+        """The inverse of `fields.to_dict`.
 
         Raises:
           UserError: a field is missing, unknown or of the wrong type.

@@ -177,12 +177,12 @@ class MoeConfig:
             require(getattr(self, name) >= 0, at + name, getattr(self, name), "0 or more")
 
     def slots(self, routing: str) -> int:
-        """Static number of choices a token C under a routing kind (the last axis of `_MC`)."""
+        """Static number C of choices per token under a routing kind (the last axis of `_MC`)."""
         return {"top_k": self.top_k, "top_p": self.max_experts, "dense": self.num_experts}[routing]
 
     @property
     def balance_weights(self) -> dict[str, float]:
-        """Weight of each auxiliary loss by the name that `ops.balance.balance_losses` gives it."""
+        """Weights of the auxiliary losses, named as in `ops.balance.balance_losses`."""
         names = ("switch", "group", "partition", "true_group", "z", "entropy")
         return {name: getattr(self, f"{name}_weight") for name in names}
 
@@ -191,8 +191,8 @@ class MoeConfig:
 class ModelConfig:
     """A decoder: embedding, `prefix` layers, `num_units` repeats of `unit`, final norm, head.
 
-    Prefix layers have a dense MLP; layers of the unit are routed when `moe.num_experts > 0`, or
-    those of them that `unit_mlp` says.
+    Prefix layers have a dense MLP. With `moe.num_experts > 0` the layers of the unit are routed:
+    all of them, or those that `unit_mlp` marks.
     """
 
     vocab_size: int

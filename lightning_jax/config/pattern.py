@@ -1,4 +1,4 @@
-"""The layer pattern: one letter a layer."""
+"""The layer pattern: one letter per layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EXPERTS, DENSE = "E", "D"
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """What one letter of the pattern says. `owner` is the key of the layer that owns its K/V."""
+    """The meaning of one letter of the pattern; `owner` is the key of the layer with its K/V."""
 
     key: str
     letter: str
@@ -32,11 +32,11 @@ class LayerSpec:
 def parse_pattern(
     pattern: str, field: str, routed: Sequence[bool] | None = None
 ) -> tuple[LayerSpec, ...]:
-    """Reads one letter a layer: `L` local, `G` global; lower case borrows the keys and values.
+    """Reads one letter per layer: `L` local, `G` global; lower case borrows the keys and values.
 
     A borrower reads those of the last owner of the same letter inside the pattern, so local layers
     never borrow from global ones and keys and values never leave a scan step. Layers are keyed
-    `"<index>_<letter>"`. `routed` says which layers have experts; None: no layer has.
+    `"<index>_<letter>"`. `routed` says which layers have experts; None: no layer has any.
 
     Raises:
       UserError: a letter that is not one of L, l, G, g, or a borrower without an owner before it.
@@ -67,9 +67,9 @@ def parse_pattern(
 
 
 def parse_mlps(mlps: str, unit: str, *, experts: bool) -> tuple[bool, ...]:
-    """Reads which layers of a unit have experts: one letter a layer, E (experts) or D (dense MLP).
+    """Reads which layers of a unit have experts: one letter per layer, E (experts) or D (dense).
 
-    Empty: all have where the model has `experts`, else none.
+    An empty string means E for every layer of a model with `experts`, else D.
 
     Raises:
       UserError: another letter, another length than the unit's, or an E in a model without experts.
@@ -77,7 +77,7 @@ def parse_mlps(mlps: str, unit: str, *, experts: bool) -> tuple[bool, ...]:
     if not mlps:
         return (experts,) * len(unit)
     allowed = (EXPERTS, DENSE) if experts else (DENSE,)
-    right = f"empty, or {len(unit)} letters out of {', '.join(allowed)}, one a layer of {unit!r}"
+    right = f"empty, or {len(unit)} letters out of {', '.join(allowed)}, one per layer of {unit!r}"
     fits = len(mlps) == len(unit) and all(letter in allowed for letter in mlps)
     require(fits, "model.unit_mlp", mlps, right)
     return tuple(letter == EXPERTS for letter in mlps)

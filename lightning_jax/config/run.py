@@ -162,7 +162,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything that an experiment is."""
+    """Everything that defines an experiment."""
 
     seed: int
     model: ModelConfig

@@ -1,7 +1,7 @@
 """Results kept in the user's cache folder: a file appears whole or not at all, and is checked.
 
-A cache saves time and nothing else. Where a file is missing, damaged or cannot be written, whoever
-asks does the work again.
+A cache only saves time. If a file is missing, damaged or cannot be written, the caller does the
+work again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def user_folder() -> Path | None:
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> bool:
-    """Writes arrays [n] for `load_arrays`; False where the disk does not take them.
+    """Writes arrays [n] for `load_arrays`; False if the disk does not take them.
 
     The file is a line of JSON (names, dtypes, lengths and a checksum), then the arrays as they are
     in memory. Put those of 8-byte dtypes first, for alignment.

@@ -1,7 +1,7 @@
 """Chat templates: from a list of messages to the one text that a model was taught to answer.
 
-A template is a Jinja program that comes with a tokenizer's folder. It runs in Jinja's sandbox, with
-what `transformers` gives it: `raise_exception`, `strftime_now`, `tojson`, loop controls, the
+A template is a Jinja program in a tokenizer's folder. It runs in Jinja's sandbox, with the names
+that `transformers` provides: `raise_exception`, `strftime_now`, `tojson`, loop controls, the
 `generation` block (whose marks are dropped) and the spelling of every special token.
 """
 
@@ -29,7 +29,7 @@ TEMPLATE_FILE, TEMPLATE_JSON, TEMPLATE_FOLDER = (
     "chat_template.json",
     "chat_templates",
 )
-# Private characters around what looks like a special token in a message, and where one continues.
+# Private characters around a special token spelled in a message, and where a message is cut.
 _OPEN, _CLOSE, _CUT = "\U000f0000", "\U000f0001", "\U000f0002"
 
 
@@ -43,8 +43,8 @@ class _SpecialEncoder(Protocol):
 class ChatTemplate:
     """The templates of one tokenizer by name, and the variables that they may use.
 
-    `variables` are spellings such as `bos_token`; a template sees those that its folder does not
-    name as undefined.
+    `variables` are spellings such as `bos_token`; one that the folder does not give is undefined in
+    the template.
     """
 
     templates: Mapping[str, str]
@@ -114,7 +114,7 @@ class ChatTemplate:
             text = program.render(
                 messages=plain, add_generation_prompt=add_generation_prompt, **values
             )
-        except Exception as error:  # Whatever goes wrong inside, the template or its input did it.
+        except Exception as error:  # The template or its input causes whatever goes wrong inside.
             reason = " ".join(str(error).split())
             raise UserError(f"chat template: {type(error).__name__}: {reason}") from error
         return _cut_open(text) if continue_final else text
@@ -140,7 +140,7 @@ class ChatTemplate:
 
 
 def token_spellings(folder: Path) -> dict[str, str]:
-    """Returns what the configs of a folder call its special tokens: `{"bos_token": "<s>", ...}`.
+    """Returns the special tokens that the configs of a folder name: `{"bos_token": "<s>", ...}`.
 
     As in `transformers`, `special_tokens_map.json` counts only beside a `tokenizer_config.json`
     without `added_tokens_decoder`, and then it goes first.
@@ -158,7 +158,7 @@ def token_spellings(folder: Path) -> dict[str, str]:
 
 
 def encode_inside(tokenizer: _SpecialEncoder, text: str, *, specials: bool) -> list[int]:
-    """Encodes what is not the start of a text, where SentencePiece would put a space before it."""
+    """Encodes the middle of a text, without the space that SentencePiece puts before a start."""
     line, ids = tokenizer.encode("\n"), tokenizer.encode("\n" + text, specials=specials)
     if ids[: len(line)] == line:
         return ids[len(line) :]

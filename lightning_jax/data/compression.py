@@ -1,4 +1,4 @@
-"""What general compressors make of the held-out bytes: the yardstick beside bits per byte."""
+"""The held-out bytes under general compressors: a yardstick for bits per byte."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def compression_rows(
     """Returns a table: a row per domain, with its bytes, each model's and each compressor's bits.
 
     Args:
-      sources: whose held-out text is compressed, each domain as one file.
+      sources: their held-out text is compressed, each domain as one file.
       models: bits per byte by domain, by the model's name.
     """
     rows: list[list[Any]] = [["held out", "bytes", *models, *COMPRESSORS]]

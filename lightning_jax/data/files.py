@@ -28,7 +28,7 @@ _BUFFER = 2**20  # bytes of a parquet column read at one time
 
 
 def optional_import(name: str, extra: str = "data") -> Any:
-    """Imports a package of an extra, or says in one line how to get it."""
+    """Imports a package of an extra; without it, the one-line error says how to get it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -61,7 +61,7 @@ class _RecordFile:
 
     @property
     def has_text(self) -> np.ndarray:
-        return np.ones(len(self), bool)  # an empty text in a record was meant
+        return np.ones(len(self), bool)  # an empty text in a record is deliberate
 
     def label(self, record: int) -> str:
         return f"{self.origin}:{self.index.number(record)}"
@@ -77,7 +77,7 @@ class _RecordFile:
 
 
 class JsonLinesFile(_RecordFile):
-    """One record a line; blank lines are none. Lines are read from the file itself."""
+    """One record per line; blank lines do not count. Lines are read from the file itself."""
 
     def __init__(self, path: Path, origin: str, text_field: str, store: IndexStore) -> None:
         index = store.records(path, origin, text_field, lambda: _json_lines(path, text_field, open))
@@ -115,7 +115,7 @@ class GzipLinesFile(_UnpackedFile):
 
 
 class ParquetFile(_UnpackedFile):
-    """One record a row; only the text column is read."""
+    """One record per row; only the text column is read."""
 
     @staticmethod
     def _entries(path: Path, text_field: str) -> Iterator[Entry]:
@@ -139,7 +139,7 @@ class ParquetFile(_UnpackedFile):
 
 
 class ArrayRecordFile(_RecordFile):
-    """One record each; JSON objects where the first record is one, else UTF-8 text."""
+    """One document per record: JSON objects if the first record is one, else UTF-8 text."""
 
     def __init__(self, path: Path, origin: str, text_field: str, store: IndexStore) -> None:
         module = optional_import("array_record.python.array_record_data_source")
@@ -194,7 +194,7 @@ def _is_object(content: bytes) -> bool:
 
 
 def _or_error(function: Callable[..., bytes], *arguments: Any) -> bytes | UserError:
-    """Calls; an error waits until somebody reads the record."""
+    """Returns the result of a call, or its error, to be raised when the record is read."""
     try:
         return function(*arguments)
     except UserError as error:

@@ -1,17 +1,17 @@
-"""What there is to know of a file of records without reading it again.
+"""The index of a file of records: everything needed of the file without reading it again.
 
 One pass over a file makes its index: where each record begins, how long its text is, its share
-(which decides what is held out) and a digest of everything. The pass keeps 24 bytes per record in
-memory. Its result is kept in a cache folder and memory-mapped from there, so that later starts read
-nothing but the index, and several processes share its pages.
+(which decides whether it is held out) and a digest of everything. The pass keeps 24 bytes per
+record in memory. The index is kept in a cache folder and memory-mapped from there, so that later
+starts read nothing but the index, and several processes share its pages.
 
 Indexes lie in the user's cache folder and not beside the run, because a corpus outlives its runs:
 every run of a sweep, and every evaluation of a run, opens the same files. They are found by path,
-size and time of change; a file that changes gets another one.
+size and time of change; a file that changes gets a new index.
 
-Documents are read in random order, which compressed files are not made for: every document of a
-gzip file or of a parquet row group costs the decompression of what lies around it. So the texts of
-such a file are unpacked once into one plain file beside its index, as Hugging Face datasets does.
+Documents are read in random order, which suits no compressed file: one document of a gzip file or
+of a parquet row group costs the decompression of the text around it. So the texts of such a file
+are unpacked once into one plain file beside its index, as Hugging Face datasets does.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 # A record: its number counted from 1, where its bytes end, and its UTF-8 text or what is wrong.
 Entry = tuple[int, int, bytes | UserError]
 
-_FORMAT = 1  # another one makes all indexes anew
+_FORMAT = 1  # another number rebuilds all indexes
 _REPORT_SECONDS = 10
 
 
@@ -49,8 +49,8 @@ class Index:
     """The records of one file.
 
     Attributes:
-      ends: int64 [records + 1], 0 and where the bytes of each record end: its own, with the blank
-        lines before it, begin where those of the last one end.
+      ends: int64 [records + 1], 0 and then the end of each record in bytes. A record, with the
+        blank lines before it, begins where the one before it ends.
       size: int64 [records], UTF-8 bytes of its text; -1 where reading it raises.
       share: float64 [records], see `shares`.
       skipped: int64 [blank lines], how many records come before each blank line.
@@ -78,7 +78,7 @@ def shares(labels: Iterable[bytes]) -> np.ndarray:
 
 
 def encoded_name(name: str) -> bytes:
-    """Returns a file name as UTF-8; bytes of it that are none stay as they are."""
+    """Returns a file name as UTF-8; bytes that are not UTF-8 stay as they are."""
     return name.encode("utf-8", "surrogateescape")
 
 
@@ -107,9 +107,9 @@ def build(entries: Iterable[Entry], origin: str) -> Index:
 
 
 class IndexStore:
-    """Gives the indexes of files, from its folder or by reading them; keeps what it made there.
+    """Gives the indexes of files: those kept in its folder, or new ones, which it keeps there.
 
-    `folder` is None where nothing can be kept. Files that cannot be read raise UserError; a folder
+    `folder` is None if nothing can be kept. Files that cannot be read raise UserError; a folder
     that cannot be used costs time and, for compressed files, temporary disk space.
     """
 
@@ -130,9 +130,9 @@ class IndexStore:
     def unpacked(
         self, path: Path, origin: str, text_field: str, entries: Callable[[], Iterable[Entry]]
     ) -> tuple[Index, Path]:
-        """Returns an index, and the plain file of texts that it is of.
+        """Returns the index of a compressed file, and the plain file of its texts.
 
-        What is wrong with a record stands in place of its text.
+        A bad record has its error in place of its text.
 
         Raises:
           UserError: no disk has room for the texts.
@@ -157,17 +157,17 @@ class IndexStore:
             ) from error
 
     def report(self, message: str, *values: object) -> None:
-        """Logs what takes long, at most every ten seconds."""
+        """Logs the progress of long work, at most every ten seconds."""
         if time.monotonic() >= self._next_report:
             self._next_report = time.monotonic() + _REPORT_SECONDS
             logger.info(message, *values)
 
     def load(self, name: str) -> dict[str, np.ndarray] | None:
-        """Returns arrays that `keep` wrote, None where they are not there or damaged."""
+        """Returns arrays that `keep` wrote; None if they are missing or damaged."""
         return None if self.folder is None else cache.load_arrays(self.folder / f"{name}.index")
 
     def keep(self, name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns arrays memory-mapped from the folder, or as they are where it takes none."""
+        """Keeps arrays in the folder and returns them memory-mapped; as they are if that fails."""
         if self.folder is None or not cache.save_arrays(self.folder / f"{name}.index", arrays):
             return arrays
         return self.load(name) or arrays
@@ -204,7 +204,7 @@ class IndexStore:
 
 
 def kept_name(kind: str, *key: object) -> str:
-    """Returns the name under which a store keeps what `key` says."""
+    """Returns the name under which a store keeps the arrays of `key`."""
     content = "\0".join(map(str, (_FORMAT, *key)))
     return f"{kind}_{hashlib.sha256(os.fsencode(content)).hexdigest()[:32]}"
 

@@ -3,7 +3,7 @@
 Each source is one stream of documents for the whole run, in an order of its own. A stage says how
 its rows are cut, mixed and batched; where each stream stands is part of the iterator's state, which
 one stage hands to the next. So no seam between stages repeats or drops a document, whatever changes
-there, and a source that rests for a stage goes on where it was.
+there, and a source that rests for a stage continues where it stopped.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _MixIterator(grain.DatasetIterator):
 
     def set_state(self, state: dict[str, Any]) -> None:
         streams = state["streams"]
-        # Shares are of a stage's own tokens: another stage hands over its streams alone.
+        # Shares count this stage's tokens only: another stage hands over nothing but its streams.
         same = state["stage"] == self._stage
         self._tokens = dict(state["tokens"]) if same else dict.fromkeys(self._rows, 0)
         self._resting = {name: streams[name] for name in streams if name not in self._rows}
@@ -72,8 +72,8 @@ class MixDataset(grain.IterDataset):
       rows: by source, rows of `seq_len`.
       weights: by source, its share of real tokens.
       seq_len: tokens per row.
-      stage: the name that its iterators' states bear. A state of another stage moves the streams of
-        rows (of the sources that are here; the others' positions are kept) and nothing else.
+      stage: the name in its iterators' states. A state of another stage sets nothing but the
+        positions of the streams; those of sources that are not in this stage are kept.
     """
 
     def __init__(
@@ -108,8 +108,8 @@ def make_train_iterator(
     its name alone; in each epoch every process reads its own part of the documents. `data.prefetch`
     batches are made ahead in one thread.
 
-    `get_state` is that of the last batch given, exact, and survives JSON. `set_state` takes a state
-    of the same stage, to resume, or the one in which the last stage ended, to go on after it.
+    `get_state` gives the exact position after the last batch, and survives JSON. `set_state` takes
+    a state of the same stage, to resume, or the last state of the stage before, to continue it.
 
     Raises:
       UserError: a batch that the processes cannot share, or a source that cannot be opened. Bad
@@ -142,23 +142,23 @@ def make_train_iterator(
 
 
 def _endless(source: Source, tokenizer: Tokenizer, seed: int, part: slice) -> Documents:
-    """The tokens of a source's documents, epoch after epoch; of each epoch, the `part`."""
+    """The tokens of a source's documents, epoch after epoch; `part` selects this process's."""
     digest = hashlib.sha256(f"{seed}\0{source.name}".encode()).digest()
     order = int.from_bytes(digest[:4], "big")
-    # Repeat before slice: parts are then equal over epochs also where they do not divide one.
+    # Repeat before slicing: then the parts are equal over epochs even if they do not divide one.
     documents = grain.MapDataset.source(source).shuffle(seed=order).repeat()[part]
     return documents.map(lambda document: document_tokens(document["text"], tokenizer))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvalBatches:
-    """Batches over whole documents, as often as one likes; see `eval_batches`.
+    """Batches over whole documents, which can be iterated repeatedly; see `eval_batches`.
 
     Attributes:
-      documents: which ones of the source, in order.
+      documents: numbers of the source's documents, in order.
       num_bytes: UTF-8 bytes of their text, over all processes: bits per byte is the summed loss
         of all targets in bits over this.
-      num_targets: predictions over all processes: one a token, and one eos a document.
+      num_targets: predictions over all processes: one per token, and one eos per document.
     """
 
     documents: tuple[int, ...]

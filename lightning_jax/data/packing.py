@@ -39,7 +39,7 @@ class _Piece(NamedTuple):
     tokens: np.ndarray
 
 
-# Rows that first_fit keeps open. More of them leave less padding and make a resume read more.
+# Rows that first_fit keeps open. With more rows there is less padding, and a resume reads more.
 _OPEN_ROWS = 32
 
 
@@ -64,7 +64,7 @@ def _make_row(pieces: list[_Piece], seq_len: int) -> Batch:
 
 
 class _Pairs:
-    """Pairs of a sequence of documents, taken a piece at a time, with an exact position.
+    """Pairs of a sequence of documents, taken piece by piece, with an exact position.
 
     The position is the number of the next document to open, and the spans of opened documents that
     are still to be taken: `[document, start, stop]`, counted in pairs.
@@ -77,7 +77,7 @@ class _Pairs:
         self._loaded: tuple[int, np.ndarray] | None = None
 
     def left(self) -> int:
-        """Pairs that the first span still has, of a new document if need be; 0 after the last."""
+        """Pairs left in the first span, which may be a new document; 0 after the last one."""
         if not self._spans:
             if self._next == len(self._documents):
                 return 0
@@ -104,7 +104,7 @@ class _Pairs:
         return self._loaded[1]
 
     def get_state(self) -> dict[str, Any]:
-        # As text, because Grain copies states and wants one structure of them all.
+        # As text, because Grain copies states and wants all of them to have one structure.
         return {"next": self._next, "spans": json.dumps(self._spans)}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -171,13 +171,13 @@ class _FirstFitIterator(grain.DatasetIterator):
             self._pairs.set_state(state)
             self._rows = [[self._pairs.piece(*span) for span in row] for row in rows]
         else:
-            # Rows of another length are undone: what they held is packed again, before the rest.
+            # Rows of another length are undone: their pieces are packed again, before the rest.
             spans = sorted(itertools.chain(*rows, json.loads(state["spans"])))
             self._pairs.set_state({**state, "spans": json.dumps(_joined(spans))})
 
 
 def _joined(spans: list[list[int]]) -> list[list[int]]:
-    """Joins spans where one begins where the last one ends."""
+    """Joins spans that begin where the one before them ends."""
     joined: list[list[int]] = []
     for document, start, stop in spans:
         if joined and (joined[-1][0], joined[-1][2]) == (document, start):
@@ -190,10 +190,10 @@ def _joined(spans: list[list[int]]) -> list[list[int]]:
 class PackDataset(grain.IterDataset):
     """Packs the int32 arrays of `document_tokens` into rows of `seq_len`.
 
-    `concat` leaves no padding but after the last document; `first_fit` cuts only documents of more
-    than `seq_len` pairs, and pads. The state of its iterator is exact and survives JSON. It may be
-    set on an iterator of another `seq_len` (and the same documents and packing), which goes on
-    where the other one was: no pair is dropped or comes twice.
+    `concat` pads only after the last document; `first_fit` cuts only documents of more than
+    `seq_len` pairs, and pads. The state of the iterator is exact and survives JSON. It may be set
+    on an iterator of another `seq_len` (and the same documents and packing), which continues where
+    the first one stopped: no pair is dropped or repeated.
     """
 
     def __init__(self, documents: Documents, *, seq_len: int, packing: str) -> None:

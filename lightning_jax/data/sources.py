@@ -1,14 +1,14 @@
 """Where text comes from: random access to the documents of a run's sources, opened once.
 
 `path` is `stdlib:code` (the running Python's own modules), `stdlib:docs` (their docstrings, one
-document a module), or a path or glob (`**` recurses) of `.txt`, `.md` and `.py` (a document a
-file), `.jsonl`, `.jsonl.gz`, `.parquet` and `.array_record` (a document a record) files.
+document per module), or a path or glob (`**` recurses) of `.txt`, `.md` and `.py` files (one
+document per file), `.jsonl`, `.jsonl.gz`, `.parquet` and `.array_record` files (one per record).
 
-Documents are in order of relative file name, then record. Whether one is held out depends on the
-hash of that name (and record) alone, so code and docstrings of one module fall on the same side,
-and a file that is added moves no other. Documents are read when asked for; of each, some tens of
-bytes are held. What a first start learns of the files is kept (see `index`), so that later ones
-only look whether they changed.
+Documents are in order of relative file name, then record. Only the hash of that name (and record)
+decides whether a document is held out, so code and docstrings of one module fall on the same side,
+and a file that is added moves no other. Documents are read when asked for; memory holds some tens
+of bytes per document. The first start keeps an index of the files (see `index`), so that later
+starts only check whether they changed.
 """
 
 from __future__ import annotations
@@ -82,9 +82,9 @@ class Source:
         return (self[document]["text"] for document in range(len(self)))
 
     def hash_order(self) -> Iterator[int]:
-        """Document numbers in an order that has nothing to do with names, the same everywhere.
+        """Document numbers in the order of a hash, the same on every machine.
 
-        Its beginning costs no sort of all documents.
+        Taking only its beginning does not sort all documents.
         """
         shares = self._gather("share")
         given, count, below = 0, _FIRST_BLOCK, -1.0
@@ -97,7 +97,7 @@ class Source:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of name and content of all files, and of which documents are in this split.
+        """sha256 (hex) of names and contents of all files, and of the choice of this split.
 
         Raises:
           UserError: a document of the split that cannot be read.
@@ -141,8 +141,8 @@ class Source:
 class Sources:
     """The sources of a run: `train[name]` and `eval[name]` are the splits, each a `Source`.
 
-    A source is opened when it is first asked for, and once: those without weight in any stage, and
-    those of a run that only generates, need not be there.
+    A source is opened once, when it is first asked for: sources without weight in any stage, and
+    those of a run that only generates, need not exist.
 
     With `eval_path` the train split is all of `path` and the eval split all of `eval_path`; without
     it, the share `eval_fraction` of the documents of `path` is held out, at least one.

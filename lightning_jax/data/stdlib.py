@@ -1,4 +1,4 @@
-"""The text that every machine has: the running Python's own modules and their docstrings."""
+"""Text that every machine has: the running Python's own modules and their docstrings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from lightning_jax.data.index import IndexStore, kept_name
 from lightning_jax.data.text_files import HeldTexts, TextFiles, find_files, open_texts
 
-# Tests and installed packages are not what one means by the standard library. `pydoc_data` and
+# Tests and installed packages are no part of the standard library's text. `pydoc_data` and
 # `encodings` are generated: one file of escaped prose, longer than all other held-out files
 # together, and a hundred near copies of one table. The sysconfig files say where this one Python
 # was built, so no two machines would have the same data.

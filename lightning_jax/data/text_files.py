@@ -1,7 +1,7 @@
 """Documents that have a name of their own, not a number: text files, and texts made of files.
 
-What was read of text files stands in one table a glob, in the cache folder: a later start asks the
-system for size and time of each file, and reads only those that changed.
+The cache folder holds one table per glob with the size, time and digest of its text files: a later
+start asks the system for size and time of each file, and reads only those that changed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class FoundFile(NamedTuple):
 
 
 class _Named:
-    """Named documents; some tens of bytes are held of each. See `files` for the attributes."""
+    """Named documents; memory holds some tens of bytes per document. Attributes: see `files`."""
 
     def __init__(self, names: Iterable[str], size: np.ndarray, digests: np.ndarray) -> None:
         encoded = [encoded_name(name) for name in names]
@@ -100,8 +100,8 @@ def open_texts(
 ) -> TextFiles:
     """Opens text files of `root`; those whose size and time are in the store are not read.
 
-    `key`, which tells what found them, names their table in the store. `readable` leaves out what
-    is not UTF-8 or cannot be read.
+    `key`, such as the glob that found them, names their table in the store. `readable` leaves out
+    files that are not UTF-8 or cannot be read.
     """
     table, count = kept_name("texts", key), 0
     known, old = {}, store.load(table)
@@ -132,7 +132,7 @@ def open_texts(
 
 
 def _read(path: str) -> tuple[int, np.ndarray]:
-    """Size and digest of a text file; -1 and zeros where there is no text."""
+    """Size and digest of a text file; -1 and zeros if it is not readable text."""
     try:
         content = Path(path).read_bytes()
         content.decode("utf-8")

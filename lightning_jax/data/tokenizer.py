@@ -33,8 +33,8 @@ _SAMPLE_BYTES = 16 * 2**20
 def load_tokenizer(spec: str) -> Tokenizer:
     """Returns the tokenizer that `spec` names: `bytes`, or a path.
 
-    The path is a Hugging Face folder, whose configs name bos, eos and what else ends an answer, and
-    which may hold a chat template; or a `*.json` or `*.model` file, which is read alone.
+    The path is a Hugging Face folder, whose configs name bos, eos and other ids that end an answer,
+    and which may hold a chat template; or a `*.json` or `*.model` file, which is read alone.
 
     Raises:
       UserError: no such file, a corrupt one, a model without any bos or eos token, or a missing
@@ -96,12 +96,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokeni
 
 
 def resolve_tokenizer(sources: Sources, workdir: str | Path) -> Tokenizer:
-    """Returns the run's tokenizer, and leaves it in `workdir` so that the folder is complete.
+    """Returns the run's tokenizer, and keeps it in `workdir` so that the folder is complete.
 
     `bpe:<size>` is trained once on at most 16 MB of the train split, an equal part from each
     source, its documents in hash order; the result is `workdir/tokenizer.json`. A file is copied to
-    `workdir/tokenizer.json` or `workdir/tokenizer.model`, a folder (what of it makes the tokenizer)
-    to `workdir/tokenizer/`. A later call reuses what it finds there, and opens no source.
+    `workdir/tokenizer.json` or `workdir/tokenizer.model`, the tokenizer's files of a folder to
+    `workdir/tokenizer/`. A later call reuses these files and opens no source.
 
     Raises:
       UserError: as `load_tokenizer` and `train_bpe`, and where `workdir` holds another tokenizer.

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder says about its tokenizer, besides the vocabulary."""
+"""The settings of a tokenizer in a Hugging Face folder, besides the vocabulary."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The defaults are those of a vocabulary file that stands alone.
+    """Settings of a tokenizer; the defaults are those of a vocabulary file without a folder.
 
-    `bos_token` and `eos_token` are spellings; `bos_id` and `eos_ids` are what the configs of the
-    model say, where any of them does. `adds_bos` is None where no config says. `added` are tokens
-    beyond the vocabulary file: id and whether it is special, by spelling. `prefix_each` is True
-    where text after a special token is tokenized as if it began a text (`legacy`).
+    `bos_token` and `eos_token` are spellings; `bos_id` and `eos_ids` come from the configs of the
+    model, if these name them. `adds_bos` is None if no config tells. `added` maps the spelling of
+    tokens beyond the vocabulary file to their id and whether they are special. `prefix_each` is
+    True if text after a special token is tokenized as if it began a text (`legacy`).
     """
 
     alone: bool = True
@@ -109,7 +109,7 @@ def vocabulary_file(folder: Path) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Returns by relative name the files of a folder that make its tokenizer."""
+    """Returns the files of a folder that make its tokenizer, by relative name."""
     templates = sorted((folder / chat.TEMPLATE_FOLDER).glob("*.jinja"))
     paths = [*(folder / name for name in _FILES), *templates]
     return {
@@ -120,8 +120,8 @@ def files(folder: Path) -> dict[str, bytes]:
 def copy(source: Path, target: Path) -> None:
     """Copies the tokenizer of one folder to a new one, which appears whole or not at all.
 
-    Of the model's configs it takes the ids alone, into a `generation_config.json`: the new folder
-    says nothing else of a model, and may be laid over that of another one.
+    Of the model's configs only the ids are copied, into a `generation_config.json`: the new folder
+    describes no model, and may be laid over the folder of another model.
     """
     settings, contents = Settings.load(source), files(source)
     ids = {"bos_token_id": settings.bos_id, "eos_token_id": [*settings.eos_ids] or None}

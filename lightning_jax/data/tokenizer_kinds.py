@@ -23,17 +23,17 @@ _CONTEXT = 16
 
 
 class StreamDecoder(Protocol):
-    """Turns generated ids into text one by one; what it has given is never taken back."""
+    """Turns generated ids into text one by one; text once given is never taken back."""
 
     def push(self, token_id: int) -> str:
         """Returns the characters that `token_id` completes, often one, sometimes none."""
 
     def flush(self) -> str:
-        """Returns what is still held back; an unfinished character becomes U+FFFD."""
+        """Returns the text still held back; an unfinished character becomes U+FFFD."""
 
 
 class Tokenizer(Protocol):
-    """What the framework asks of a tokenizer. Ids are `0 <= id < vocab_size`.
+    """The interface of all tokenizers. Ids are `0 <= id < vocab_size`.
 
     `stop_ids` are all ids that end an answer, `eos_id` first. `adds_bos` is whether the model was
     taught with `bos_id` before its prompts. `specials` are ids by their spelling.
@@ -57,12 +57,12 @@ class Tokenizer(Protocol):
         """Drops specials and ids outside the vocabulary; bytes that are no UTF-8 become U+FFFD."""
 
     def stream_decoder(self, before: Sequence[int] = ()) -> StreamDecoder:
-        """Decodes what follows the ids `before`, which are not decoded themselves."""
+        """Returns a decoder of the ids after `before`, which are not decoded themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
-    """One token a UTF-8 byte: ids 0 to 255 are the bytes, then bos, then eos."""
+    """One token per UTF-8 byte: ids 0 to 255 are the bytes, then bos, then eos."""
 
     vocab_size: int = 258
     bos_id: int = 256
@@ -84,7 +84,7 @@ class ByteTokenizer:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _ModelTokenizer:
-    """What both kinds that are read from files have in common."""
+    """The common part of both kinds that are read from files."""
 
     model: Any
     vocab_size: int
@@ -113,7 +113,7 @@ class HuggingFaceTokenizer(_ModelTokenizer):
 
     @functools.cached_property
     def _with_specials(self) -> Any:
-        # A second copy, for the switch is state of the model, which threads share.
+        # A second copy, because the switch is state of the model, which threads share.
         return type(self.model).from_str(self.model.to_str())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -311,16 +311,16 @@ def _special_ids(
     bos_ids: Sequence[int | None],
     eos_ids: Sequence[int | None],
 ) -> tuple[int, tuple[int, ...]]:
-    """Returns bos and all that ends a text, eos first.
+    """Returns bos, and all ids that end a text, eos first.
 
-    Spellings of `settings` go before its ids, those before what the vocabulary itself has
-    (`bos_ids`, `eos_ids`); where only one of bos and eos is found, it serves as both.
+    Spellings of `settings` take precedence over its ids, and these over the vocabulary's own
+    (`bos_ids`, `eos_ids`); if only one of bos and eos is found, it serves as both.
     """
     known = [*settings.eos_ids] + ([] if settings.bos_id is None else [settings.bos_id])
     for index in known:
         if not 0 <= index < vocab_size:
             raise UserError(f"{path}: token id {index} of its config: must be in [0, {vocab_size})")
-    # Configs of models that never had these tokens hold the ids 1 and 2, of ordinary ones.
+    # Configs of models that never had these tokens hold the ids 1 and 2, those of ordinary tokens.
     special = set(specials.values())
     stop_ids = [index for index in settings.eos_ids if index in special]
     found = []

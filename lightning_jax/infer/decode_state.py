@@ -17,7 +17,7 @@ from lightning_jax import sharding
 from lightning_jax.infer.buckets import power_of_two
 from lightning_jax.infer.sampling import Sampling, sample
 
-# In place of a token: of rows that are finished, and of stop ids that a request has not.
+# No token: the output of a finished row, and a stop id that no token matches.
 FINISHED = -1
 _NO_STOP = -2
 
@@ -31,8 +31,8 @@ class DecodeState:
       token_B: int32, the last token of each row, which the next step reads.
       position_B: int32, its position in the row.
       active_B: bool, False once a row has ended, or where a row only fills the batch.
-      left_B: int32, tokens that may still be made.
-      key_B: a PRNG key per row; the token at position p is drawn with its fold of p.
+      left_B: int32, tokens that may still be generated.
+      key_B: a PRNG key per row; the token at position p is drawn with `fold_in(key, p)`.
       temperature_B, top_k_B, top_p_B: float32, int32 and float32, see `sampling.Sampling`.
       stop_BJ: int32 ids that end a row.
       routing_top_p_B: float32, the router's top-p for each row's tokens.
@@ -61,15 +61,15 @@ class DecodeState:
         routing_top_p: float | jax.Array,
         rows: int,
     ) -> DecodeState:
-        """Returns the state before the prompts are read; row b draws with the fold b of `key`.
+        """Returns the state before the prompts are read; row b has the key `fold_in(key, b)`.
 
         Args:
           prompts: token ids.
           sampling: of each prompt.
-          max_new_tokens: most tokens per row.
+          max_new_tokens: most new tokens per row.
           key: a PRNG key.
-          stop_ids: tokens that end a row, of all rows.
-          routing_top_p: of all rows.
+          stop_ids: tokens that end a row; the same for all rows.
+          routing_top_p: the router's top-p; the same for all rows.
           rows: B; the rows after the prompts are never active.
         """
         fill = rows - len(prompts)

@@ -1,4 +1,4 @@
-"""Batched generation with a cache: chunked prefill, then one token per step. Knows ids, no text."""
+"""Batched generation with a cache: chunked prefill, then one token per step. Ids only, no text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["FINISHED", "Engine"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """All that a forward pass reads; parameters are cast for inference."""
+    """Everything that a forward pass reads; parameters are cast for inference."""
 
     params: Any
     router: lm.Router
@@ -132,10 +132,10 @@ def _decode(
 class Engine:
     """Generates token ids from token ids with one model.
 
-    Prompts may have different lengths; rows do not see each other, and a row costs no expert once
-    it is finished. Memory is that of `model.init_cache`: rings for local layers, nothing for
-    borrowers. Rows and lengths are rounded up to few sizes, so that seldom anything compiles; the
-    cost of a step follows the tokens that a row has, not the room in its cache.
+    Prompts may have different lengths; rows do not see each other, and a finished row uses no
+    expert. Memory is that of `model.init_cache`: rings for local layers, nothing for borrowers.
+    Rows and lengths are rounded up to few sizes, so that new shapes seldom compile; the cost of a
+    step follows the filled part of the cache, not its capacity.
     """
 
     def __init__(
@@ -150,12 +150,12 @@ class Engine:
         prefill_chunk: int = 128,
     ):
         """Args:
-          config: with its vocabulary resolved (not 0). Its `attention.implementation` is that of
+          config: with its vocabulary resolved (not 0). Its `attention.implementation` is for
             training and is not read: with a cache, attention is chosen by shape.
           params, router: of that model.
           max_length: tokens of a prompt and its continuation for which the cache has room.
           rope_base_global: RoPE base of global layers; default: the config's.
-          valid_vocab: ids from here up are never generated; default: the whole vocabulary.
+          valid_vocab: only ids below it are generated; default: the whole vocabulary.
           prefill_chunk: prompt tokens per row that one step of the prefill takes.
 
         Raises:

@@ -52,15 +52,15 @@ def sample(
     The logits are divided by the temperature, cut to the `top_k` largest, then to the nucleus: the
     fewest tokens, most probable first, whose renormalised mass reaches `top_p`, with the one that
     crosses it (arXiv 1904.09751). Among equal logits lower ids come first. A row's draw depends on
-    its own key, logits and settings alone; settings that no row has cost nothing.
+    its own key, logits and settings alone; a setting that no row uses costs nothing.
 
     Args:
-      logits_BV: logits of any float dtype; computed with in float32.
+      logits_BV: logits of any float dtype; the computation is in float32.
       key_B: a PRNG key per row; not read by greedy rows.
       temperature_B: float32; see `Sampling`.
       top_k_B: int32.
       top_p_B: float32.
-      valid_vocab: ids from here up are rows that only pad the embedding, and are never drawn.
+      valid_vocab: ids from here on only pad the embedding, and are never drawn.
 
     Returns:
       int32 tokens_B.

@@ -1,6 +1,6 @@
 """Log-probabilities of given continuations, in batches of few shapes.
 
-Only tokens that are scored meet the head, a chunk at a time, so no logits of a whole batch exist.
+The head runs on scored tokens only, chunk by chunk, so the logits of a whole batch never exist.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _score(
 
 @dataclasses.dataclass
 class _Row:
-    """One forward pass: what the model reads, and the pairs that are scored from it."""
+    """One row of a forward pass: the tokens that the model reads, and the pairs scored from it."""
 
     inputs: tuple[int, ...]
     pairs: list[int]
@@ -94,8 +94,8 @@ class Scorer:
           config: with its vocabulary resolved (not 0).
           params, router: of that model.
           rope_base_global: RoPE base of global layers.
-          max_length: most tokens that the model reads; of longer contexts the end counts.
-          batch_size: rows a forward pass.
+          max_length: most tokens that the model reads; longer contexts lose their beginning.
+          batch_size: rows per forward pass.
 
         Raises:
           UserError: a number out of its range.

@@ -1,4 +1,4 @@
-"""Text in, text out: what the generation program and the samples of a training run share."""
+"""Text in, text out: shared by the generation program and the samples of a training run."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ TRAINING_SAMPLE = Sampling(temperature=0.8, top_p=0.95)
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions:
-    """What `generate_run` writes. `routing_top_p` replaces the run's top-p, None keeps it.
+    """Options of `generate_run`. `routing_top_p` replaces the run's top-p; None keeps it.
 
-    With `chat` the prompt is what a user says, and the answer is written without it.
+    With `chat` the prompt is a user's message, and only the answer is written.
 
     Raises:
       UserError: a number out of its range.
@@ -80,11 +80,11 @@ def stream_text(
     rows: int = 1,
     answer: bool = False,
 ) -> Iterator[str]:
-    """Yields what follows the ids `prompt`: for each token the characters that it completes.
+    """Yields the text after the ids `prompt`.
 
-    The strings are whole characters (some are empty); one more ends the text. It goes on with the
-    text of the prompt, or is an `answer` that begins a text of its own. Where a mesh needs a batch,
-    `rows` copies of the prompt run and the first is read.
+    There is one string per token (complete characters, possibly empty), then a final flush.
+    `answer=True` decodes as the start of a new text. `rows` repeats the prompt so that the batch
+    divides over the mesh; row 0 is decoded.
     """
     decoder = tokenizer.stream_decoder(() if answer else prompt)
     for token_B in engine.stream(
@@ -117,7 +117,7 @@ def generate_run(
       workdir: folder of the run.
       write: takes the text piece by piece, prompt first unless it is a chat; each sample ends with
         a line end.
-      report: takes one line of measurements a sample.
+      report: takes one line of measurements per sample.
 
     Raises:
       UserError: no such run or checkpoint, or options that do not fit its model or tokenizer.
@@ -204,5 +204,5 @@ def _measurements(times: list[float], experts_per_token: float | None) -> str:
     if len(times) > 1:
         parts.append(f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s")
     if experts_per_token is not None:
-        parts.append(f"{experts_per_token:.2f} experts a token")
+        parts.append(f"{experts_per_token:.2f} experts per token")
     return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""Between folders of runs and folders of Hugging Face."""
+"""Conversion between folders of runs and folders of Hugging Face."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def from_hugging_face(
       kv_source: see `hf.load`.
 
     Returns:
-      What was read: model type, layers, parameters, tokenizer.
+      A summary of the model: model type, layers, parameters, tokenizer.
     """
     _, tokenizer = describe(path)
     loaded = hf.load(path, kv_source=kv_source)
@@ -101,7 +101,7 @@ def to_hugging_face(
       dtype: of the file; "bfloat16" rounds.
 
     Returns:
-      What was written: model type, layers, parameters, step.
+      A summary of the model: model type, layers, parameters, step.
     """
     if not is_run(workdir):
         raise UserError(f"workdir = {str(workdir)!r}: not the folder of a run")

@@ -6,8 +6,8 @@ groups that hold one slice each, in several copies (He et al., "Upcycling Large 
 Mixture of Experts", arXiv 2410.07524, section 3.2). Slices of one copy start with the same router
 column, so top-k takes whole copies.
 
-The result computes what the dense model did where nothing else changes (no window, no borrowing, no
-new norm) and the chosen gates have a known sum: `is_exact` says whether that is so.
+The result computes the same function as the dense model if nothing else changes (no window, no
+borrowing, no new norm) and the chosen gates have a known sum: `is_exact` tells.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lightning_jax.config.pattern import LayerSpec
 from lightning_jax.interop.hf.config import meaning
 
 POOLS = ("mean", "first")
-# Leaves of a layer by the projection that they belong to; what is not listed is copied as it is.
+# Leaves of a layer by the projection that they belong to; other leaves are copied as they are.
 _KEY_VALUE = ("key_DKH", "value_DKH", "key_bias_KH", "value_bias_KH", "key_norm/scale")
 
 Leaves = dict[str, jax.Array]
@@ -58,7 +58,7 @@ def upcycle(
       source: a model whose MLPs are all dense.
       params: its parameters.
       target: same width, heads, depth and vocabulary; any pattern and experts.
-      key: of the router's columns and of what `source` lacks.
+      key: draws the router's columns and the parameters that `source` lacks.
       pool: keys and values of an owner are the "mean" of those of the layers that will read them,
         or the owner's own ("first").
 
@@ -243,7 +243,7 @@ def _experts(matrix_DF: jax.Array, cut: Slices) -> jax.Array:
 
 
 def _scale(cut: Slices, target: ModelConfig) -> float:
-    """Undoes the gates: what the down projections are multiplied by.
+    """Factor of the down projections that undoes the gates.
 
     Renormalised gates over whole copies sum to 1, of which every slice gets 1 / slices. Raw gates
     of a fresh router are near 1 / experts (a softmax) or 1 / 2 (a sigmoid) for each of the chosen.

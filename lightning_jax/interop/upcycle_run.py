@@ -1,4 +1,4 @@
-"""Upcycling as a user asks for it: from a folder to the start of a run, with the loss of both."""
+"""Upcycling from a folder to the start of a run, with the loss of both models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def upcycle_run(
     pool: str = "mean",
     eval_tokens: int = 16_384,
 ) -> dict[str, Any]:
-    """Makes the folder of a run that begins with a dense checkpoint.
+    """Makes the folder of a run that starts from a dense checkpoint.
 
     Args:
       source: folder of a run or of Hugging Face with a dense model.
@@ -43,7 +43,7 @@ def upcycle_run(
 
     Returns:
       `exact` (the function is kept but for rounding) and by domain the loss before, after, and
-      their difference, in nats a token.
+      their difference, in nats per token.
 
     Raises:
       UserError: a source that does not fit, or a folder that cannot be read or written.

@@ -24,10 +24,10 @@ View = Fresh | Stored
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KindContext:
-    """What all layers of one kind (local or global) share in one forward pass.
+    """The values that all layers of one kind (local or global) share in one forward pass.
 
     `rope` is the (sin, cos) table of the query positions, None for NoPE; `segment_BT` the document
-    of each token; `chunk` what is appended to the caches, None without one.
+    of each token; `chunk` the tokens to append to the caches, None without caches.
     """
 
     rope: tuple[jax.Array, jax.Array] | None
@@ -40,8 +40,8 @@ class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) whose K/V may belong to an earlier layer.
 
     Cross-layer attention (arXiv 2405.12981): an owner returns a view of the keys and values that it
-    attended to, and a borrower attends to that view. So borrowers read what their owner read, with
-    and without a cache, and have neither projections nor a cache.
+    attended to, and a borrower attends to that view. So a borrower reads the same keys as its
+    owner, with and without a cache, and has neither projections of its own nor a cache.
     """
 
     config: AttentionConfig
@@ -65,7 +65,7 @@ class Attention(nn.Module):
           context: of the layer's kind.
           view: of the owner; read by borrowers only.
           cache: of an owner, for all units; None without caches.
-          unit: int32, which unit of the cache is this layer's.
+          unit: int32, this layer's unit of the cache.
         """
         config, dim, dtype = self.config, x_BTD.shape[-1], x_BTD.dtype
         heads = (config.num_heads, config.head_dim)

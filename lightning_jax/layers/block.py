@@ -21,7 +21,7 @@ from lightning_jax.ops.kv_cache import Full, Ring
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What all layers share in one forward pass."""
+    """The values that all layers share in one forward pass."""
 
     kinds: dict[str, KindContext]
     token_mask_BT: jax.Array
@@ -69,8 +69,8 @@ class Unit(nn.Module):
     """A run of layers closed under sharing: no key or value is borrowed from outside.
 
     `bias_RE` has a row for each of the R routed layers; `caches` maps the keys of owner layers to
-    the caches of that layer in all units, of which this one is `unit`; empty without caches. They
-    come back updated, and routing statistics stacked on a leading R axis.
+    the caches of that layer in all units, of which this one is `unit`; empty without caches. The
+    results include the updated caches, and routing statistics stacked on a leading R axis.
     """
 
     config: ModelConfig

@@ -1,4 +1,4 @@
-"""What every layer uses: named parameters, projections, RMSNorm and the gated MLP.
+"""Parts of every layer: named parameters, RMSNorm and the gated MLP.
 
 Initialisation, in one place:
 
@@ -64,8 +64,8 @@ class Declared(nn.LogicallyPartitioned):
 class Stacked:
     """The parameter `array_U[unit]` of a stack over units, still inside the stack.
 
-    A decode step reads few of a unit's experts: taken out where they are used, the others are
-    never copied.
+    A decode step reads few of a unit's experts. They are taken out of the stack where they are
+    used, so the others are never copied.
     """
 
     array_U: jax.Array
@@ -78,7 +78,7 @@ def fan_in(size: int, scale: float = 1.0) -> Init:
 
 
 def output_scale(num_layers: int) -> float:
-    """Keeps the residual stream's variance at depth: two additions a layer (GPT-2)."""
+    """Scale that keeps the residual stream's variance at depth, two additions per layer (GPT-2)."""
     return (2 * num_layers) ** -0.5
 
 
@@ -118,7 +118,7 @@ class RMSNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """`unit(x gate, x up) down`, the unit SwiGLU or clamped (`ops.activation.gated_unit`)."""
+    """`unit(x gate, x up) down`, where unit is SwiGLU or clamped (`ops.activation.gated_unit`)."""
 
     hidden_dim: int
     num_layers: int

@@ -26,7 +26,7 @@ SEGMENTS, SINKS, SOFTCAP, OFFSET = "segments", "sinks", "logit_softcap", "query_
 class _Kernel:
     """A function for causal masks without positions, and which features it honours.
 
-    Imported when first used: Pallas takes a second, and its GPU half is not there everywhere.
+    Imported when first used: importing Pallas takes a second, and some builds lack its GPU half.
     """
 
     module: str
@@ -48,10 +48,10 @@ _KERNELS = {
 }
 IMPLEMENTATIONS = ("reference", *_KERNELS)
 
-# From so many keys on xla_banded is the faster of the two on a CPU, with and without gradients: 1.3
-# to 4 times at 256 (no window to window 32); at 128 without a window gradients are slower by 1.6.
+# From this many keys on xla_banded beats the reference on a CPU, with and without gradients: 1.3 to
+# 4 times at 256 (no window to window 32); at 128 without a window gradients are slower by 1.6.
 _BANDED_FROM_KEYS = 256
-# Fewer queries do not fill its smallest block, and the reference computes no pair in vain.
+# Fewer queries do not fill its smallest block, and the reference wastes no pair.
 _BANDED_FROM_QUERIES = 16
 
 
@@ -76,7 +76,7 @@ def dot_product_attention(
         key_BSKH: keys.
         value_BSKH: values.
         mask: which pairs are visible.
-        sinks_N: per head logit that joins the softmax denominator only, so a head may attend to
+        sinks_N: a logit per head that joins only the softmax denominator, so a head may attend to
             nothing (OpenAI, "gpt-oss model card", arXiv:2508.10925).
         scale: factor of the scores, H**-0.5 by default.
         logit_softcap: c in c x tanh(score / c), which bounds the scaled scores, not the sinks
@@ -109,7 +109,7 @@ def dot_product_attention(
         SOFTCAP: {"logit_softcap": logit_softcap},
         OFFSET: {"query_offset": mask.query_offset or None},
     }
-    # Only what is asked for is passed on: a kernel need not know the names of what it lacks.
+    # Only features in use are passed on: a kernel need not accept arguments for those it lacks.
     used = {name: part for name, part in options.items() if next(iter(part.values())) is not None}
     if implementation is None:
         implementation = _choose(

@@ -133,7 +133,7 @@ def _group_sums(over_tokens, log_scores_ME, chosen_ME, num_groups):
 
 
 def balance_losses(stats: RoutingStats, counts: RoutingStats | None = None) -> dict[str, jax.Array]:
-    """The balance losses of one layer, uncoefficiented float32 scalars.
+    """Returns the balance losses of one layer by name, float32 scalars without their weights.
 
     Each is linear in the differentiable sums of `stats` once the counts are fixed: with `counts`
     of the whole global batch, the losses of its shards or micro-batches *add up* to the loss of
@@ -149,7 +149,7 @@ def balance_losses(stats: RoutingStats, counts: RoutingStats | None = None) -> d
         of the group's assignments, so that both sum to 1.
       partition: L_PEP, the same over the finer partitions of the groups.
       true_group: G * sum_g f_g P_g between groups, f_g the share of all assignments (Step 3.5
-        Flash): what the report's text describes; blind to imbalance inside a group.
+        Flash), as the report's text describes; blind to imbalance inside a group.
       z: mean of logsumexp(logits)^2 (2202.08906); 0 at best.
       entropy: mean router entropy in nats, L_dyn of 2403.07652; log E when uniform.
 
@@ -196,7 +196,7 @@ def _ratio(a, b):
 
 
 def routing_metrics(stats: RoutingStats) -> dict[str, jax.Array]:
-    """What to log of one layer, float32.
+    """Returns the metrics of one layer to log, float32.
 
     Keys: mean_experts (filled slots per token), load_max_over_mean (1 when balanced),
     dead_experts (how many had no token), entropy (nats per token), kept_mass (probability on the
@@ -217,8 +217,8 @@ def routing_metrics(stats: RoutingStats) -> dict[str, jax.Array]:
 def update_bias(bias_E: jax.Array, assigned_count_E: jax.Array, *, rate: float) -> jax.Array:
     """One step of loss-free balancing: b += rate * sign(mean load - load), then mean-centred.
 
-    Once per optimiser step, on the counts of the global batch (2408.15664). The mean is removed
-    because the bias would otherwise drift against the probabilities it is added to.
+    Taken once per optimizer step, on the counts of the global batch (2408.15664). The mean is
+    removed because the bias would otherwise drift against the probabilities it is added to.
     """
     load_E = jax.lax.stop_gradient(assigned_count_E)
     bias_E = bias_E + rate * jnp.sign(jnp.mean(load_E) - load_E)
@@ -255,8 +255,8 @@ def pi_update(
     """One step of DTop-p's controller of the mean number of experts per token (2512.13996).
 
     e = (target - mean_experts) / E and top_p = initial_p + kp * e + ki * sum(e), clamped to
-    [minimum, maximum]; the sum does not grow while clamped in its direction (anti-windup). Once
-    per optimiser step, on the counts of the global batch.
+    [minimum, maximum]; the sum does not grow while clamped in its direction (anti-windup). Taken
+    once per optimizer step, on the counts of the global batch.
 
     The default gains hold the target within 5% in 50 steps on random routers of 8 to 64 experts,
     from nearly uniform to sharp, for targets up to E/4. An integral gain above 1 rings where many

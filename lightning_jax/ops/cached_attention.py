@@ -40,8 +40,8 @@ def attend(
 
     Args:
       query_BTNH: rotated queries.
-      view: of the layer that owns the keys and values.
-      sinks_N: per head logit that joins the softmax denominator only.
+      view: keys and values, from the layer that owns them.
+      sinks_N: a logit per head that joins only the softmax denominator.
       implementation: of `ops.attention.dot_product_attention` for keys at hand; for stored ones
         "reference" (all slots at once), "blocked" (filled blocks, plain XLA), "pallas_tpu" or
         "pallas_gpu" (the decode kernels). None chooses.
@@ -132,7 +132,7 @@ def _over_all_slots(query_BTNH, view, sinks_N, implementation):
 
 
 def block_size(rows: int, size: int) -> int:
-    """Keys per block for `rows` query rows (positions x heads of a key head) and `size` slots.
+    """Keys per block for `rows` query rows (positions x heads per key head) and `size` slots.
 
     Measured on two AVX2 cores, float32, 8 query heads of 64 over 2 key heads, milliseconds over
     16,384 filled keys:
@@ -197,7 +197,7 @@ def _blocks(view, block):
 
 
 def _slots(cache, which, unit, start, block, dtype):
-    """Keys (0) or values (1) of a block of slots of a unit, as products take them."""
+    """Keys (0) or values (1) of one block of slots of a unit, as operands of a product."""
     x_UBSKH = (cache.key_UBSKH, cache.value_UBSKH)[which]
     _, B, _, K, H = x_UBSKH.shape
     x_BSKH = lax.dynamic_slice(x_UBSKH, (unit, 0, start, 0, 0), (1, B, block, K, H))[0]

@@ -80,7 +80,7 @@ def routed_experts(
 
 
 def dispatch(x_MD: jax.Array, choices: Choices) -> tuple[jax.Array, SlotOrder]:
-    """Returns rows_SD, a copy of its token's row for each slot, and the order they are in.
+    """Returns rows_SD, for each slot a copy of its token's row, and the order of the rows.
 
     The rows are sorted by expert and within an expert by token; `order.size_E` belong to each
     expert. The rows of empty slots come last and hold unspecified tokens; their gradients are
@@ -124,9 +124,9 @@ def grouped_mlp(
       gate_EDF, up_EDF, down_EFD: expert weights, bfloat16 or float32.
       biases: gate_EF, up_EF, down_ED of the three projections; empty for none.
       clamp: of the gated unit; None for SwiGLU.
-      unit: int32 scalar, may be traced: weights and biases then lead with a further axis (units),
-        of which this entry is meant. "blocked" reads it expert by expert, so that no expert
-        without rows is copied; the others take out the unit first.
+      unit: int32 scalar, may be traced: weights and biases then have a leading axis of units, and
+        this entry of it is used. "blocked" reads it expert by expert, so that no expert without
+        rows is copied; the others take out the unit first.
       implementation:
         "onehot": every expert on every row, in float32; the oracle, E times the work.
         "blocked": blocks of rows in plain XLA; cost follows the filled rows.
@@ -221,7 +221,7 @@ def _ragged(rows_SD, size_E, filled_S1, weights, biases, clamp):
         )
         if bias_EY is not None:
             y_SY += _bias_of(bias_EY, _expert_of(size_E, len(rows_SX))).astype(y_SY.dtype)
-        # What `ragged_dot` makes of other rows is unspecified, forward and backward.
+        # `ragged_dot` leaves other rows unspecified, forward and backward.
         return jnp.where(filled_S1, y_SY, 0)
 
     hidden_SF = gated_unit(

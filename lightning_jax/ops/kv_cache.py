@@ -36,7 +36,7 @@ class KV:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fresh:
-    """A view of the keys at hand: those of this forward pass, a ring's content before them."""
+    """A view of keys at hand: those of this forward pass, after the content of a ring if any."""
 
     kv: KV
     mask: Mask
@@ -52,7 +52,7 @@ class Chunk:
       segment_BT: int32, document of each token; 0 is padding, which takes a position but is
         neither cached nor seen.
       before_BS: int32, document of each slot's token before the chunk; 0 for none.
-      after_BS: the same after it.
+      after_BS: int32, document of each slot's token after the chunk.
     """
 
     start_B: jax.Array
@@ -62,7 +62,7 @@ class Chunk:
 
     @classmethod
     def append(cls, start_B: jax.Array, segment_BT: jax.Array, before_BS: jax.Array) -> Chunk:
-        """Returns the chunk, with the segments of the slots once it is written to them."""
+        """Returns the chunk, with the segments of the slots after it is written."""
         chunk = cls(start_B, segment_BT, before_BS, before_BS)
         size, position_BT = before_BS.shape[1], chunk.position_BT
         # A token that a later one of the chunk overwrites is dropped, so no slot is written twice.
@@ -78,7 +78,7 @@ class Chunk:
 
     @property
     def last_B(self) -> jax.Array:
-        """The last position that is cached once the chunk is; -1 in an empty row."""
+        """The last cached position after the chunk is written; -1 in an empty row."""
         written_BT = jnp.where(self.segment_BT != 0, self.position_BT, -1)
         return jnp.maximum(self.start_B - 1, jnp.max(written_BT, axis=1))
 
@@ -129,7 +129,7 @@ class _Cache:
         return self.key_UBSKH, self.value_UBSKH
 
     def _put(self, fresh: KV, write: Any) -> Any:
-        """Returns the cache with `write(stored array, fresh array as it is stored)` of both."""
+        """Returns the cache after `write(stored, fresh)` of keys and values, fresh as stored."""
         rows = [x.astype(self.dtype) for x in (fresh.key_BSKH, fresh.value_BSKH)]
         if self.key_UBSKH.dtype == jnp.uint16:
             rows = [narrow.to_bits(x) for x in rows]
@@ -168,7 +168,7 @@ class Ring(_Cache):
         """Appends a chunk to a unit's ring; returns (ring, view for the chunk's queries).
 
         One token attends to the written ring. The queries of a longer chunk still see keys that the
-        chunk overwrites, so they attend to the ring as it was, in order of age, and the chunk.
+        chunk overwrites, so they attend to the old ring, in order of age, followed by the chunk.
         """
         if chunk.segment_BT.shape[1] == 1:
             cache = self._put_token(fresh, unit, chunk)
@@ -195,11 +195,11 @@ class Ring(_Cache):
 
 
 def slot_positions(last_B: jax.Array, slot_S: jax.Array, size: int) -> jax.Array:
-    """Returns the position that each of some slots holds, as int32 position_BS; < 0 for none.
+    """Returns the position that each slot holds, int32 position_BS; < 0 for none.
 
     Args:
-      last_B: the last position that was cached in each row; -1 for none.
-      slot_S: numbers of slots.
+      last_B: the last cached position of each row; -1 for none.
+      slot_S: slot numbers.
       size: slots per row.
     """
     return last_B[:, None] - (last_B[:, None] - slot_S[None]) % size
@@ -220,7 +220,7 @@ _WINDOWS = lax.ScatterDimensionNumbers(
 
 
 def _scatter(x_UBSKH: jax.Array, rows_BTKH: jax.Array, unit: jax.Array, slot_B: jax.Array) -> Any:
-    """Writes T rows per row of the batch from `slot_B` on; those that do not fit are dropped."""
+    """Writes T tokens per row of the batch from `slot_B` on; rows that do not fit are dropped."""
     B = slot_B.shape[0]
     index_B3 = jnp.stack([jnp.broadcast_to(unit, (B,)), jnp.arange(B), slot_B], axis=1)
     return lax.scatter(
@@ -235,7 +235,7 @@ def _scatter(x_UBSKH: jax.Array, rows_BTKH: jax.Array, unit: jax.Array, slot_B: 
 
 
 def _merge(x_UBSKH: jax.Array, rows_BTKH: jax.Array, unit: jax.Array, chunk: Chunk) -> jax.Array:
-    """Writes a chunk into slots that follow one another, leaving those of padding as they are."""
+    """Writes a chunk into consecutive slots, except the slots of padding."""
     size, T = x_UBSKH.shape[2], min(rows_BTKH.shape[1], x_UBSKH.shape[2])
     first_B = jnp.minimum(chunk.start_B, size - T)
     index_BT = first_B[:, None] + jnp.arange(T)[None] - chunk.start_B[:, None]

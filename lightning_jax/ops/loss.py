@@ -26,7 +26,7 @@ def token_losses(
     """Computes `-log p(target)` and the log-sum-exp of the logits of every token.
 
     The matmul runs in the dtype of `hidden_MD` and accumulates in float32; softmax and logarithms
-    are float32. It is for evaluation: its gradient would keep all logits, `cross_entropy` does not.
+    are float32. Use it to evaluate: its gradient would keep all logits; `cross_entropy`'s does not.
 
     Args:
       hidden_MD: hidden states after the final norm.
@@ -67,9 +67,9 @@ def cross_entropy(
 
     The z-loss `z_weight * logsumexp ** 2` keeps the softmax normaliser near 1 (PaLM, arXiv
     2204.02311, section 5). Differentiable once, in reverse mode, in `hidden_MD` and `head_DV`. The
-    gradient is computed with the loss, from the same logits, so that none is computed twice (as in
-    Hsu et al., "Liger Kernel", arXiv 2410.10989). The gradient of the head is summed
-    over chunks in float32.
+    gradient is computed with the loss, from the same logits, so that no logit is computed twice (as
+    in Hsu et al., "Liger Kernel", arXiv 2410.10989). The gradient of the head is summed over chunks
+    in float32.
 
     Args:
       weights_M: weight of each token, 0 for padding.
@@ -96,7 +96,7 @@ def _logits(hidden_MD: jax.Array, head_DV: jax.Array, valid_vocab: int | None) -
 
 
 def _is_target(logits_MV: jax.Array, targets_M: jax.Array) -> jax.Array:
-    # A comparison fuses with what reads it; a gather's gradient would be a scatter into [M, V].
+    # A comparison fuses with its reader; a gather's gradient would be a scatter into [M, V].
     columns = jnp.arange(logits_MV.shape[1], dtype=targets_M.dtype)
     return columns[None, :] == targets_M[:, None]
 
@@ -121,7 +121,7 @@ def _weigh(nll_M, logsumexp_M, weights_M, z_weight):
 
 
 def _sums_and_gradients(hidden_MD, head_DV, targets_M, weights_M, z_weight, chunk, valid_vocab):
-    """Returns the sums and the gradients of their first."""
+    """Returns the sums, and the gradients of the first one."""
     dtype = hidden_MD.dtype
     head = narrow.operand(head_DV, dtype)
 

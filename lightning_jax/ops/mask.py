@@ -83,7 +83,7 @@ class Mask:
 
     @property
     def aligned(self) -> bool:
-        """Query t is key t + `query_offset` of the same row, for want of positions."""
+        """Whether no positions are given, so that query t is key t + `query_offset` of its row."""
         return self.query_positions_BT is None
 
     def check_lengths(self, T: int, S: int) -> None:

@@ -2,8 +2,8 @@
 
 XLA's CPU back end widens a `dynamic_update_slice` of bfloat16: to stack what one step keeps for the
 backward pass it converts the *whole* stack to float32 and back, at every step (see
-`ops.kernels.cpu.narrow`). `jax.lax.scan` leaves no say in what is stacked, so here each step's
-residuals are taken out of its `jax.vjp`, and those of bfloat16 stacked as uint16.
+`ops.kernels.cpu.narrow`). `jax.lax.scan` gives no control over residuals, so here they are taken
+out of each step's `jax.vjp`, and those of bfloat16 are stacked as uint16.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def scan(step: Step, constants: Any, carry: Any, xs: Any) -> tuple[Any, Any]:
     Reverse-mode differentiable in `carry` and `xs`; `constants` get no gradient. All outputs of a
     step must be floating point numbers.
     """
-    # How a step's pullback is put together again, noted when the forward pass is traced.
+    # The structure of a step's pullback, recorded when the forward pass is traced.
     seen: dict[str, Any] = {}
 
     @jax.custom_vjp
@@ -36,7 +36,7 @@ def scan(step: Step, constants: Any, carry: Any, xs: Any) -> tuple[Any, Any]:
         def one(carry: Any, x: Any) -> Any:
             outputs, pullback = jax.vjp(lambda carry, x: step(constants, carry, x), carry, x)
             leaves, seen["tree"] = jax.tree.flatten(pullback)
-            # The carry is kept; what a step is given besides need not be kept again.
+            # Constants and xs exist anyway, so only the carry and intermediate values are stacked.
             given = {id(leaf): index for index, leaf in enumerate(jax.tree.leaves((constants, x)))}
             seen["given"] = [given.get(id(leaf)) for leaf in leaves]
             seen["dtypes"] = [leaf.dtype for leaf in leaves]

@@ -13,7 +13,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
     """Divides the last axis by its root mean square and multiplies by `scale`.
 
     Zhang & Sennrich, "Root Mean Square Layer Normalization", arXiv:1910.07467, equation 4.
-    Differentiable in reverse mode; what is kept for it is `x` and a number a row.
+    Differentiable in reverse mode, for which `x` and one number per row are kept.
 
     Args:
         x: any float array, at least one axis.
@@ -46,7 +46,7 @@ def _backward(eps, saved, dy):
     x, scale, inverse = saved
     unit, dy = x.astype(jnp.float32) * inverse, dy.astype(jnp.float32)
     dunit = dy * _row(scale, x)
-    # The part of the gradient along a row only changes its length, which is divided out.
+    # The component of the gradient along a row only changes its length, which is divided out.
     dx = inverse * (dunit - unit * jnp.mean(dunit * unit, axis=-1, keepdims=True))
     dscale = jnp.sum(dy * unit, axis=tuple(range(x.ndim - 1)))
     return dx.astype(x.dtype), dscale.astype(scale.dtype)

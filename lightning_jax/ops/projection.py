@@ -9,7 +9,7 @@ from lightning_jax.ops.kernels.cpu import narrow
 
 
 def operand(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """x rounded to `dtype`, in the dtype in which the target multiplies it fastest."""
+    """Returns x rounded to `dtype`, in the dtype that the target multiplies fastest."""
     return narrow.operand(x, dtype)
 
 

@@ -2,7 +2,7 @@
 
 Su et al., "RoFormer", arXiv:2104.09864, equation 34, with entry i paired with entry i + H/2
 (not with its neighbour): the convention of most published checkpoints. R = H / 2 pairs; pair r
-turns by `frequency_R[r]` radians a position.
+turns by `frequency_R[r]` radians per position.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def rope_table(positions_BT: jax.Array, frequency_R: jax.Array) -> tuple[jax.Arr
 
     Args:
         positions_BT: integer positions.
-        frequency_R: radians a position, of `frequencies` or one of its stretched forms.
+        frequency_R: radians per position, of `frequencies` or one of its stretched forms.
 
     Returns:
         sin_BTR, cos_BTR, float32.

@@ -1,4 +1,4 @@
-"""Which experts each token visits, and in which order the visits are computed.
+"""The choice of experts for each token, and the order in which the slots are computed.
 
 Letters: M tokens, E experts, C choices (slots) per token, S = M*C slots, D model width. In `route`
 and its results M stands for any number of leading axes, such as [B, T].
@@ -22,7 +22,7 @@ SCORES = ("softmax", "sigmoid")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """The experts of each token: all that computing them needs.
+    """The experts of each token: everything that their computation needs.
 
     expert_index_MC: int32, the chosen experts in selection order; `num_experts` marks an empty
       slot. Filled slots come first.
@@ -42,11 +42,11 @@ class Choices:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What the router says about every expert: all that balance losses need beside the choices.
+    """The router's scores of every expert: with the choices, all that balance losses need.
 
     logits_ME: float32 router logits; 0 for masked tokens. Differentiable.
     probs_ME: float32 scores over their sum over all E experts. Differentiable.
-    score: static, what the scores are: "softmax" or "sigmoid" of the logits.
+    score: static, "softmax" or "sigmoid": how the scores come from the logits.
     """
 
     logits_ME: jax.Array

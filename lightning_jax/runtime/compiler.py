@@ -1,4 +1,4 @@
-"""How programs are compiled and run on a machine, and why: the one place for it.
+"""The one place that decides, and explains, how programs are compiled on a machine.
 
 Every `jax.jit` of a model takes `options()`, or is `jit`; every program that has a folder calls
 `cache_in`.
@@ -16,20 +16,19 @@ import jax
 from lightning_jax.runtime import target
 from lightning_jax.runtime.target import Target
 
-# Programs that take less to compile are not worth a file.
+# Programs that compile faster are not worth a file.
 _CACHED_FROM_SECONDS = 0.2
 
 
 def options() -> dict[str, str | int]:
-    """What to pass to a top-level `jax.jit(..., compiler_options=...)` for the current target.
+    """Returns `compiler_options` of a top-level `jax.jit` for the current target.
 
-    On a CPU, XLA computes a bfloat16 product of a loop in float32 and then moves the conversion of
-    what the loop does not change, such as the weights of *all* experts, out of the loop: a decode
-    step that reads 4 experts of 32 converts them all, every time. Without
-    `while-loop-invariant-code-motion` it converts what it reads.
+    On CPU, XLA widens bfloat16 matmul operands to float32 and hoists the conversion of
+    loop-invariant operands: a decode step that reads 4 of 32 experts converts all 32. Without
+    `while-loop-invariant-code-motion` it converts only those it reads.
 
-    Our time goes to library products and to loops that LLVM vectorises at its first level already:
-    higher levels take a fifth longer to compile and make nothing faster.
+    Most time goes to library matmuls and to loops that LLVM vectorises at level 1 already: higher
+    levels compile 20% slower and speed up nothing.
     """
     if target.current().platform != "cpu":
         return {}
@@ -40,10 +39,10 @@ def options() -> dict[str, str | int]:
 
 
 class jit:
-    """`jax.jit` with `options()` for a function of a module, asked for at each new target.
+    """`jax.jit` for functions of a module, with the `options()` of each target it is called for.
 
-    Asked for at import, they would choose the backend before the program can. Has the attributes
-    of the function jitted for the current target.
+    Options read at import would choose the backend before the program can. Attributes are those of
+    the function jitted for the current target.
     """
 
     def __init__(self, function: Callable[..., Any], **arguments: Any):
@@ -70,10 +69,11 @@ class jit:
 def cache_in(folder: str | os.PathLike[str]) -> None:
     """Keeps compiled programs in `folder`, for the next process, unless jax has a cache already.
 
-    Not on a CPU that plays several devices: a program that XLA loads (jaxlib 0.10.2) has lost the
-    order of its collectives, and two devices that start with different ones wait for each other.
+    Does nothing on a CPU that emulates several devices: a program that XLA loads from a file
+    (jaxlib 0.10.2) has lost the order of its collectives, and devices that start with different
+    ones wait for each other for ever.
 
-    Call it before anything is compiled: in a program, not in a library.
+    Call this before anything is compiled: in a program, not in a library.
     """
     emulated = jax.default_backend() == "cpu" and jax.device_count() > 1
     if not emulated and not jax.config.jax_compilation_cache_dir:

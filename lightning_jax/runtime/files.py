@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and read with one line of complaint."""
+"""Files: written whole or not at all, and read with one-line errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OS_ERROR = re.compile(r"(?:OS error |os_error_code=')(\d+)")
 
 
 def os_error_number(error: BaseException) -> int | None:
-    """Returns the errno that the text of a TensorStore error speaks of, else None."""
+    """Returns the errno in the text of a TensorStore error, else None."""
     found = _OS_ERROR.search(str(error))
     return int(found[1]) if found else None
 

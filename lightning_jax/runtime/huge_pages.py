@@ -2,7 +2,7 @@
 
 XLA on a CPU allocates the temporaries of a compiled program anew on every call. Linux then maps and
 clears them page by page, 4 kB at a time: a tenth of a training step. glibc asks for pages of 2 MB
-if the environment says so when the process starts, and only then; so a program starts itself again.
+only if the environment says so when the process starts, so a program starts itself again.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _VARIABLE, _SETTING = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 
 
 def restart_with_huge_pages() -> None:
-    """Replaces this process by the same program with huge pages; returns where that is no use.
+    """Re-executes this program with huge pages; returns where that is impossible or pointless.
 
-    Call it before anything is read or opened. Process ID, arguments and folder stay the same. It
-    returns if the environment has the setting (also one that switches it off), if Linux gives huge
-    pages to all or to none, on other systems and C libraries, under a debugger, and where the
-    program is not a file that could be started again.
+    Call this before anything is read or opened. Process ID, arguments and folder stay the same. It
+    returns if the environment has the setting already (on or off), if Linux gives huge pages to all
+    processes or to none, on other systems and C libraries, under a debugger, and if the program is
+    not a file that can be started again.
     """
     tunables = os.environ.get(_VARIABLE, "")
     startable = os.path.isfile(sys.argv[0]) and sys.executable and sys.gettrace() is None
@@ -33,7 +33,7 @@ def restart_with_huge_pages() -> None:
 
 
 def has_huge_pages() -> bool:
-    """Whether this process asked for them when it started."""
+    """Whether this process asked for huge pages when it started."""
     return f"{_SETTING}=1" in os.environ.get(_VARIABLE, "").split(":")
 
 

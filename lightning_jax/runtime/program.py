@@ -1,9 +1,9 @@
-"""What every program in `experiments/` shares: flags in, one line of error or an answer out.
+"""The frame of every program in `experiments/`: flags in, an answer or one line of error out.
 
-Standard output belongs to answers: `emit_json` and `emit_text` write there, and whatever else
-prints (libraries, progress, logs) ends on standard error. Exit status: 0 when the thing asked for
-was done, 2 for bad input (one line that starts with `error:`), 130 after an interrupt, 1 with a
-traceback for a fault of ours.
+Standard output belongs to answers: `emit_json` and `emit_text` write there, and everything else
+that prints (libraries, progress, logs) goes to standard error. The exit status is 0 when the
+program did its work, 2 for bad input (one line that starts with `error:`), 130 after an interrupt,
+and 1 with a traceback for a fault of ours.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def run(
     """Parses the flags, calls `main()` and exits with the status of the module docstring.
 
     Args:
-      main: the program. Called as `main(command)` where `commands` are given.
-      commands: names of which the command line must hold exactly one, besides its flags.
+      main: the program. Called as `main(command)` if `commands` are given.
+      commands: names; besides its flags the command line must hold exactly one of them.
       huge_pages: start the program again with huge pages where that helps (see `huge_pages`).
     """
     if any(argument in _HELP for argument in sys.argv[1:]):
@@ -129,9 +129,9 @@ def emit_json(value: Any) -> None:
 
 
 def user_message(error: BaseException) -> str | None:
-    """Returns the one line for an exception that the caller of the program can mend, else None.
+    """Returns the one-line message for an exception that the user can mend, else None.
 
-    Looks at the exception, at what it was raised from, and into exception groups.
+    Searches the exception, its causes, and the members of exception groups.
     """
     for cause in _causes(error):
         if isinstance(cause, UserError):
@@ -154,7 +154,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _place(path: Any) -> str:
-    """Names the path of a failed system call; a write does not know its own."""
+    """Names the path of a failed system call; errors of writes carry no path."""
     if path:
         return str(path)
     known = ("workdir", "out")
@@ -174,7 +174,7 @@ def _arguments(commands: Sequence[str]) -> list[str]:
     path = _config_first()
     try:
         rest = flags.FLAGS(sys.argv)[1:]
-    except Exception as error:  # whatever a flag or a config file raises is the caller's to mend
+    except Exception as error:  # the user can mend whatever a flag or a config file raises
         raise UserError(_flag_message(error, path)) from error
     if not commands:
         if rest:
@@ -189,7 +189,7 @@ def _arguments(commands: Sequence[str]) -> list[str]:
 def _config_first() -> str | None:
     """Moves `--config=FILE`, or the default, before its overrides; returns the path of the file.
 
-    Overrides before it, and a file that does not exist, are badly reported by config_flags.
+    config_flags reports overrides before `--config`, and a missing file, badly.
     """
     if _CONFIG not in flags.FLAGS:
         return None
@@ -214,7 +214,7 @@ def _config_first() -> str | None:
 
 
 def _flag_message(error: Exception, config_file: str | None) -> str:
-    """One line for anything that parsing flags and loading a config file can raise."""
+    """Returns one line for any error of parsing flags or loading a config file."""
     chain: list[BaseException] = [error]
     while inner := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(inner)
@@ -223,7 +223,7 @@ def _flag_message(error: Exception, config_file: str | None) -> str:
         return _one_line(root)
     if isinstance(root, SyntaxError):
         return f"{root.filename}:{root.lineno}: {root.msg}"
-    # An error inside the config file: its own words and line, not config_flags' traceback.
+    # An error inside the config file keeps its own words and line, not config_flags' traceback.
     own = os.path.abspath(config_file or "")
     for raised in reversed(chain):
         frames = traceback.extract_tb(raised.__traceback__)
@@ -277,7 +277,7 @@ def _reserve_stdout() -> None:
 
 
 def _quiet_logging() -> None:
-    """Ours from INFO on, everyone else's from WARNING on, all to standard error."""
+    """Shows our logs from INFO on, all others from WARNING on, on standard error."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("lightning_jax").setLevel(logging.INFO)
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-# Columns of a table that goes to a file: wide enough that nothing is cut.
+# Characters per line of a table that goes to a file: enough that nothing is cut.
 WIDE = 160
 
 

@@ -1,4 +1,4 @@
-"""What a computation is compiled for: the one answer that chooses kernels and compiler options."""
+"""The kind of device that a computation is compiled for; kernels and options depend on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A kind of device: `platform` is "cpu", "gpu" or "tpu"; `device_kind` its maker's name."""
+    """A kind of device: `platform` is "cpu", "gpu" or "tpu", `device_kind` the vendor's name."""
 
     platform: str
     device_kind: str

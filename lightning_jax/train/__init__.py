@@ -1,1 +1,1 @@
-"""Training: optimizer, schedule, step, stages, metrics, loop."""
+"""Training: plan, step, optimizer, placement, metrics, evaluation, session, loop."""

@@ -54,7 +54,7 @@ def position_buckets(seq_len: int) -> list[tuple[int, int]]:
 def evaluate_batches(
     eval_step: Callable[[Batch], Any], batches: EvalBatches, mesh: Mesh
 ) -> dict[str, Any]:
-    """Evaluates one domain; `eval_step` maps a batch on the mesh to what `step.eval_step` returns.
+    """Evaluates one domain; `eval_step` maps a batch on the mesh to a result of `step.eval_step`.
 
     Returns `loss` (nats per token), `perplexity`, `bits_per_byte` (of the text's UTF-8 bytes; the
     end-of-document tokens' cost is included), `tokens`, `bytes`, `loss_by_position` and, with
@@ -95,9 +95,9 @@ def evaluate_batches(
 
 
 class Evaluator:
-    """Evaluates the held-out part of every source; compiled code and tokens are kept.
+    """Evaluates the held-out part of every source; keeps compiled code and tokens.
 
-    Make it under `jax.set_mesh(mesh)`, or without a mesh for one device.
+    Construct it under `jax.set_mesh(mesh)`, or without a mesh for one device.
     """
 
     def __init__(self, config: RunConfig, sources: Sources, tokenizer: Tokenizer, mesh: Mesh):
@@ -115,7 +115,7 @@ class Evaluator:
         rope_base_global: float,
         max_tokens: int = 0,
     ) -> dict[str, dict[str, Any]]:
-        """Returns `evaluate_batches` of each source, of `max_tokens` (0: all) of its tokens."""
+        """Returns `evaluate_batches` of each source, over `max_tokens` of its tokens (0: all)."""
         shape = (seq_len, batch_size, max_tokens)
         if shape not in self._batches:
             self._batches[shape] = {
@@ -138,7 +138,7 @@ class Evaluator:
 
 @dataclasses.dataclass(frozen=True)
 class EvalOptions:
-    """What an evaluation changes of the run: `None` keeps the run's own."""
+    """Settings of a run that an evaluation replaces; None keeps the run's own."""
 
     data: str | None = None
     step: int | None = None
@@ -154,7 +154,7 @@ def evaluate_run(workdir: str, options: EvalOptions) -> dict[str, Any]:
     """Evaluates a checkpoint of a run on its held-out text, or on the files of `options.data`.
 
     Returns:
-      `step`, `routing` and `domains`, by name what `evaluate_batches` returns.
+      `step`, `routing` and `domains`, which maps each domain to the result of `evaluate_batches`.
 
     Raises:
       UserError: no such run, checkpoint or data, or an option that the run's model cannot take.
@@ -211,7 +211,7 @@ def with_eval_routing(
 
 
 def one_line(results: dict[str, dict[str, Any]]) -> str:
-    """Returns the bits per byte of each domain, for people."""
+    """Returns the bits per byte of each domain as one line of text."""
     return "held out: " + "  ".join(
         f"{name} {row['bits_per_byte']:.3f} bits/byte" for name, row in results.items()
     )

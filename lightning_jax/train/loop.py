@@ -32,7 +32,7 @@ def run(
     sampler: Sampler | None = None,
     profile: bool = False,
 ) -> dict[str, Any]:
-    """Trains all stages, or resumes where the folder's last checkpoint is, and evaluates.
+    """Trains all stages, or resumes from the folder's last checkpoint, and evaluates.
 
     Args:
       config: the run; `model.vocab_size = 0` is resolved from the tokenizer.
@@ -69,10 +69,10 @@ def run(
 
 
 def _train(session: Session) -> TrainState:
-    """Runs all steps that the checkpoint to begin with has not; returns the last state."""
+    """Runs all steps after those of the newest checkpoint; returns the last state."""
     state = None if session.start else session.first_state()
     batches, plan = None, session.plan
-    # The checkpoint's batches are those of the segment that it was made in or at the end of.
+    # A checkpoint holds the batch iterator of the segment in which, or at whose end, it was made.
     first = plan.segments.index(plan.last_trained(session.start))
     for segment in plan.segments[first:]:
         batches = _batches(session, segment, batches)
@@ -84,7 +84,7 @@ def _train(session: Session) -> TrainState:
 
 
 def _batches(session: Session, segment: Segment, before: Any) -> Any:
-    """The iterator over a segment's batches, which goes on where that of the one `before` ended."""
+    """Returns the iterator over a segment's batches; it continues where `before` ended."""
     config = session.plan.config
     batches = mixture.make_train_iterator(
         session.sources,
@@ -102,12 +102,12 @@ def _batches(session: Session, segment: Segment, before: Any) -> Any:
 
 
 def _run_segment(session: Session, segment: Segment, state: TrainState, batches: Any) -> TrainState:
-    """Runs those steps of a segment that earlier sessions have not."""
+    """Runs those steps of a segment that earlier sessions have not run."""
     config, plan = session.plan.config, session.plan
     session.progress.begin_stage(segment.stage.name)
-    session.throughput.end_lap()  # What lies between two stages is no training.
+    session.throughput.end_lap()  # The time between two stages is not training time.
     unread: dict[str, Any] | None = None
-    # `step` counts the one that is taken here, so `step - 1` others precede it.
+    # `step` includes the step that is taken here: `step - 1` steps precede it.
     for step in range(max(segment.first_step, session.start) + 1, segment.end_step + 1):
         batch = placement.put_batch(next(batches), session.mesh)
         session.trace.before_step()
@@ -121,7 +121,7 @@ def _run_segment(session: Session, segment: Segment, state: TrainState, batches:
         saving = last or stopping or step % config.checkpoint_every == 0
         evaluating = config.eval_every and step % config.eval_every == 0 and not last
         if saving or evaluating:
-            # A state goes to disk, or is judged, only after its own loss is known to be finite.
+            # A state is saved or evaluated only after its own loss is known to be finite.
             session.report(step, unread, state, batches)
             unread = None
         if evaluating:

@@ -1,4 +1,4 @@
-"""Where metrics go: `metrics.jsonl` and TensorBoard.
+"""Output of metrics: `metrics.jsonl` and TensorBoard.
 
 `metrics.jsonl` has one JSON object per logged step: scalars, and one list over layers for each
 router metric, so that the number of keys does not grow with depth or experts. A resumed run drops
@@ -48,7 +48,7 @@ class MetricsWriter:
 
     @functools.cached_property
     def _events(self) -> _EventFile:
-        # Opened by the first row: what it imports must not delay the first step.
+        # Opened by the first row: its imports must not delay the first step.
         return _EventFile(self._directory, purge_step=self._purge_step)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -129,8 +129,8 @@ class _EventFile:
 
         self._event = event_pb2.Event
         self._writer = EventFileWriter(str(directory))
-        # TensorBoard takes the first start event for that of the run; at each later one it drops
-        # the events from that step on.
+        # TensorBoard takes the first start event as the start of the run; at each later one it
+        # drops the events from that step on.
         session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         started = self._event(wall_time=time.time(), step=purge_step, session_log=session)
         self._writer.add_event(started)

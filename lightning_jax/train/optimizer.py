@@ -4,7 +4,7 @@
 here knows the learning rate or the stage, so a change of stage resets nothing: Adam's bias
 correction counts the steps of the whole run.
 
-What a parameter is follows from its logical axis names:
+The logical axis names of a parameter decide how it is treated:
 
 | parameter | names | decay | Muon |
 |---|---|---|---|
@@ -12,7 +12,7 @@ What a parameter is follows from its logical axis names:
 | embedding, head, router | one is vocab or router | yes | no |
 | norm scales, sinks | one name | no | no |
 
-`layers` and `expert` stack matrices and are no side of one: Muon treats each matrix by itself.
+`layers` and `expert` are batch axes: Muon orthogonalises every matrix of the stack separately.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def decay_mask(axes: Any) -> Any:
 
 
 def muon_dimensions(axes: Any) -> Any:
-    """Input and output axes of each matrix that Muon updates; None for what AdamW updates."""
+    """Input and output axes of each matrix that Muon updates; None where AdamW updates."""
     return _map_names(_sides, axes)
 
 
@@ -85,7 +85,7 @@ def _muon(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
         beta=config.beta1,
         eps=config.epsilon,
         consistent_rms=_MUON_RMS,
-        # Only matrices reach it; a parameter of the other group stands here as a masked node.
+        # Only matrices reach this transform; a parameter of the other group is a masked node here.
         muon_weight_dimension_numbers=lambda params: jax.tree.map(
             lambda entry, leaf: leaf if isinstance(leaf, optax.MaskedNode) else entry,
             dimensions,

@@ -1,7 +1,7 @@
-"""Training on a mesh: where state and batches lie, how a state is saved, the compiled step.
+"""Training on a mesh: placement of state and batches, items of a checkpoint, the compiled step.
 
-Nothing here computes until `TrainProgram.init` or `.step` is called, so all of it also works under
-a mesh of devices that are not here.
+Nothing here computes until `TrainProgram.init` or `.step` is called, so everything also works under
+a mesh of devices that are not present.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def put_whole(batch: Batch, mesh: Mesh) -> Batch:
-    """Places a global batch that every process has whole onto the mesh."""
+    """Places a global batch, which every process holds whole, onto the mesh."""
     placement = sharding.batch_sharding(mesh)
     return jax.tree.map(
         lambda array: jax.make_array_from_callback(array.shape, placement, array.__getitem__), batch
@@ -64,8 +64,8 @@ def abstract_state(
 ) -> step.TrainState:
     """Returns shapes, dtypes and shardings of the state.
 
-    Whatever mirrors a parameter (moments, averages) is split as the parameter is; the rest is whole
-    on every device.
+    Arrays that mirror a parameter (moments, averages) are split as the parameter is; the others are
+    whole on every device.
     """
     of_params = sharding.tree_shardings(lm.logical_axes(config.model), mesh)
     whole = sharding.replicated(mesh)
@@ -86,7 +86,7 @@ def abstract_state(
 
 
 def items_from_state(state: step.TrainState) -> dict[str, Any]:
-    """The state by checkpoint item: what inference needs is apart from what training needs."""
+    """Splits the state into checkpoint items, those for inference apart from those for training."""
     items = {
         "params": state.params,
         "router": state.router,

@@ -1,14 +1,14 @@
-"""The plan of a run: what each step trains on, how many tokens came before it, and its knobs.
+"""The plan of a run: the stage and batch shape of each step, the tokens before it, and its knobs.
 
-Everything that counts steps or tokens asks here. Step s is the one that s steps precede; what
-happens at it depends on the tokens consumed *before* it, padding included. Each stage lasts whole
-steps, so it may consume up to one step more than its `tokens`; the next stage's clock starts there.
+Everything that counts steps or tokens asks the plan. Step s is preceded by s steps, and depends on
+the tokens consumed *before* it, padding included. Each stage lasts whole steps, so it may consume
+up to one step more than its `tokens`; the next stage's clock starts there.
 
-The learning rate is a function of tokens alone: batch size and sequence length only choose at which
-points of it the steps lie. Warm-up is linear in tokens, from the rate at which the previous stage
-ended. Decay runs over the last `decay_tokens` of a stage (WSD, arXiv 2404.06395; the `sqrt` form
-1 - sqrt(x) is from arXiv 2405.18392). All of it is computed on the host, with integers of any size
-and float64.
+The learning rate is a function of tokens alone: batch size and sequence length only choose the
+points of that function at which the steps lie. Warm-up is linear in tokens, from the rate at which
+the previous stage ended. Decay runs over the last `decay_tokens` of a stage (WSD, arXiv 2404.06395;
+the `sqrt` form 1 - sqrt(x) is from arXiv 2405.18392). Everything is computed on the host, with
+integers of any size and float64.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _REMAINING = {
 
 
 class Knobs(NamedTuple):
-    """What may change from step to step without compiling anything: a pytree of float32 scalars.
+    """Values that may change from step to step without a compilation, a pytree of float32 scalars.
 
-    `balance_weights` has the losses that the run uses, by their names in
+    `balance_weights` holds the weights of the losses that the run uses, named as in
     `ops.balance.balance_losses`; the others are not computed.
     """
 
@@ -163,7 +163,7 @@ class Plan:
         )
 
     def meta(self, steps: int) -> CheckpointMeta:
-        """Returns what the checkpoint after `steps` steps says of itself."""
+        """Returns the description of the checkpoint after `steps` steps."""
         segment = self.last_trained(steps)
         return CheckpointMeta(
             config=self.config,

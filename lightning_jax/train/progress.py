@@ -1,4 +1,4 @@
-"""How fast a run goes, and its progress bar: stage, step, loss, tokens per second, time left."""
+"""Speed of a run, and its progress bar: stage, step, loss, tokens per second, time left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich import progress as bars
 from rich.console import Console
 
 _SMOOTHING = 0.95
-# Without a terminal there is no bar to redraw: a line is printed this often.
+# Without a terminal there is no bar to redraw: a line is printed once in so many seconds.
 _LINE_SECONDS = 15
 
 
@@ -26,7 +26,7 @@ class Throughput:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the present lap."""
+        """Tokens per second in the present lap."""
         return self._tokens / max(time.perf_counter() - self._lap_begun, 1e-9)
 
     def end_lap(self) -> dict[str, float]:

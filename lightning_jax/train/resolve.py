@@ -1,4 +1,4 @@
-"""What a config leaves to the tokenizer, filled in: the first thing that is done with a run."""
+"""Fills in what a config leaves to the tokenizer, before anything else is done with a run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _VOCAB_MULTIPLE = 16
 def resolve(
     config: RunConfig, workdir: str | Path, sources: Sources | None = None
 ) -> tuple[RunConfig, Tokenizer]:
-    """Returns the run with its vocabulary's size, and its tokenizer, which is left in `workdir`.
+    """Returns the run with its vocabulary's size, and its tokenizer, which is kept in `workdir`.
 
     `model.vocab_size = 0` becomes the tokenizer's number of ids, rounded up to a multiple of 16.
-    The result may be resolved again and stays as it is. `sources` are those of `config.data`,
-    where they are open already; only a tokenizer that is still to be trained reads them.
+    Resolving the result again changes nothing. `sources` are those of `config.data`, if they are
+    open already; they are read only if the tokenizer is still to be trained.
 
     Raises:
       UserError: a vocabulary smaller than the tokenizer's, or as `resolve_tokenizer`.

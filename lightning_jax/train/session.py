@@ -1,4 +1,4 @@
-"""A session: one process's work on a run, from its start or resume until it ends or is stopped."""
+"""A session: the work of one process on a run, from start or resume until the end or a stop."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ Sampler = Callable[[RunConfig, Any, lm.Router, Tokenizer, float], str]
 
 
 class Stopped(SystemExit):
-    """The run was asked to stop by a signal; its state is saved. Exit status 128 + signal."""
+    """The run was stopped by a signal, and its state is saved. Exit status 128 + signal."""
 
 
 @dataclasses.dataclass
 class Session:
-    """The parts of a session that no step changes, and what is done with a state beside steps.
+    """The parts of a session that no step changes, and all work on a state besides steps.
 
     Attributes:
       start: steps that earlier sessions took.
-      fresh: there is no checkpoint to begin with, not even of weights from elsewhere.
+      fresh: whether there is no checkpoint to start from, not even one of imported weights.
     """
 
     plan: Plan
@@ -65,7 +65,7 @@ class Session:
     sampler: Sampler | None
 
     def first_state(self) -> TrainState:
-        """The state before the first step; weights that came from elsewhere are checkpoint 0."""
+        """Returns the state before the first step, with the weights of checkpoint 0 if any."""
         state = self.program.init()
         if self.fresh:
             return state
@@ -75,7 +75,7 @@ class Session:
         return dataclasses.replace(state, **given, ema=ema)
 
     def restore(self, batches: Any) -> TrainState:
-        """The state of the checkpoint; moves `batches` to its position."""
+        """Returns the state of the checkpoint, and moves `batches` to its position."""
         items = placement.items_from_state(self.program.abstract_state)
         return placement.state_from_items(self.checkpointer.restore(self.start, items, batches))
 
@@ -85,10 +85,10 @@ class Session:
         self.checkpointer.save(step, items, batches, meta)
 
     def report(self, step: int, metrics: dict[str, Any], state: TrainState, batches: Any) -> None:
-        """Fetches the metrics of the last of `step` steps: bar, finite check, a line when due.
+        """Fetches the metrics of the last of `step` steps, checks them, and logs them when due.
 
         Raises:
-          UserError: a loss that is not finite, where that stops the run; the state is saved.
+          UserError: the loss is not finite and `on_nan` is "stop"; the state has been saved.
         """
         config, segment = self.plan.config, self.plan.last_trained(step)
         first = jax.device_get({name: metrics[name] for name in ("loss", "bad_steps")})
@@ -109,7 +109,7 @@ class Session:
             self.writer.histogram("params/absmax", largest, step)
 
     def _halt(self, step: int, state: TrainState, batches: Any) -> None:
-        """Saves the last good state, as that of the step that failed, and raises."""
+        """Saves the last good state under the number of the failed step, and raises."""
         counters = {"step": state.step * 0 + step, "bad_steps": state.bad_steps * 0}
         self.save(step, dataclasses.replace(state, **counters), batches)
         self.checkpointer.wait()
@@ -121,7 +121,7 @@ class Session:
         )
 
     def evaluate(self, segment: Segment, state: TrainState, max_tokens: int) -> dict[str, Any]:
-        """Held-out loss by source, of the averaged weights where there are any; writes a sample."""
+        """Returns the held-out loss by source, of the averaged weights if any; writes a sample."""
         config, params = self.plan.config, state.ema or state.params
         results = self.evaluator(
             params,
@@ -161,7 +161,7 @@ def open_session(
     """Opens the files of a session and closes them again; `mesh` is the ambient one meanwhile.
 
     Args:
-      saved: of the checkpoint to begin with; None where there is none.
+      saved: description of the checkpoint to start from; None without one.
       sampler: writes a text sample at each evaluation.
       profile: record a trace of a few steps in the folder `profile`.
     """

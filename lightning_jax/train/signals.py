@@ -15,7 +15,7 @@ class StopRequest:
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
-        # Handlers can only be set in the main thread; elsewhere (a notebook's worker) none are.
+        # Handlers can be set in the main thread only, not in a notebook's worker.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._remember)

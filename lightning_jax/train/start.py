@@ -1,4 +1,4 @@
-"""A run's folder that begins with weights from elsewhere: checkpoint 0, and where it came from."""
+"""A run's folder that starts from imported weights: checkpoint 0, and the origin of the weights."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def write_start(
     *,
     origin: dict[str, Any],
 ) -> None:
-    """Makes a folder that evaluates and generates as it is, and whose training begins there.
+    """Makes a folder that can be evaluated and generate text at once, and from which to train.
 
     Args:
       workdir: a folder without checkpoints.
       config: the run; `experiments.train` with the same model and tokenizer goes on from here.
       params, router: the weights, float32 as every run keeps them.
-      origin: what `run.json` says of where they came from.
+      origin: where the weights came from, for `run.json`.
 
     Raises:
       UserError: the folder has checkpoints or cannot be written, or the tokenizer has more ids

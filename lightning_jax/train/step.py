@@ -27,9 +27,9 @@ from lightning_jax.train.plan import Knobs
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes. `ema` is empty without averaging.
+    """Everything that a step changes. `ema` is empty without averaging.
 
-    `step` counts batches seen; `bad_steps` those whose loss or gradient was not finite.
+    `step` counts all batches, `bad_steps` those whose loss or gradient was not finite.
     """
 
     step: jax.Array
@@ -129,8 +129,8 @@ def loss_and_grad(
     """Returns (loss, sums for the metrics, gradient) of the batch in `accumulate` parts.
 
     Balance losses weigh each token's router probabilities by how often the *whole* batch chose each
-    expert. So with accumulation a first pass over the micro-batches counts (forward only, a third
-    of the cost more), and the second differentiates with those counts given.
+    expert. So accumulation costs one extra forward pass (a third more), which counts assignments
+    before the pass that differentiates.
     """
     total_weight = batch.loss_mask.sum()
 
@@ -169,7 +169,7 @@ def loss_and_grad(
 def _update_router(
     moe: MoeConfig, router: lm.Router, controller: balance.PIState, stats: balance.RoutingStats
 ) -> tuple[lm.Router, balance.PIState]:
-    """One move of the selection bias and of the controller, from counts of the global batch."""
+    """Updates the selection bias and the controller from the counts of the global batch."""
     bias_URE, top_p = router.bias_URE, router.top_p
     if moe.bias_update_rate:
         update = lambda bias, load: balance.update_bias(bias, load, rate=moe.bias_update_rate)  # noqa: E731
@@ -200,8 +200,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Any]]:
     """Returns the state after one optimizer step, and its metrics (arrays on the device).
 
-    To be compiled for each number of micro-batches `accumulate` and each shape of batch; `knobs`
-    are traced.
+    Compile it for each number of micro-batches `accumulate` and each batch shape; `knobs` are
+    traced.
 
     A step whose loss or gradient is not finite changes nothing but the counters. With
     `optimizer.on_nan = "stop"` no later step changes anything either, so that the loop, which sees
@@ -220,7 +220,7 @@ def train_step(
     good = finite & (state.bad_steps == 0) if config.optimizer.on_nan == "stop" else finite
 
     rate, stats = knobs.learning_rate, sums["stats"]
-    # Not a choice element by element: XLA would copy the moments to have both to choose from.
+    # Not an elementwise select, for which XLA would copy the moments to hold both versions.
     new = jax.lax.cond(
         good, lambda: _updated(config, optimizer, state, grads, rate, stats), lambda: state
     )
@@ -242,7 +242,7 @@ def train_step(
 
 
 def _updated(config, optimizer, state, grads, rate, stats) -> TrainState:
-    """The state after a good step; its counters are the caller's."""
+    """Returns the state after a good step, its counters not yet advanced."""
     with jax.named_scope("optimizer"):
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
@@ -264,7 +264,7 @@ def eval_step(
     batch: Batch,
     rope_base_global: float | jax.Array,
 ) -> dict[str, jax.Array]:
-    """Returns cross-entropy of each position in nats, and statistics under `eval_routing`."""
+    """Returns the cross-entropy of each position in nats, and statistics under `eval_routing`."""
     output = lm.LightningLM(config.model).apply(
         {"params": params},
         batch.tokens,

@@ -1,4 +1,4 @@
-"""The folder of a run: what it was asked for, with what, and whether it may be resumed."""
+"""The folder of a run: its config, what it runs on, and whether it may be resumed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import first_change, to_dict
 from lightning_jax.runtime.files import read_json, write_json
 
-# What a resumed run may change: how often it reports, where it runs. All else would make another
-# run of it; `stages` may change where they have not begun (see `check_resumable`).
+# Fields that a resumed run may change: how often it reports, and on which devices it runs. Any
+# other field would make it another run; `stages` may change until they begin (`check_resumable`).
 _FREE = {
     "log_every",
     "histogram_every",
@@ -32,7 +32,7 @@ _FREE = {
     "mesh",
     "stages",
 }
-# Items of checkpoint 0: weights from elsewhere, before the first step.
+# Items of checkpoint 0: imported weights, before the first step.
 START_ITEMS = ("params", "router")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -83,7 +83,7 @@ def _git_commit() -> str | None:
 
 
 def newest_checkpoint(workdir: Path) -> CheckpointMeta | None:
-    """Returns what the folder's newest checkpoint says of itself; None where there is none."""
+    """Returns the description of the folder's newest checkpoint; None without one."""
     return read_meta(workdir) if all_steps(checkpoints_dir(workdir)) else None
 
 
@@ -91,11 +91,11 @@ def check_resumable(workdir: Path, config: RunConfig, saved: CheckpointMeta | No
     """Raises UserError naming the first field in which `config` is another run than the folder's.
 
     Args:
-      workdir: folder of the run; one without `config.json` takes any config.
-      config: what is to be run there.
-      saved: of the newest checkpoint; None where there is none. Stages after its last one have not
-        begun and may change freely. All but model and tokenizer may where no step was taken: the
-        checkpoint holds weights from elsewhere.
+      workdir: folder of the run; without `config.json` it takes any config.
+      config: the run to resume or start there.
+      saved: description of the newest checkpoint; None without one. Stages after that of the
+        checkpoint have not begun and may change freely. Before the first step (checkpoint 0 of
+        imported weights) everything but model and tokenizer may change.
     """
     path = workdir / "config.json"
     if not path.exists():
@@ -126,7 +126,7 @@ def _fixed(run: dict[str, Any]) -> dict[str, Any]:
 def _stage_change(
     old: dict[str, Any], new: dict[str, Any], last: str
 ) -> tuple[str, Any, Any] | None:
-    """The first difference among the stages up to `last`."""
+    """Returns the first difference among the stages up to `last`."""
     begun = [*old][: [*old].index(last) + 1]
     if [*new][: len(begun)] != begun:
         return "stages", begun, [*new][: len(begun)]

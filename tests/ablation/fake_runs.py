@@ -42,7 +42,7 @@ def domain(bits_per_byte: float, tokens: int, size: int, experts: float | None) 
 
 
 def write_rows(folder: Path, steps: int, *, final_loss: float = 2.0) -> None:
-    """metrics.jsonl: one row a step of 100 tokens, one second each but the first (compilation)."""
+    """metrics.jsonl: a row per step of 100 tokens, one second each but the first (compilation)."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {

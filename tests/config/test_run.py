@@ -221,7 +221,7 @@ def test_which_layers_of_a_unit_have_experts():
     with pytest.raises(UserError, match="unit_mlp = 'ED': must be empty, or 3 letters out of E, D"):
         dataclasses.replace(model, unit="LLG", unit_mlp="ED")
     dense = dataclasses.replace(model.moe, num_experts=0)
-    with pytest.raises(UserError, match="out of D, one a layer"):
+    with pytest.raises(UserError, match="out of D, one per layer"):
         dataclasses.replace(model, unit="LG", unit_mlp="ED", moe=dense)
     with pytest.raises(UserError, match="mlp_dim"):
         dataclasses.replace(model, unit="LG", unit_mlp="ED", mlp_dim=0)

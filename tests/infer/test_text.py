@@ -160,7 +160,7 @@ def test_a_run_is_continued_and_measured(run, tmp_path):
     text.generate_run(tmp_path, options, write=again.append, report=reports.append)
     assert again == written
     # top_p = 1 fills all of max_experts.
-    line = r"\d tokens, \d+\.\d tokens/s, 4\.00 experts a token"
+    line = r"\d tokens, \d+\.\d tokens/s, 4\.00 experts per token"
     assert len(reports) == 4 and all(re.fullmatch(line, report) for report in reports)
 
 

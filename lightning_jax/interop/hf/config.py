@@ -1,7 +1,7 @@
 """`config.json` of published model families to `ModelConfig` and back.
 
-A config that asks for something which no field of ours can say is refused by name: loading it
-anyway would give other numbers. Writing is checked by reading back.
+A setting that no field of ours can express is refused by name: loading the model anyway would give
+other numbers. Writing is checked by reading back.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _DEFAULTS: Json = {
     "rope_theta": 10_000.0,
     "tie_word_embeddings": False,
 }
-# With any other value a layer would compute something else.
+# With any other value of these keys a layer would compute something else.
 _ONLY: Json = {"hidden_act": "silu"}
 
-# How to compute and how to train is in no published config.
+# Fields of computation and training, which no published config has.
 _COMPUTE: Json = {
     "compute_dtype": "float32",
     "scan": True,
@@ -213,7 +213,7 @@ _ARCHITECTURES = {
 
 
 def meaning(config: ModelConfig) -> Json:
-    """Returns what decides a model's logits under evaluation; what it does not read is left out."""
+    """Returns the fields that decide a model's logits under evaluation, without those unread."""
     fields: dict[str, Any] = to_dict(config)
     layers, attention, moe = config.layers, fields["attention"], fields["moe"]
     for name in (*_COMPUTE, "prefix", "unit", "unit_mlp", "num_units"):

@@ -1,4 +1,4 @@
-"""What distinguishes the published model families that can be read and written."""
+"""The differences between the published model families that can be read and written."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Json = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What a model type means beyond the keys that all families share.
+    """The meaning of a model type beyond the keys that all families share.
 
-    `kinds` gives the letter of every layer, `moe` the fields of `MoeConfig` that the config says,
+    `kinds` gives the letter of every layer, `moe` the fields of `MoeConfig` that the config sets,
     `routed` whether a layer has experts, `write` the keys that only this type has.
 
     Functions that read take the config with the type's defaults filled in.
-    `only` maps keys to the one value with which a layer computes what ours does.
+    `only` maps keys to the one value with which a layer computes the same as ours.
     """
 
     defaults: Json
@@ -50,7 +50,7 @@ def _by_layer_types(config: Json) -> str:
     count = config["num_hidden_layers"]
     if not isinstance(types, list) or len(types) != count or set(types) - set(letters):
         raise UserError(
-            f"layer_types = {types!r}: must be {count} entries of {SLIDING} or {FULL}, one a layer"
+            f"layer_types = {types!r}: must be {count} entries, {SLIDING} or {FULL}, one per layer"
         )
     return "".join(letters[name] for name in types)
 

@@ -46,7 +46,7 @@ _HEAD, _TIED_TO = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class Imported(NamedTuple):
-    """A model as it was read. `router` has the selection bias, which is state, not a parameter."""
+    """A model that was read. `router` has the selection bias, which is state, not a parameter."""
 
     config: ModelConfig
     params: Any
@@ -102,11 +102,11 @@ def load(
 
 
 def _check(reader: Reader, tensors: list[FileTensor], config: ModelConfig, folder: Path) -> None:
-    """Compares names and shapes with what the config asks for, before anything is read."""
+    """Compares names and shapes with those that the config implies, before anything is read."""
     wanted = {tensor.name: tensor.shape for tensor in tensors}
     found = {name for name in reader.names if not name.endswith(_DERIVED)}
     if config.tie_embeddings and _HEAD in found and _TIED_TO in found:
-        # Some writers repeat the embedding; another head would be another model.
+        # Some writers repeat the embedding as the head; a head that differs is another model.
         if not np.array_equal(reader.read(_HEAD), reader.read(_TIED_TO)):
             raise UserError(f"{folder}: {_HEAD} differs from the embedding that it is tied to")
         found.remove(_HEAD)
@@ -185,15 +185,15 @@ def save(
       path: the folder; made if it is not there.
       config, params: the model.
       router: its selection bias and top-p; None: those at the start of training.
-      model_type: one of `families.FAMILIES`, or "lightning"; None: the first of them that can
-        say all of the model, "lightning" if none can.
+      model_type: one of `families.FAMILIES`, or "lightning"; None: the first family that can
+        express the model, "lightning" if none can.
       max_shard_bytes: a larger model is written as several files.
 
     Returns:
       The model type.
 
     Raises:
-      UserError: the layout has no place for something that the model has, or the disk refuses.
+      UserError: the layout cannot express a part of the model, or the disk refuses.
     """
     router = lm.init_router(config) if router is None else router
     model_type = _first_that_fits(config, router) if model_type is None else model_type

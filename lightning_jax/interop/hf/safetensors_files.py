@@ -20,7 +20,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Reader:
-    """Tensors of a folder by name; nothing is read before it is asked for.
+    """Tensors of a folder by name; each is read when it is asked for.
 
     Raises:
       UserError: no safetensors in the folder, a missing or damaged file, a tensor in two files, or

@@ -1,4 +1,4 @@
-"""From a list of layers to prefix and unit: the shortest stack of parameters that says the same.
+"""From a list of layers to prefix and unit: the shortest equivalent stack of parameters.
 
 Published configs name every layer by itself; here a model is `prefix` + `num_units` x `unit`, and a
 unit is the body of a scan.
@@ -15,7 +15,7 @@ from lightning_jax.config.pattern import DENSE, EXPERTS, parse_pattern
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """The fields of `ModelConfig` that say what the layers are."""
+    """The fields of `ModelConfig` that define the layers."""
 
     prefix: str
     unit: str
@@ -29,14 +29,14 @@ def with_borrowers(kinds: str, kv_source: Sequence[int] | None) -> str:
     None: every layer owns its keys and values.
 
     Raises:
-      UserError: a source that is not the last owner of the same kind before the layer, which is
-        what lower-case letters can say.
+      UserError: a source that is not the last owner of the same kind before the layer; lower-case
+        letters can express no other.
     """
     if kv_source is None:
         return kinds
     if len(kv_source) != len(kinds):
         raise UserError(
-            f"kv_source = {list(kv_source)}: must have {len(kinds)} entries, one a layer"
+            f"kv_source = {list(kv_source)}: must have {len(kinds)} entries, one per layer"
         )
     letters, owners = "", {}
     for index, (kind, source) in enumerate(zip(kinds, kv_source, strict=True)):
@@ -56,7 +56,7 @@ def stack(letters: str, mlps: str) -> Stack:
     """Returns the stack with the fewest different layers; among equals the longest prefix.
 
     Args:
-      letters: one a layer, as in a pattern.
+      letters: one per layer, as in a pattern.
       mlps: E (experts) or D (dense) for each layer. A prefix has dense layers only.
     """
     found = []
@@ -66,7 +66,7 @@ def stack(letters: str, mlps: str) -> Stack:
         size = next((n for n in sizes if _repeats(rest, rest_mlps, n)), None)
         if EXPERTS in mlps[:start] or size is None or not _closed(letters[:start]):
             continue
-        # All experts, and all dense where the model has none, is what an empty string says.
+        # An empty string means all experts, or all dense in a model without experts.
         plain = EXPERTS if EXPERTS in mlps else DENSE
         unit_mlp = "" if set(rest_mlps) == {plain} else rest_mlps[:size]
         cost = (start + size, -start)
@@ -81,7 +81,7 @@ def _repeats(letters: str, mlps: str, size: int) -> bool:
 
 
 def _closed(letters: str) -> bool:
-    """No layer borrows from outside."""
+    """Whether no layer borrows from outside."""
     try:
         parse_pattern(letters, "layers")
     except UserError:

@@ -1,7 +1,7 @@
-"""Which tensors a file of a model family has, and which parameters of ours each of them holds.
+"""The tensors in a file of a model family, and the parameters of ours that each of them holds.
 
-A file has a tensor a layer and often an expert; ours are stacked over units and experts. The table
-is made from the config, so a missing or an extra tensor is known before anything is read.
+A file has one tensor per layer, and often per expert; ours are stacked over units and experts. The
+table is made from the config, so a missing or an extra tensor is known before anything is read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SELECTION_BIAS = "router/bias_URE"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The slice of a parameter that (a part of) a file tensor is: `parameter[index]`."""
+    """Where one file tensor (or half of an interleaved one) goes: `parameter[index]`."""
 
     path: str
     index: tuple[int, ...]
@@ -46,7 +46,7 @@ class FileTensor:
     form: str = "as_is"
 
     def split(self, tensor: np.ndarray) -> list[np.ndarray]:
-        """Returns the parts' values, one an entry of `parts`."""
+        """Returns the parts' values, one per entry of `parts`."""
         if self.form == "interleaved":
             return [tensor[..., start::2] for start in range(2)]
         if self.form == "linear":
@@ -77,7 +77,7 @@ def _interleaved(name: str, one: Part, other: Part) -> FileTensor:
 
 @dataclasses.dataclass(frozen=True)
 class _MoeNames:
-    """Where a family keeps routers and experts, below `model.layers.<i>.`."""
+    """Names of a family's routers and experts, below `model.layers.<i>.`."""
 
     router: str = "mlp.gate"
     experts: str = "mlp.experts"

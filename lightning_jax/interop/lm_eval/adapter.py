@@ -3,10 +3,10 @@
 Conventions are those of the harness's own Hugging Face adapter, so that numbers compare: spaces at
 the end of a context belong to the continuation, text that spells a special token is that token,
 contexts begin with bos where the tokenizer's texts do, too long contexts lose their beginning, and
-`loglikelihood_rolling` scores disjoint windows. Where it would score other text than asked for, we
-do not follow: a continuation whose first character merges with the context is tokenized alone, a
-rolling text does not predict its own bos, and what has no context follows the model's bos also
-where the tokenizer names none (the harness then takes eos).
+`loglikelihood_rolling` scores disjoint windows. We deviate in three cases, where the harness scores
+different text: (1) a continuation whose first character merges with the context is tokenized alone,
+(2) a rolling text does not predict its own bos, and (3) text without a context follows the model's
+bos even if the tokenizer names none (the harness then takes eos).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What a task's `generation_kwargs` ask for; `until` are strings that end an answer."""
+    """The settings in a task's `generation_kwargs`; `until` are strings that end an answer."""
 
     sampling: Sampling
     max_new_tokens: int
@@ -58,7 +58,7 @@ class Generation:
         """Reads `generation_kwargs`; greedy unless `do_sample` or a temperature above 0 is given.
 
         Raises:
-          UserError: a setting that we do not have.
+          UserError: a setting that we do not support.
         """
         left = dict(kwargs)
         until = left.pop("until", None) or ()
@@ -128,9 +128,9 @@ class LightningAdapter(LM):
           run: from `checkpoint.load_run`.
           tokenizer: of that run.
           max_length: most tokens of context and continuation; default: the sequence length of the
-            stage that the checkpoint is from.
-          batch_size: requests a forward pass.
-          seed: of tasks that sample.
+            checkpoint's stage.
+          batch_size: requests per forward pass.
+          seed: for tasks that sample.
 
         Raises:
           UserError: a number out of its range.
@@ -167,8 +167,8 @@ class LightningAdapter(LM):
     ) -> list[float]:
         """Returns the log-probability of each text, cut into windows of `max_length` targets.
 
-        Each token is scored once. The first window is read after bos, each other one after the
-        token before it, and the last, which is shorter, after all that fits.
+        Each token is scored once. The first window follows bos, each other window the token before
+        it, and the last, which is shorter, as many tokens as fit.
         """
         pairs, owners = [], []
         for owner, request in enumerate(requests):
@@ -194,13 +194,13 @@ class LightningAdapter(LM):
             return self._scorer.score(pairs, advance=progress.update)
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Returns what the model says to each `(context, generation_kwargs)`, without its end.
+        """Returns the model's answer to each `(context, generation_kwargs)`, without its end.
 
         An answer ends before the first string of `until`, with a token that ends a text, or after
         `max_gen_toks` tokens (256 or half of `max_length` if the task does not say).
 
         Raises:
-          UserError: a setting that we do not have, or no room for a context beside the answer.
+          UserError: a setting that we do not support, or no room for a context beside the answer.
         """
         default = max(1, min(_DEFAULT_MAX_GEN_TOKS, self.max_length // 2))
         prompts, groups = [], defaultdict(list)
@@ -288,7 +288,7 @@ class LightningAdapter(LM):
     ) -> str:
         """Returns the text of a conversation, its last message open without a generation prompt.
 
-        As under the harness's own adapter, a system message that the template refuses is left out.
+        As in the harness's own adapter, a system message that the template refuses is left out.
 
         Raises:
           UserError: the tokenizer has no chat template, or it refuses the other messages.
@@ -312,7 +312,7 @@ class LightningAdapter(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the chat template, by which the harness keeps requests that it has made."""
+        """A name for the chat template, by which the harness caches requests."""
         source = self._chat_template().source()
         return f"lightning_jax-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
 

@@ -29,10 +29,10 @@ _KEPT = (
 
 @dataclasses.dataclass(frozen=True)
 class TaskOptions:
-    """How tasks are run. None keeps what the task, the run or its newest checkpoint says.
+    """How tasks are run. None keeps the setting of the task, the run or its newest checkpoint.
 
-    `limit` is documents a task, or their share where below 1. `include_path` is a folder with more
-    tasks in YAML.
+    `limit` is the number of documents per task or, below 1, their share. `include_path` is a folder
+    with more tasks in YAML.
 
     Raises:
       UserError: a number out of its range.
@@ -62,7 +62,7 @@ def evaluate_tasks(workdir: str | Path, options: TaskOptions) -> dict[str, Any]:
     """Evaluates a checkpoint of a run.
 
     Returns:
-      `step`, and what `lm_eval.simple_evaluate` returns under `results`, `groups`, `versions`,
+      `step`, and from the result of `lm_eval.simple_evaluate` `results`, `groups`, `versions`,
       `n-shot`, `n-samples`, `higher_is_better` (by task) and `lm_eval_version`.
 
     Raises:
@@ -102,13 +102,13 @@ def load_tasks(names: Sequence[str], include_path: str | None) -> tuple[Any, lis
     """Returns an index of tasks, and the tasks and groups of these names (or globs, or YAML files).
 
     Raises:
-      UserError: an unknown name, a task whose data or code cannot be loaded, or one that runs code
-        that a model writes or asks for more than text.
+      UserError: an unknown name, a task whose data or code cannot be loaded, or a task that runs
+        code written by the model or asks for more than text.
     """
     manager, names = _manager(names, include_path)
     try:
         loaded = manager.load(list(names))
-    except Exception as error:  # The user's YAML, its code, its data set and the network.
+    except Exception as error:  # From the user's YAML, its code, its data set or the network.
         reason = " ".join(str(error).split())
         raise UserError(f"tasks = {','.join(names)}: {type(error).__name__}: {reason}") from error
     for name, task in loaded["tasks"].items():

@@ -1,1 +1,1 @@
-"""Attention kernels: one module per way of computing the same masked softmax."""
+"""Kernels of attention and experts: a folder per device, and the code that they share."""

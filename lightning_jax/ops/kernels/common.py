@@ -1,6 +1,6 @@
-"""What the attention kernels of all devices share: constants, checks of arguments, arithmetic.
+"""Shared by the attention kernels of all devices: constants, argument checks, arithmetic.
 
-Every check names the implementation that refuses (`name`), the argument and its value.
+The error of every check gives the implementation (`name`), the argument and its value.
 """
 
 from __future__ import annotations

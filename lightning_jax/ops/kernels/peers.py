@@ -1,7 +1,8 @@
-"""Attention of others behind our signature, for comparison: JAX's splash kernel, and cuDNN's.
+"""Attention kernels of others behind our signature, for comparison: JAX's splash, and cuDNN's.
 
-Both take a causal window over aligned rows, splash also queries that are the last of the keys; what
-else `ops.attention` defines they do otherwise (splash lets padding see padding) or not at all.
+Both take a causal window over aligned rows; splash also takes queries that are the last of the
+keys. They lack the other features of `ops.attention`, or define them differently (in splash,
+padding sees padding).
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-# Best of those measured, forward and forward with backward (kernels_tpu suite): twice as fast as
-# 256, six times as fast as splash's default.
+# The best block size measured, forward and forward with backward (kernels_tpu suite): twice as fast
+# as 256, six times as fast as splash's default.
 _SPLASH_BLOCK = 512
 _SPLASH_LANES = 128
 

@@ -2,8 +2,8 @@
 
 Query blocks are taken one after another. A block looks at its visible keys in one or more visits,
 each a slice of the keys counted backwards from the block's last query, with a running softmax.
-Time and memory so grow as length x window, or, without a window, only the blocks on or below the
-diagonal are visited; no array is length x length. The backward pass recomputes the probabilities
+So time and memory grow as length x window; without a window only the blocks on or below the
+diagonal are visited. No array is length x length. The backward pass recomputes the probabilities
 of each block from the saved log-sum-exp (Dao et al., "FlashAttention", arXiv:2205.14135, section 3
 and appendix B.4; the running softmax is Milakov & Gimelshein, arXiv:1805.02867).
 """
@@ -58,7 +58,7 @@ def banded_attention(
         window: visible keys per query, self included; None for all.
         query_segments_BT: document of each query; 0 is padding, which sees nothing.
         key_segments_BS: document of each key; 0 is padding, which nobody sees.
-        sinks_N: per head logit that joins the softmax denominator only.
+        sinks_N: a logit per head that joins only the softmax denominator.
         scale: factor of the scores; H**-0.5 by default.
         logit_softcap: c of c * tanh(score / c), applied to scaled scores (Gemma Team, "Gemma 2",
             arXiv:2408.00118, section 2); None for none.
@@ -98,7 +98,7 @@ def _banded(layout, query_BTNH, key_BSKH, value_BSKH, sinks_N, segments):
 
 
 def _forward(layout, query_BTNH, key_BSKH, value_BSKH, sinks_N, segments):
-    """Returns the output and what the backward pass needs."""
+    """Returns the output and the residuals of the backward pass."""
     K, dtype = key_BSKH.shape[2], query_BTNH.dtype
     queries = _pad_queries(query_BTNH, layout)
     padding = _key_padding(query_BTNH, layout)
@@ -229,7 +229,7 @@ def _scores(layout, start, query_BKGPH, key_BKLH):
 
 
 def _hidden(layout, block, start, segments):
-    """What to add to the scores of one visit: 0 to visible pairs, HIDDEN to hidden ones."""
+    """The addend of the scores of one visit: 0 for visible pairs, HIDDEN for hidden ones."""
     P, S = layout.blocks.query, layout.blocks.key
     key_S = start - S + jnp.arange(S)
     query_P = layout.offset + block * P + jnp.arange(P)
@@ -243,7 +243,7 @@ def _hidden(layout, block, start, segments):
         same_BSP = key_BS[:, :, None] == query_BP[:, None]
         visible_BSP = visible_BSP & same_BSP & (key_BS != 0)[:, :, None]
     hidden_BSP = jnp.where(visible_BSP, 0.0, HIDDEN).astype(jnp.float32)
-    # Written out once: fused, the comparisons would be made again for every head and every reader.
+    # Written out once: if fused, the comparisons would be repeated for every head and reader.
     return lax.optimization_barrier(hidden_BSP)[:, None, :, None]
 
 
@@ -277,12 +277,12 @@ def _sinks_like(sinks_N, x):
 
 
 def _pad_queries(x_BTNH, layout):
-    """To whole blocks of query positions."""
+    """Pads queries to whole blocks of positions."""
     return jnp.pad(x_BTNH, ((0, 0), (0, -x_BTNH.shape[1] % layout.blocks.query), (0, 0), (0, 0)))
 
 
 def _rows(x_BTNH, block, K, layout):
-    """One block of a padded query-side array as x_BKGPH, as products take it."""
+    """One block of a padded query-side array as x_BKGPH, the operand of a product."""
     P = layout.blocks.query
     x_BPNH = lax.dynamic_slice_in_dim(x_BTNH, block * P, P, 1)
     x_BPNH = narrow.operand(x_BPNH, x_BPNH.dtype)
@@ -321,7 +321,7 @@ def _pad_keys_last(x_BSKH, padding):
 
 
 def _key_padding(query_BTX, layout):
-    """Keys of a visit in front, so that every slice stays inside, and behind to whole blocks."""
+    """Padding: a visit's keys in front, which keep every slice inside, and up to whole blocks."""
     return layout.blocks.key, -query_BTX.shape[1] % layout.blocks.query
 
 

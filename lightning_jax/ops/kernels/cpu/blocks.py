@@ -6,14 +6,14 @@ import dataclasses
 
 # Blocks are whole vector registers wide, so that no row ends in a scalar remainder.
 _LANES = 16
-# Scores of one product, those of a key head's queries in one visit, from which XLA computes it on
-# more than one core; the products of a batch run one after another.
+# XLA computes a product on several cores from this many results on. A product has the scores of one
+# key head's queries in one visit; the products of a batch run one after another.
 _SPREAD = 2**17
 # Query positions of short blocks, and the longest span of keys that they serve best.
 _SHORT_QUERY, _SHORT_SPAN = 64, 1280
-# Most keys of a visit of short blocks, and where few query heads share a key head.
+# Most keys per visit of short blocks: with many, and with few query heads per key head.
 _SHORT_KEYS, _FEW_HEADS_KEYS = 640, 288
-# Rows of a product (positions x query heads of a key head) of long blocks, and their positions.
+# Most rows per product (positions x query heads per key head) of long blocks, and most positions.
 _LONG_ROWS, _LONG_QUERY = 512, 256
 
 
@@ -43,11 +43,11 @@ def block_sizes(
 ) -> BlockSizes:
     """Block sizes for `queries` after `offset` keys, with `window` visible keys (None for all).
 
-    A query block of P positions computes window + P - 1 scores a query, so short blocks waste
-    least; long ones reuse each key more. A visit is as large as it takes for its products to use
-    several cores, where `group` query heads on a key head make that possible with short blocks.
-    Rows no longer than the window are a triangle, not a band: shorter visits waste less of it.
-    Queries with a whole window of keys before them (offset) are a band, however few.
+    A query block of P positions computes window + P - 1 scores per query, so short blocks waste
+    least; long ones reuse each key more. A visit is just large enough for its products to use
+    several cores, if `group` query heads per key head make that possible with short blocks. Rows no
+    longer than the window are a triangle, not a band: shorter visits waste less of it. Queries
+    after a whole window of keys (offset) are a band, however few they are.
 
     Measured on two AVX2 cores without offset, float32, 8 query heads of 64, milliseconds forward,
     and forward with backward (experiments.benchmark --suite=attention measures the first line):
@@ -63,7 +63,7 @@ def block_sizes(
     """
     keys = offset + queries
     span = min(keys, window or keys) - 1
-    # Of the keys that a query sees, where there is no window.
+    # Mean keys that a query sees without a window.
     average = (offset + keys) // 2
     # Larger heads make larger slices of keys and values: the visit shrinks to keep them in cache.
     shrink = max(head_dim, 64) / 64

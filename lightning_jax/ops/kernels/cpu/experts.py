@@ -4,18 +4,18 @@ The filled slots, sorted by expert, are walked one expert at a time and, inside 
 block of rows at a time; both loops run a dynamic number of times, so an empty expert, an empty
 slot or a padded token costs nothing, and cost does not grow with E. A block gathers its rows,
 runs the gated unit on its expert's weights and adds its output to those of its tokens. Blocks run
-one after another, so each token sums its experts in a fixed order (deterministic); and the tokens'
-outputs stay in cache, which one output per slot, kept until the end, would not.
+sequentially, so each token sums its experts in a fixed order (deterministic). Accumulating per
+token fits in cache; one buffer row per slot would not.
 
 Rows that are sorted already are tokens with one slot each, and take the same path.
 
-Differentiated, it keeps the projections, in sorted order: on a CPU writing them costs a fifth of
-computing them again (2 of 8 products).
+For the backward pass it keeps the projections, in sorted order: on a CPU writing them costs a fifth
+of computing them again (2 of 8 products).
 
 XLA CPU turns `jax.lax.ragged_dot` into E masked dense matmuls, which this replaces.
 
-With bfloat16 weights on CPU, XLA moves the conversion of the weights of all experts out of the
-loop, on every call, unless compiled with `lightning_jax.runtime.compiler.options`.
+With bfloat16 weights on CPU, XLA hoists the conversion of all experts' weights out of the loop, on
+every call, unless compiled with `lightning_jax.runtime.compiler.options`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from lightning_jax.ops.activation import gated_unit
 from lightning_jax.ops.kernels.cpu import narrow
 from lightning_jax.ops.routing import Choices, SlotOrder, sort_slots
 
-# Filled share from which a large block is faster than the small ones that would take its rows.
+# A large block filled to at least this share is faster than small ones with the same rows.
 _WORTH = 0.625
 
 
 def block_sizes(slots: int, experts: int) -> tuple[int, ...]:
-    """Rows per block, larger first: an expert's rows go by large blocks while they are well filled.
+    """Rows per block, larger first: an expert's rows take large blocks while these are well filled.
 
     Large blocks make good matmuls (256 rows keep a block's rows and one expert's weights in
     cache) but waste half a block per expert; small ones finish a group with little waste. Few
@@ -119,8 +119,8 @@ def _blocked(sizes, clamp, x_MD, gate_MC, order, first, weights, biases):
     return _run(sizes, clamp, x_MD, gate_MC, order, first, weights, biases, keep=False)[0]
 
 
-# J is 2 F: gate and up projections side by side, one product instead of two. Going forward two are
-# as fast, and few rows would not pay for laying the weights side by side.
+# J is 2 F: gate and up projections side by side, one product instead of two. In the forward pass
+# two are as fast, and laying the weights side by side would not pay for few rows.
 
 
 def _forward(sizes, clamp, *arguments):
@@ -129,7 +129,7 @@ def _forward(sizes, clamp, *arguments):
 
 
 def _run(sizes, clamp, x_MD, gate_MC, order, first, weights, biases, *, keep):
-    """The output and, to keep, the projections of each sorted row."""
+    """Returns the output and, with `keep`, the projections of each sorted row."""
     token_S, gate_S, dtype = order.token_S, gate_MC.reshape(-1)[order.slot_S], x_MD.dtype
     x_bits_MD = narrow.to_bits(x_MD)
 
@@ -157,8 +157,8 @@ def _run(sizes, clamp, x_MD, gate_MC, order, first, weights, biases, *, keep):
 
         return _for_each_block(sizes, end - order.size_E[e], end, block, carry)
 
-    # Blocks run in row order, so what a partial one writes past its group is then overwritten by
-    # the next group; only the last group needs room to spill into.
+    # Blocks run in row order, so the next group overwrites what a partial block writes past its
+    # own; only the last group needs room to spill into.
     rows = token_S.shape[0] + sizes[0]
     kept = [narrow.to_bits(jnp.zeros((rows, 2 * weights[0].shape[2]), dtype))] if keep else []
     zeros_MD = jnp.zeros(x_MD.shape, jnp.promote_types(dtype, jnp.float32))
@@ -218,7 +218,7 @@ _blocked.defvjp(_forward, _backward)
 
 
 def _weights_of(weights, e, dtype):
-    """gate_DF, up_DF and down_FD of one expert, as its products take them."""
+    """gate_DF, up_DF and down_FD of one expert, as operands of its products."""
     return tuple(
         narrow.operand(narrow.from_bits(narrow.to_bits(w)[e], w.dtype), dtype) for w in weights
     )

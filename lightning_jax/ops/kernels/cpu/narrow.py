@@ -1,10 +1,10 @@
-"""bfloat16 in the loops of a CPU: what XLA does to it there, and how the kernels keep clear of it.
+"""bfloat16 in loops on a CPU: helpers that keep XLA from widening whole buffers.
 
-XLA's CPU back end widens what it cannot compute in bfloat16, and that includes moving it: a
+XLA's CPU back end widens operations that it does not have in bfloat16, copies included: a
 `dynamic_update_slice` of bfloat16 becomes one of float32 between two conversions of the *whole*
 buffer, in every iteration of a loop. So buffers that a loop writes hold the bits (`to_bits`).
-Products are left in bfloat16 where the processor multiplies it, and widened by hand elsewhere,
-which the caller can do outside of its loop (`operand`).
+Products stay in bfloat16 where the processor multiplies it; elsewhere their operands are widened by
+hand, which the caller can do outside of its loop (`operand`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def operand(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """x rounded to `dtype`, in the dtype in which this machine multiplies it fastest.
+    """Returns x rounded to `dtype`, in the dtype that this machine multiplies fastest.
 
     That is `dtype` or, for bfloat16 on a processor without such products, float32: a float32
     product of bfloat16 values is exact, so it is the same product.
@@ -33,7 +33,7 @@ def operand(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def multiplies_bfloat16() -> bool:
-    """True unless the target is a CPU, taken to be this one, without bfloat16 products."""
+    """False if the target is a CPU without bfloat16 products; a CPU is taken to be this machine."""
     return target.current().platform != "cpu" or _this_cpu_multiplies_bfloat16()
 
 
@@ -75,6 +75,6 @@ def from_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def put(
     bits: jax.Array, rows: jax.Array, start: jax.Array, dtype: jnp.dtype, axis: int = 0
 ) -> jax.Array:
-    """Writes rows, rounded to `dtype`, over those from `start` on of a buffer of `to_bits`."""
+    """Writes `rows`, rounded to `dtype`, at `start` into a buffer made by `to_bits`."""
     rows = to_bits(rows.astype(dtype))
     return jax.lax.dynamic_update_slice_in_dim(bits, rows, start, axis)
