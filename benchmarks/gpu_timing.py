@@ -60,5 +60,5 @@ def runnable(builders: dict[str, Callable[[], Call]]) -> tuple[dict[str, Call], 
 
 
 def note(reasons: dict[str, str]) -> dict[str, str]:
-    """A row's `note` about what did not run, if anything."""
+    """A row's `note` about calls that did not run, if any."""
     return {"note": "; ".join(f"{k}: {v}" for k, v in reasons.items())} if reasons else {}

@@ -1,4 +1,4 @@
-"""Suite `kernels_gpu`: the Pallas kernels of attention on a real GPU, against what others offer.
+"""Suite `kernels_gpu`: the Pallas kernels of attention on a real GPU, against their peers.
 
 Tables: `correctness` (values, gradients and repeatability against float32), `attention` (useful
 TFLOP/s at one shape, share of the matmul peak, peers), `decode` (useful bytes per second) and

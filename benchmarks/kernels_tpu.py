@@ -25,7 +25,7 @@ from lightning_jax.ops.kernels.tpu.blocks import blocks_for, fast_memory
 from lightning_jax.ops.kernels.tpu.forward import forward
 
 HEAD_SIZE = 128
-# (heads, length, window); the long one with one head: cycles, and what the profiler writes, are
+# (heads, length, window); the long one with one head, because cycles and the profiler's output are
 # proportional to heads.
 SHAPES = ((8, 4096, 1024), (1, 32768, 4096))
 # All earlier keys, and the blocks of flash: its best two.

@@ -116,7 +116,7 @@ def interleave(
       rounds: samples per variant.
       warmup: calls before the first round, at least 1.
       min_seconds: a sample is the mean over as many calls as last this long.
-      probe: dtype of a square matrix product that takes part as `PROBE`; None for none.
+      probe: dtype of a square matrix product that takes part as `PROBE`; None: no product.
 
     Raises:
       ValueError: no variant, `rounds` or `warmup` below 1.

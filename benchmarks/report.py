@@ -78,7 +78,7 @@ def machine() -> dict[str, Any]:
 
 
 # Of a table; a terminal of its own width breaks long lines, a file does not.
-# What decides the speed of a matrix product on x86.
+# The flags that decide the speed of a matrix product on x86.
 _VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 

@@ -182,7 +182,7 @@ def _read(path: Path, chip: Chip, trace: bool) -> dict[str, Any]:
 def _cycles(program: str) -> dict[str, tuple[int, int]]:
     """Cycles and bytes of fast memory of every op that libtpu has profiled."""
     found = {}
-    # Attributes may hold line breaks, so what follows a name is read up to the next name.
+    # Attributes may hold line breaks, so the text after a name is read up to the next name.
     for text in re.split(r"\n(?=\s+(?:ROOT )?%[\w.\-]+ = )", program):
         name = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = ", text)
         count = re.search(r'"bundle_analysis_data":\{"estimated_cycles":"(\d+)"', text)
@@ -225,7 +225,7 @@ def _schedule(path: Path, kernel: str) -> dict[str, Any]:
 
 
 def _executed(path: Path, kernel: str, in_code: int, expected: int) -> float | None:
-    """Times that pairs of tiles ran in the profile, over what should have run."""
+    """Pairs of tiles that ran in the profile, over those that should have run."""
     trace = path / f"profile/{kernel}_bundles.txt"
     final = _only(path, f"llo/*-{kernel}-*-final_bundles.txt")
     if not trace.exists() or not final:

@@ -108,7 +108,7 @@ def get_config() -> ConfigDict:
     moe.switch_weight = 1e-6  # balance over single experts (Switch)
     moe.group_weight = 1e-4  # EP balance: experts within each group
     moe.partition_weight = 1e-3  # PEP balance: experts within each partition of a group
-    moe.true_group_weight = 0.0  # balance between groups, blind to what is inside them
+    moe.true_group_weight = 0.0  # balance between groups, blind to imbalance inside a group
     moe.z_weight = 1e-4  # squared log-sum-exp of router logits
     moe.entropy_weight = 1e-4  # router entropy: keeps top_p from needing more and more experts
     moe.implementation = ""  # onehot, blocked or ragged_dot; "": chosen by device

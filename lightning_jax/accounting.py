@@ -1,4 +1,4 @@
-"""What a model costs, from its config alone: parameters, FLOPs, KV-cache bytes, utilisation.
+"""The cost of a model, from its config alone: parameters, FLOPs, KV-cache bytes, utilisation.
 
 Letters as everywhere: D model width, N query heads, K key/value heads, H head size, E experts,
 F expert or MLP hidden, V vocabulary, W window, T sequence length. One multiply-add is two FLOPs;

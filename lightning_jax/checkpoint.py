@@ -44,7 +44,7 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: StrPath, *, keep: int, keep_steps: Collection[int] = ()) -> None:
-        """Makes the folder, tries to write there, and removes what an interrupted save left.
+        """Makes the folder, tries to write there, and removes leftovers of an interrupted save.
 
         Keeps the newest `keep` checkpoints, and also those of `keep_steps` (the ends of stages).
         """
@@ -177,7 +177,7 @@ class Checkpointer:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """What inference needs of a run."""
+    """The parts of a run that inference needs."""
 
     meta: CheckpointMeta
     params: Any
@@ -358,7 +358,7 @@ def _orbax() -> Any:
 
 @contextlib.contextmanager
 def _read_errors(directory: Path, step: int) -> Iterator[None]:
-    """Turns what a damaged or differing checkpoint raises into one line."""
+    """Turns the errors of a damaged or differing checkpoint into one line."""
     try:
         yield
     except (ValueError, KeyError, OSError) as error:

@@ -1,6 +1,7 @@
 """The house keeps its floors: imports run down only, files and functions stay short.
 
-A new package under lightning_jax/ gets its line in `MAY_IMPORT`; docs/architecture.md says why.
+A new package under lightning_jax/ gets its line in `MAY_IMPORT` and in the table of
+docs/architecture.md, which says why; a new file gets its name in that table.
 """
 
 import ast
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "lightning_jax"
 SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 PROGRAMS = sorted((ROOT / "experiments").glob("*.py"))
 
 BASE = {"config", "runtime", "sharding"}
@@ -108,6 +110,52 @@ def test_the_floors_have_no_cycle():
         assert parts - done, f"cycle among {sorted(set(MAY_IMPORT) - done)}"
         done |= parts
     assert "infer" not in MAY_IMPORT["train"] and "train" not in MAY_IMPORT["infer"]
+
+
+def documented_rooms():
+    """Room and names of its files, from the rows of the floors table."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| F\d \| `([\w.]+)` \|([^|]*)\|", text, re.MULTILINE)
+    return [(room, sorted(re.findall(r"`(\w+)`", files))) for room, files in rows]
+
+
+def test_the_floors_table_names_all_rooms_and_files():
+    found = {part_of(module): set() for module in MODULES if part_of(module)}
+    for module in MODULES:
+        part = part_of(module)
+        inside = module.removeprefix(f"{PACKAGE}.{part}.").split(".")[0]
+        if part and module != f"{PACKAGE}.{part}":
+            found[part].add(inside)
+    assert dict(documented_rooms()) == {room: sorted(files) for room, files in found.items()}
+
+
+def test_rooms_of_the_floors_table_import_those_above():
+    rooms = [room for room, _ in documented_rooms()]
+    for index, room in enumerate(rooms):
+        below = MAY_IMPORT[room] & set(rooms[index + 1 :])
+        assert not below, f"{room} imports {sorted(below)}, which stand below it"
+
+
+def exists(name):
+    """Whether a path, a module or a name in a module is there, with or without the package."""
+    path = name if "/" in name else name.replace(".", "/")
+    for root in (ROOT, ROOT / PACKAGE):
+        if (root / path).exists() or (root / f"{path}.py").exists():
+            return True
+        module = (root / path).parent.with_suffix(".py")
+        if path != name and module.exists():
+            pattern = rf"^(?:def |class )?{name.split('.')[-1]}\b"
+            return re.search(pattern, module.read_text(), re.MULTILINE) is not None
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=label)
+def test_paths_in_the_docs_exist(page):
+    places = {path.name for path in ROOT.iterdir()} | {part_of(name) for name in MODULES}
+    quoted = re.findall(r"`([\w./-]+)`", page.read_text())
+    names = [name for name in quoted if re.split(r"[./]", name)[0] in places and name[:1] != "."]
+    names = [name for name in names if not name.endswith((".json", ".jsonl"))]
+    assert names and not [name for name in names if not exists(name)]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=label)

@@ -145,7 +145,7 @@ def build(
     """Returns the page: question, table, gaps, figure, arms, how to reproduce.
 
     Args:
-      report: what `report.summarize` returns.
+      report: result of `report.summarize`.
       header: names of the table's columns.
       rows: its cells.
       gaps: notes and missing runs, one per line.

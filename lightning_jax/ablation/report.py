@@ -165,7 +165,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _notes(
     sweep: Sweep, rows: dict[str, dict[int, dict[str, Any]]], missing: list[dict[str, Any]]
 ) -> list[str]:
-    """What a reader must know before believing the table."""
+    """Caveats that a reader must know before believing the table."""
     notes = []
     found = [row for of_arm in rows.values() for row in of_arm.values()]
     if missing:
@@ -273,7 +273,7 @@ def write_report(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Writes `report.json`, `report.png` and `report.html` into a sweep's folder.
 
     Returns:
-      What `summarize` does.
+      The result of `summarize`.
 
     Raises:
       UserError: it is not the folder of a sweep, no run in it has finished, or one is damaged.

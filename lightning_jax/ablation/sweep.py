@@ -135,7 +135,7 @@ def build_sweep(values: Mapping[str, Any], changes: Mapping[str, Any] | None = N
 
 
 def load_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None = None) -> Sweep:
-    """Runs a sweep file and builds what its `get_sweep()` returns.
+    """Runs a sweep file and builds a Sweep from the result of its `get_sweep()`.
 
     Raises:
       UserError: no such file, a fault in it (with its line), or a sweep that `build_sweep` refuses.

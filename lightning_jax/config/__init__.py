@@ -1,4 +1,4 @@
-"""What a model and a run are: frozen, validated dataclasses, built from nested mappings."""
+"""The config of a model and a run: frozen, validated dataclasses, built from nested mappings."""
 
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build

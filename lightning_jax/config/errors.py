@@ -9,9 +9,9 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """Bad input: a config field, a file, a checkpoint, a full disk.
 
-    Its message is one line that names the field, its value and what would be right. Programs in
-    `experiments/` print that line and exit with status 2; anything else that escapes is our bug
-    and shows its traceback.
+    Its message is one line that names the field, its value and a right value. Programs in
+    `experiments/` print that line and exit with status 2; any other exception that escapes is our
+    bug and shows its traceback.
     """
 
 

@@ -108,7 +108,7 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """Where the text of one domain comes from; see `data.sources` for what `path` may be."""
+    """Where the text of one domain comes from; see `data.sources` for the forms of `path`."""
 
     name: str
     path: str

@@ -1,4 +1,4 @@
-"""What training and evaluation read: one row of packed text, or a batch of rows."""
+"""The input of training and evaluation: one row of packed text, or a batch of rows."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 class Batch(NamedTuple):
     """Arrays `[T]` of a row or `[B, T]` of a batch; a pytree, of numpy or jax arrays.
 
-    `tokens` int32 are the inputs and `targets` int32 what follows each; `segment_ids` int32 number
-    the documents of a row from 1, 0 is padding; `positions` int32 count from 0 in each segment;
+    `tokens` int32 are the inputs, `targets` int32 the next tokens; `segment_ids` int32 number the
+    documents of a row from 1, 0 is padding; `positions` int32 count from 0 in each segment;
     `loss_mask` float32 is 1 where there is a target, 0 on padding.
     """
 

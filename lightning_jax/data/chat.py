@@ -99,7 +99,7 @@ class ChatTemplate:
           **extra: variables of the template, such as `tools` or `enable_thinking`.
 
         Raises:
-          UserError: no message, both kinds of ending asked for, or what the template itself raises.
+          UserError: no message, both kinds of ending asked for, or an error in the template.
         """
         if not messages:
             raise UserError("chat messages = []: must be at least one message")
@@ -237,7 +237,7 @@ def _environment() -> Any:
     extension, nodes = _import("jinja2.ext"), _import("jinja2.nodes")
 
     class Generation(extension.Extension):
-        """`{% generation %}...{% endgeneration %}` marks what the assistant said; read as is."""
+        """`{% generation %}...{% endgeneration %}` marks the assistant's words, which are kept."""
 
         tags = {"generation"}
 

@@ -37,7 +37,7 @@ from lightning_jax.runtime.files import replacing
 
 logger = logging.getLogger(__name__)
 
-# A record: its number counted from 1, where its bytes end, and its UTF-8 text or what is wrong.
+# A record: its number counted from 1, where its bytes end, and its UTF-8 text or its error.
 Entry = tuple[int, int, bytes | UserError]
 
 _FORMAT = 1  # another number rebuilds all indexes

@@ -199,7 +199,7 @@ def with_top_p(config: ModelConfig, router: lm.Router, top_p: float | None) -> l
 
 
 def _measurements(times: list[float], experts_per_token: float | None) -> str:
-    """One line; the rate leaves out what comes before the first token (compiling, the prompt)."""
+    """One line; the rate leaves out the time before the first token (compilation, the prompt)."""
     parts = [f"{len(times)} tokens"]
     if len(times) > 1:
         parts.append(f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s")

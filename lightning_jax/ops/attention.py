@@ -80,7 +80,7 @@ def dot_product_attention(
             nothing (OpenAI, "gpt-oss model card", arXiv:2508.10925).
         scale: factor of the scores, H**-0.5 by default.
         logit_softcap: c in c x tanh(score / c), which bounds the scaled scores, not the sinks
-            (Gemma 2, arXiv:2408.00118); None for none.
+            (Gemma 2, arXiv:2408.00118); None: no soft-cap.
         implementation: "reference" (all pairs at once, any mask); for causal masks without
             positions "xla_banded" (blocks of pairs in plain XLA), "pallas_tpu" and "pallas_gpu"
             (our kernels), "splash" and "cudnn" (JAX's TPU kernel and NVIDIA's, for comparison);
@@ -142,7 +142,7 @@ def _reference(query_BTNH, key_BSKH, value_BSKH, mask_BTS, sinks_N, scale, logit
     total_BKGT1 = jnp.sum(weights_BKGTS, axis=-1, keepdims=True)
     if sinks_N is not None:
         total_BKGT1 += jnp.exp(sinks - top_BKGT1)
-    # Only a query that sees nothing has a total of 0, and 0 / 1 is what it should get.
+    # Only a query that sees nothing has a total of 0, and 0 / 1 is its right result.
     weights_BKGTS /= jnp.where(total_BKGT1 == 0, 1.0, total_BKGT1)
     out_BTKGH = _dot("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(value_BSKH.dtype), value_BSKH)
     return out_BTKGH.reshape(B, T, N, H).astype(query_BTNH.dtype)
@@ -184,7 +184,7 @@ def _choose(
 
 
 def _checked(implementation: str, mask: Mask, used: dict[str, Any]) -> _Kernel:
-    """Raises a ValueError for an unknown kernel, or one that lacks what the call uses."""
+    """Raises a ValueError for an unknown kernel, or one that lacks a feature of the call."""
     if implementation not in _KERNELS:
         known = suggest(implementation, IMPLEMENTATIONS)
         raise ValueError(f"implementation={implementation!r}: expected {known}")

@@ -1,7 +1,7 @@
 """A differentiable scan whose bfloat16 residuals are kept as their bits.
 
-XLA's CPU back end widens a `dynamic_update_slice` of bfloat16: to stack what one step keeps for the
-backward pass it converts the *whole* stack to float32 and back, at every step (see
+XLA's CPU back end widens a `dynamic_update_slice` of bfloat16: to stack the residuals of one step
+for the backward pass it converts the *whole* stack to float32 and back, at every step (see
 `ops.kernels.cpu.narrow`). `jax.lax.scan` gives no control over residuals, so here they are taken
 out of each step's `jax.vjp`, and those of bfloat16 are stacked as uint16.
 """

@@ -1,1 +1,1 @@
-"""How programs run on a machine: what they are compiled for, files, tables, errors."""
+"""How programs run on a machine: target, compiler options, huge pages, files, tables, programs."""

@@ -166,7 +166,7 @@ PROMPTS = ["def f(x)", LONGEST, "x", "caf\u00e9 \u6f22"]
 NEW = 12
 
 
-def engine_says(tokenizer, prompt, eos_id):
+def engine_says(tokenizer, prompt, *stop_ids):
     run = loaded()
     engine = Engine(
         run.config.model,
@@ -177,7 +177,7 @@ def engine_says(tokenizer, prompt, eos_id):
         valid_vocab=tokenizer.vocab_size,
     )
     key = jax.random.key(0)
-    return engine.generate([prompt] * 3, GREEDY, max_new_tokens=NEW, key=key, stop_ids=[eos_id])[0]
+    return engine.generate([prompt] * 3, GREEDY, max_new_tokens=NEW, key=key, stop_ids=stop_ids)[0]
 
 
 @pytest.mark.slow
@@ -203,7 +203,7 @@ def test_generation_is_greedy_and_cut_at_what_ends_it(llama3):
 
 @pytest.mark.slow
 def test_an_answer_ends_with_any_token_that_ends_a_text(llama3):
-    made = engine_says(llama3, adapter(llama3).encode_context(LONGEST), None)
+    made = engine_says(llama3, adapter(llama3).encode_context(LONGEST))
     stop = made[4]
     ended = dataclasses.replace(llama3, stop_ids=(*llama3.stop_ids, stop))
     asked = instances("generate_until", [(LONGEST, {"max_gen_toks": NEW})])

@@ -61,7 +61,7 @@ def banded_attention(
         sinks_N: a logit per head that joins only the softmax denominator.
         scale: factor of the scores; H**-0.5 by default.
         logit_softcap: c of c * tanh(score / c), applied to scaled scores (Gemma Team, "Gemma 2",
-            arXiv:2408.00118, section 2); None for none.
+            arXiv:2408.00118, section 2); None: no soft-cap.
         query_offset: keys before the first query.
         blocks: block sizes; `cpu.blocks.block_sizes` by default.
 

@@ -100,7 +100,7 @@ def ring_decode(
         value_scales_BSK: float32 factor of each int8 value vector.
         sinks_N: per head logit that joins the softmax denominator only.
         scale: factor of the scores, positive.
-        logit_softcap: c in c x tanh(logit / c); None for none.
+        logit_softcap: c in c x tanh(logit / c); None: no soft-cap.
         interpret: run as plain JAX on any device, for tests.
 
     Returns:
@@ -167,7 +167,7 @@ def paged_decode(
         value_scales: the same for values.
         sinks_N: per head logit that joins the softmax denominator only.
         scale: factor of the scores, positive.
-        logit_softcap: c in c x tanh(logit / c); None for none.
+        logit_softcap: c in c x tanh(logit / c); None: no soft-cap.
         interpret: run as plain JAX on any device, for tests.
 
     Returns:

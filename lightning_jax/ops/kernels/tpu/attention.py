@@ -52,7 +52,7 @@ def sliding_window_attention(
         sinks_N: per head logit that joins the softmax denominator only.
         scale: factor of the scores, positive. The queries carry it, in their own dtype.
         logit_softcap: c in c x tanh(logit / c) (Gemma 2, arXiv:2408.00118), applied to the scaled
-            scores, not to sinks; None for none.
+            scores, not to sinks; None: no soft-cap.
         query_offset: keys before the first query.
         interpret: run as plain JAX on any device, for tests; or a simulation of a TPU's memories.
         blocks: block sizes; by device, head size and window from a table by default.

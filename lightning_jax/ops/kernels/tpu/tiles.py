@@ -25,9 +25,9 @@ class Specs:
     def __init__(self, band: Band, lag: int = 0):
         """`lag`: blocks that finished keys lag behind the queries, and steps that only finish.
 
-        Steps without queries of their own keep the first or the last ones, which moves no data.
-        They must: a block of results that were left and met again would be written back with what
-        its buffer then holds.
+        Steps without queries of their own map to the first or the last query block, so nothing is
+        copied. They must: revisiting an output block after leaving it makes Pallas write back a
+        stale buffer.
         """
         block, parts, lead, last = band.blocks.block, band.parts, band.lead, band.steps - 1
         lanes, kv_lanes = (x * band.head_size for x in (band.heads_step, band.kv_step))
