@@ -10,6 +10,7 @@ import pytest
 from lightning_jax.ops import cached_attention
 from lightning_jax.ops.cached_attention import attend
 from lightning_jax.ops.kv_cache import KV, Chunk, Full, Ring, Stored
+from tests.ops.kernels.dense_attention import dense_attention, window_mask
 from tests.targets import HOPPER, TPU
 
 B, N, K, H = 3, 4, 2, 8
@@ -29,16 +30,11 @@ def rows():
 
 def oracle(window, sinks_N):
     """The answer to every query in float64."""
-    query, key, value, segment = rows()
-    key, value = (np.repeat(x, N // K, axis=2) for x in (key, value))
-    scores = np.einsum("BTNH,BSNH->BNTS", query, key) * H**-0.5
-    distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)[None]
-    visible = (distance >= 0) & (distance < (window or LENGTH))
-    visible = visible & (segment[:, :, None] == segment[:, None]) & (segment != 0)[:, None]
-    weights = np.exp(scores) * visible[:, None]
-    total = weights.sum(-1) + (0 if sinks_N is None else np.exp(sinks_N)[None, :, None])
-    out = np.einsum("BNTS,BSNH->BTNH", weights, value)
-    return out / np.where(total == 0, 1, total).transpose(0, 2, 1)[..., None]
+    query, key, value, segment_BT = rows()
+    visible_BTS = window_mask(LENGTH, window, segment_BT)
+    return dense_attention(
+        query, key, value, query, visible_BTS=visible_BTS, scale=H**-0.5, sinks=sinks_N
+    )[0]
 
 
 @functools.partial(jax.jit, static_argnames=("window", "implementation"))
