@@ -38,7 +38,7 @@ def run(options: Options) -> list[dict[str, Any]]:
     """
     if options.config is None:
         raise UserError("--config is missing: the suite serve_small takes its model")
-    base = _model(options.config.model, unit="L" * 8)
+    base = _model(options.config.model, unit="L", units=8)
     rows = []
     for dtype in ("float32", "bfloat16"):
         model = dataclasses.replace(base, compute_dtype=dtype)
