@@ -112,6 +112,7 @@ def test_startup_reports_a_run_that_fails(config, tmp_path):
         startup.seconds_to_first_step(tmp_path, "cold")
 
 
+@pytest.mark.slow
 def test_data(monkeypatch):
     monkeypatch.setattr(data, "SIZES_MB", (0.2, 1))
     row = by_name(data.run(dataclasses.replace(ONCE, only=("start_0.2_",))))["start_0.2_mb"]

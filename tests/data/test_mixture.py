@@ -82,6 +82,7 @@ def test_shapes_shares_and_determinism(data, packing_kind):
         np.testing.assert_equal(take(iterator(data, seed=1), 2), batches[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefetch", [0, 3])
 @pytest.mark.parametrize("packing_kind", ["concat", "first_fit"])
 def test_resume_is_exact_in_the_middle_of_an_epoch(data, packing_kind, prefetch):
@@ -278,6 +279,7 @@ def test_seams_neither_repeat_nor_drop(traced, packing_kind, process, monkeypatc
             assert sorted(seen[name] + held) == sorted(given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefetch", [0, 3])
 @pytest.mark.parametrize("packing_kind", ["concat", "first_fit"])
 def test_resume_at_a_seam_and_one_step_around_it(traced, packing_kind, prefetch, monkeypatch):

@@ -186,7 +186,7 @@ def test_any_stop_id_ends_a_row():
     assert _generate(_engine(), stop_ids=ends) == expected
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_decode_step_holds_no_copy_of_a_cache_or_of_all_experts(dtype):
     config = dataclasses.replace(CONFIG, num_units=3, compute_dtype=dtype)
     moe = dataclasses.replace(config.moe, num_experts=64, implementation="")

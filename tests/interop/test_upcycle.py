@@ -56,6 +56,7 @@ def slow(**changes):
     return pytest.param(changes, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -99,6 +100,7 @@ def test_raw_gates_are_made_up_for_on_average():
     assert error < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["mean", "first"])
 def test_windows_and_shared_keys_and_values(pool):
     source, params = make()

@@ -92,6 +92,7 @@ def test_token_axes_need_not_be_flattened():
     assert_close(flat_grads[1].reshape(out_BTD.shape), grads[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -137,6 +138,7 @@ def test_stacked_experts_give_what_their_unit_gives(implementation, biases):
     assert_close(apply(module, stacked(values, jnp.int32(1)), *arguments), want, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compile_afresh")
 def test_eight_devices_give_what_one_gives():
     module = layer()

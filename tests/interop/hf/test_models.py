@@ -72,6 +72,7 @@ def assert_same_bits(one, other):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model_type", LAYOUTS)
 def test_round_trip_keeps_every_bit(model_type, dtype, tmp_path):

@@ -19,6 +19,9 @@ from tests.ops.kernels.dense_attention import (
     window_mask,
 )
 
+# Interpreted kernels take long.
+pytestmark = pytest.mark.slow
+
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 # Every kernel has blocks of its own, with more queries than keys and the other way round.

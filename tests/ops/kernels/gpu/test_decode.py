@@ -11,6 +11,9 @@ from lightning_jax.ops.kernels.gpu.decode import paged_decode, ring_decode
 from lightning_jax.ops.mask import EMPTY_POSITION
 from tests.ops.kernels.dense_attention import dense_attention
 
+# Interpreted kernels take long.
+pytestmark = pytest.mark.slow
+
 SCALE = 0.3
 
 

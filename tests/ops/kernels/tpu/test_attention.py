@@ -21,6 +21,9 @@ from tests.ops.kernels.dense_attention import (
     window_mask,
 )
 
+# Interpreted kernels take long.
+pytestmark = pytest.mark.slow
+
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 

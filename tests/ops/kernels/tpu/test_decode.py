@@ -12,6 +12,9 @@ from lightning_jax.ops.kernels.tpu.decode import fits, paged_decode, ring_decode
 from lightning_jax.ops.mask import EMPTY_POSITION, Mask
 from tests.ops.kernels.dense_attention import dense_attention
 
+# Interpreted kernels take long.
+pytestmark = pytest.mark.slow
+
 SINKS = jnp.array([0.5, -1.0, 3.0, 0.0, 1.0, 2.0])
 
 
