@@ -154,7 +154,7 @@ def _blocked(query_BTNH, view, sinks_N):
         narrow.operand(query_BTNH, dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     )
 
-    def visit(index, state):
+    def visit(index, state, *, masked=True):
         top_BKGT, total_BKGT, sum_BKGTH = state
         # The last block of a cache may overlap the one before it, whose keys it then hides.
         start = jnp.minimum(index * block, cache.size - block)
@@ -162,9 +162,10 @@ def _blocked(query_BTNH, view, sinks_N):
         scores_BKGTS = H**-0.5 * jnp.einsum(
             "BKGTH,BSKH->BKGTS", query_BKGTH, key_BSKH, preferred_element_type=jnp.float32
         )
-        slot_S = start + jnp.arange(block, dtype=jnp.int32)
-        visible_BTS = _visible(view, slot_S) & (slot_S >= index * block)[None, None]
-        scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, HIDDEN)
+        if masked:
+            slot_S = start + jnp.arange(block, dtype=jnp.int32)
+            visible_BTS = _visible(view, slot_S) & (slot_S >= index * block)[None, None]
+            scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, HIDDEN)
         new_top_BKGT = jnp.maximum(top_BKGT, jnp.max(scores_BKGTS, axis=-1))
         weights_BKGTS = jnp.exp(scores_BKGTS - new_top_BKGT[..., None])
         decay_BKGT = jnp.exp(top_BKGT - new_top_BKGT)
@@ -185,7 +186,14 @@ def _blocked(query_BTNH, view, sinks_N):
         sinks_KG1 = sinks_N.astype(jnp.float32).reshape(K, N // K, 1)
         top_BKGT, total_BKGT = jnp.broadcast_to(sinks_KG1[None], rows), total_BKGT + 1
     state = top_BKGT, total_BKGT, jnp.zeros((*rows, H), jnp.float32)
-    _, total_BKGT, sum_BKGTH = lax.fori_loop(0, _blocks(view, block), visit, state)
+
+    def step(index, state):
+        # Comparing all pairs is a tenth of a long prefill's attention; most blocks need no mask.
+        plain = functools.partial(visit, masked=False)
+        return lax.cond(_all_visible(view, index * block, block), plain, visit, index, state)
+
+    loop = step if T > 1 and view.window is None else visit
+    _, total_BKGT, sum_BKGTH = lax.fori_loop(0, _blocks(view, block), loop, state)
     out_BKGTH = sum_BKGTH / jnp.where(total_BKGT > 0, total_BKGT, 1)[..., None]
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(dtype)
 
@@ -213,3 +221,13 @@ def _visible(view, slot_S):
     visible_BTS = (distance_BTS >= 0) & (key_BS >= 0)[:, None] & (segment_BS != 0)[:, None]
     visible_BTS &= chunk.segment_BT[:, :, None] == segment_BS[:, None]
     return visible_BTS if view.window is None else visible_BTS & (distance_BTS < view.window)
+
+
+def _all_visible(view, start, block):
+    """Whether every query sees all of a block: keys of one document, before the first query."""
+    chunk, size = view.chunk, view.cache.size
+    segment_BS = lax.dynamic_slice_in_dim(chunk.after_BS, start, block, axis=1)
+    document_B1 = chunk.segment_BT[:, :1]
+    one_document = (chunk.segment_BT == document_B1).all() & (segment_BS == document_B1).all()
+    is_before = (start + block <= chunk.start_B).all() & (chunk.last_B < size).all()
+    return one_document & is_before & (document_B1 != 0).all()
