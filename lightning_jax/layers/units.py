@@ -25,7 +25,9 @@ from lightning_jax.runtime import target
 def declare(config: ModelConfig, key: jax.Array, x_BTD: jax.Array, context: Context) -> Any:
     """Initialises all units; returns their boxed parameters with the axis `layers` in front."""
     unit = Unit(config, config.unit_layers, train=False)
-    arguments = x_BTD, _no_bias(config)[0], {}, context, jnp.int32(0)
+    routed = sum(spec.routed for spec in config.unit_layers)
+    no_bias_RE = jnp.zeros((routed, config.moe.num_experts), jnp.float32)
+    arguments = x_BTD, no_bias_RE, {}, context, jnp.int32(0)
     boxed = jax.vmap(lambda key: unit.init(key, *arguments)["params"])(
         jax.random.split(key, config.num_units)
     )
@@ -34,11 +36,6 @@ def declare(config: ModelConfig, key: jax.Array, x_BTD: jax.Array, context: Cont
         boxed,
         is_leaf=lambda leaf: isinstance(leaf, Declared),
     )
-
-
-def _no_bias(config: ModelConfig) -> jax.Array:
-    routed = sum(spec.routed for spec in config.unit_layers)
-    return jnp.zeros((config.num_units, routed, config.moe.num_experts), jnp.float32)
 
 
 def forward(

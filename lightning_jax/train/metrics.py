@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lightning_jax.config.errors import UserError
+from lightning_jax.runtime.files import write_file
 
 
 def flatten(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -115,9 +115,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
     rows = read_rows(path)
     kept = [row for row in rows if row["step"] <= step]
     if rows or path.exists():
-        replacement = path.with_suffix(".tmp")
-        replacement.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(replacement, path)
+        write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 class _EventFile:
