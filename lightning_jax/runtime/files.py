@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import threading
@@ -69,21 +70,50 @@ def write_json(path: StrPath, value: Any) -> None:
     write_file(path, json.dumps(value, indent=2) + "\n")
 
 
+def parse_json(content: bytes, where: object) -> Any:
+    """Returns the value of a JSON document from outside; `where` names it in the errors.
+
+    Raises:
+      UserError: it is not UTF-8 (a byte order mark is accepted), not JSON, or nested too deep, or
+        it has NaN, an infinity or a number beyond the floats, which JSON does not have.
+    """
+    try:
+        return json.loads(
+            content.decode("utf-8-sig"), parse_constant=_refuse_number, parse_float=_finite
+        )
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 (byte {error.start})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({' '.join(str(error).split())})") from error
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_number(text)
+
+
+def _refuse_number(text: str) -> float:
+    raise ValueError(f"{text[:20]} is not a finite number")
+
+
 def read_json(path: StrPath, *, missing_ok: bool = False) -> dict[str, Any]:
     """Returns the object in a JSON file; with `missing_ok` an empty one where there is no file.
+
+    `config.kinds.check` compares its values with what they must be.
 
     Raises:
       UserError: there is no such file, it cannot be read, or it holds no JSON object.
     """
     path = Path(path)
-    if missing_ok and not path.is_file():
+    if missing_ok and not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({' '.join(str(error).split())})") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    value = parse_json(content, path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: must be a JSON object, not {type(value).__name__}")
     return value

@@ -37,7 +37,11 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
     [
         (b"", "not JSON"),
         (b'{"a": 1', "not JSON"),
-        (b"\xff\xfe", "not JSON"),
+        (b"\xff\xfe", r"not UTF-8 \(byte 0\)"),
+        (b'{"a": NaN}', r"not JSON \(NaN is not a finite number\)"),
+        (b'{"a": [-Infinity]}', "not JSON"),
+        (b'{"a": 1e999}', "not JSON"),
+        (b'{"a": 1' + b"0" * 5000 + b"}", "not JSON"),
         (b"[1]", "must be a JSON object, not list"),
         (b"[" * 100_000, "not JSON"),
     ],
@@ -47,6 +51,13 @@ def test_a_damaged_file_is_one_line(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"a.json: {message}"):
         files.read_json(path)
+
+
+def test_a_byte_order_mark_is_accepted_and_a_folder_is_one_line(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert files.read_json(tmp_path / "a.json") == {"a": 1}
+    with pytest.raises(UserError, match="Is a directory"):
+        files.read_json(tmp_path, missing_ok=True)
 
 
 def test_a_missing_file_is_an_error_or_empty(tmp_path):
