@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -17,6 +18,10 @@ from lightning_jax.config.errors import UserError
 StrPath = str | os.PathLike[str]
 # TensorStore, under Orbax, reports a failed system call as text inside another exception.
 _OS_ERROR = re.compile(r"(?:OS error |os_error_code=')(\d+)")
+# What a file system answers that cannot sync a folder, or that does not let us read its names.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES, errno.EPERM)
+# The name that `replacing` gives to a file until it is whole.
+_TEMPORARY = re.compile(r"\..+\.(?P<process>\d+)\.\d+\.tmp")
 
 
 def os_error_number(error: BaseException) -> int | None:
@@ -42,7 +47,7 @@ def disk_errors(what: str) -> Iterator[None]:
 def replacing(path: StrPath) -> Iterator[BinaryIO]:
     """Opens a new file that takes the name `path` when the block ends without an error.
 
-    A reader, or a crash, sees the old file or the new one.
+    A reader, or a crash, sees the old file or the new one; after the block also a loss of power.
 
     Raises:
       OSError: it cannot be written.
@@ -55,8 +60,50 @@ def replacing(path: StrPath) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(path: StrPath) -> None:
+    """Waits until the names in a folder are on disk, where the file system can do that.
+
+    Raises:
+      OSError: the disk fails.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+
+
+def remove_leftovers(folder: StrPath) -> None:
+    """Removes what killed writers of `replacing` left in a folder, not in those below it.
+
+    Call it where no thread of this process writes there. Files of other live processes stay.
+    """
+    for path in Path(folder).glob(".*.tmp"):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found and not _is_another(int(found["process"])):
+            path.unlink(missing_ok=True)
+
+
+def _is_another(process: int) -> bool:
+    """Whether a process lives that is not this one (in containers numbers repeat)."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it lives, as another user's
+        return True
+    return True
 
 
 def write_file(path: StrPath, content: str | bytes) -> None:

@@ -54,7 +54,7 @@ def assert_bitwise(result, expected):
 
 def save_one(workdir, step=10, data_iterator=None, meta=None, **items):
     with Checkpointer(workdir, keep=3) as checkpointer:
-        checkpointer.save(step, items, data_iterator, meta or {})
+        checkpointer.save(step, items, data_iterator, meta or {"step": step})
 
 
 def steps_on_disk(workdir):
@@ -95,7 +95,7 @@ def test_the_caller_may_donate_and_overwrite_after_save(tmp_path):
     items = {"params": {"w": state, "n": count}}
     expected = jax.tree.map(np.array, items)
     with Checkpointer(tmp_path, keep=3) as checkpointer:
-        checkpointer.save(1, items, None, {})
+        checkpointer.save(1, items, None, {"step": 1})
         count[:] = -1
         step = jax.jit(lambda x: x * -3, donate_argnums=0)
         for _ in range(5):
@@ -168,7 +168,7 @@ def test_requests_that_no_checkpoint_can_serve(tmp_path):
         with pytest.raises(UserError, match="no checkpoint in .*checkpoints"):
             checkpointer.restore(None, wanted)
         for step in (10, 20):
-            checkpointer.save(step, {"params": params}, None, {})
+            checkpointer.save(step, {"params": params}, None, {"step": step})
         with pytest.raises(UserError, match="step 30 is not among 10, 20"):
             checkpointer.restore(30, wanted)
         with pytest.raises(UserError, match="it lacks ema"):
@@ -186,14 +186,14 @@ def test_requests_that_no_checkpoint_can_serve(tmp_path):
 def test_items_may_not_take_reserved_names(tmp_path):
     checkpointer = Checkpointer(tmp_path, keep=3)
     with pytest.raises(ValueError, match="reserved"):
-        checkpointer.save(1, {"meta": make_params()}, None, {})
+        checkpointer.save(1, {"meta": make_params()}, None, {"step": 1})
 
 
 def test_newest_and_ends_of_stages_are_kept_across_restarts(tmp_path):
     for steps in ((1, 2, 3), (4, 5, 6)):
         with Checkpointer(tmp_path, keep=2, keep_steps={2, 3}) as checkpointer:
             for step in steps:
-                checkpointer.save(step, {"params": {"w": jnp.full(4, step)}}, None, {})
+                checkpointer.save(step, {"params": {"w": jnp.full(4, step)}}, None, {"step": step})
     assert steps_on_disk(tmp_path) == ["2", "3", "5", "6"]
     with Checkpointer(tmp_path, keep=2) as checkpointer:
         restored = checkpointer.restore(3, {"params": {"w": jnp.zeros(4, jnp.int32)}})
@@ -203,7 +203,7 @@ def test_newest_and_ends_of_stages_are_kept_across_restarts(tmp_path):
 def test_saving_a_step_twice_keeps_the_first(tmp_path):
     with Checkpointer(tmp_path, keep=3) as checkpointer:
         for value in (1, 2):
-            checkpointer.save(5, {"params": {"w": jnp.full(4, value)}}, None, {})
+            checkpointer.save(5, {"params": {"w": jnp.full(4, value)}}, None, {"step": 5})
         restored = checkpointer.restore(5, {"params": {"w": jnp.zeros(4, jnp.int32)}})
     assert_bitwise(restored, {"params": {"w": jnp.full(4, 1)}})
 
@@ -213,7 +213,7 @@ def test_data_iterator_continues_where_it_was_saved(tmp_path):
     for _ in range(5):
         next(iterator)
     with Checkpointer(tmp_path, keep=3) as checkpointer:
-        checkpointer.save(5, {"params": params}, iterator, {})
+        checkpointer.save(5, {"params": params}, iterator, {"step": 5})
         expected = [next(iterator) for _ in range(3)]
         fresh = iter(dataset())
         assert_bitwise(checkpointer.restore(5, {"params": params}, fresh), {"params": params})
@@ -232,10 +232,10 @@ KILLED = """
             time.sleep(600)
 
     checkpointer = Checkpointer(sys.argv[1], keep=2)
-    checkpointer.save(1, {"params": {"w": jnp.arange(1000)}}, None, {})
+    checkpointer.save(1, {"params": {"w": jnp.arange(1000)}}, None, {"step": 1})
     checkpointer.wait()
     state = {"params": {"w": jnp.arange(1000) + 1}, "more": {"w": jnp.ones((1 << 22))}}
-    checkpointer.save(2, state, Stuck() if sys.argv[2] == "blocking" else None, {})
+    checkpointer.save(2, state, Stuck() if sys.argv[2] == "blocking" else None, {"step": 2})
     print("saving", flush=True)
     time.sleep(600)
 """
@@ -253,7 +253,7 @@ def test_kill_in_the_middle_of_a_save(tmp_path, part):
         assert steps_on_disk(tmp_path) == ["1"] and checkpointer.latest_step() == 1
         expected = {"params": {"w": jnp.arange(1000)}}
         assert_bitwise(checkpointer.restore(None, expected), expected)
-        checkpointer.save(2, expected, None, {})
+        checkpointer.save(2, expected, None, {"step": 2})
     assert steps_on_disk(tmp_path) == ["1", "2"]
 
 
@@ -270,13 +270,13 @@ def test_background_disk_error_surfaces_once_and_harms_nothing(tmp_path, small_f
     good = {"params": {"w": jnp.arange(4)}}
     large = {"params": {"w": jax.random.normal(jax.random.key(0), (1 << 17,))}}
     checkpointer = Checkpointer(tmp_path, keep=1)
-    checkpointer.save(1, good, None, {})
+    checkpointer.save(1, good, None, {"step": 1})
     checkpointer.wait()
     small_files()
-    checkpointer.save(2, large, None, {})
+    checkpointer.save(2, large, None, {"step": 2})
     call = {
         "wait": checkpointer.wait,
-        "save": lambda: checkpointer.save(3, good, None, {}),
+        "save": lambda: checkpointer.save(3, good, None, {"step": 3}),
         "restore": lambda: checkpointer.restore(1, good),
         "close": checkpointer.close,
     }[surfaces_in]
@@ -285,7 +285,7 @@ def test_background_disk_error_surfaces_once_and_harms_nothing(tmp_path, small_f
     assert checkpointer.latest_step() == 1
     assert_bitwise(checkpointer.restore(None, good), good)
     if surfaces_in != "close":
-        checkpointer.save(3, good, None, {})
+        checkpointer.save(3, good, None, {"step": 3})
         checkpointer.close()
         assert steps_on_disk(tmp_path) == ["3"]
 
@@ -295,11 +295,11 @@ def test_full_disk_while_saving_is_one_line(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     checkpointer = Checkpointer(tmp_path, keep=1)
-    checkpointer.save(1, {"params": {"w": jnp.arange(4)}}, None, {})
+    checkpointer.save(1, {"params": {"w": jnp.arange(4)}}, None, {"step": 1})
     checkpointer.wait()
     monkeypatch.setattr(grain.checkpoint.CheckpointHandler, "save", full)
     with pytest.raises(UserError, match="checkpoints: No space left on device$"):
-        checkpointer.save(2, {"params": {"w": jnp.arange(4)}}, iter(dataset()), {})
+        checkpointer.save(2, {"params": {"w": jnp.arange(4)}}, iter(dataset()), {"step": 2})
     checkpointer.close()
     assert steps_on_disk(tmp_path) == ["1"]
 
@@ -311,7 +311,7 @@ def test_fault_of_ours_in_a_save_keeps_its_type(tmp_path):
 
     with Checkpointer(tmp_path, keep=1) as checkpointer:
         with pytest.raises(ZeroDivisionError, match="ours"):
-            checkpointer.save(1, {"params": {"w": jnp.arange(4)}}, Broken(), {})
+            checkpointer.save(1, {"params": {"w": jnp.arange(4)}}, Broken(), {"step": 1})
         assert checkpointer.latest_step() is None
 
 
@@ -319,7 +319,7 @@ def test_leaving_the_context_by_an_error_keeps_that_error(tmp_path, small_files)
     large = {"params": {"w": jax.random.normal(jax.random.key(0), (1 << 17,))}}
     with pytest.raises(KeyError) as caught, Checkpointer(tmp_path, keep=1) as checkpointer:
         small_files()
-        checkpointer.save(1, large, None, {})
+        checkpointer.save(1, large, None, {"step": 1})
         raise KeyError("first")
     assert "File too large" in caught.value.__notes__[0]
 
