@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -85,7 +86,7 @@ class Checkpointer:
             import grain.checkpoint
 
             args[DATA_ITEM] = grain.checkpoint.CheckpointSave(data_iterator)
-        with disk_errors(self._task):
+        with self._errors_of_a_save():
             self._remove_leftovers()
             if self._manager is None:
                 self._manager = self._make_manager()
@@ -113,25 +114,34 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Waits until the last save is complete on disk."""
-        if self._manager is None:
-            return
-        try:
-            with disk_errors(self._task):
+        if self._manager is not None:
+            with self._errors_of_a_save():
                 self._manager.wait_until_finished()
-        except BaseException:
-            # The manager has already dropped from its list the steps that this save would replace.
-            self._manager.reload()
-            raise
 
     def close(self) -> None:
         """Waits for the last save, then releases threads and deletes replaced checkpoints."""
         try:
             self.wait()
-        finally:
             if self._manager is not None:
-                self._manager.close()
+                with self._errors_of_a_save():
+                    self._manager.close()
+        finally:
             self._manager = None
             self._remove_leftovers()
+
+    @contextlib.contextmanager
+    def _errors_of_a_save(self) -> Iterator[None]:
+        try:
+            with disk_errors(self._task):
+                yield
+        except Exception:
+            # It would report more of the same failure later, and it no longer knows which
+            # checkpoints there are; the next save makes another.
+            manager, self._manager = self._manager, None
+            if manager is not None:
+                with contextlib.suppress(Exception):
+                    manager.close()
+            raise
 
     def _make_manager(self) -> Any:
         ocp = orbax()
