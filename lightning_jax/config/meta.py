@@ -6,9 +6,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_jax.config.errors import UserError
-from lightning_jax.config.fields import build
+from lightning_jax.config.errors import UserError, suggest
+from lightning_jax.config.fields import build, require
+from lightning_jax.config.kinds import check, integer, number
 from lightning_jax.config.run import RunConfig
+
+_KINDS = {
+    "step": integer(0),
+    "tokens": integer(0, 2**53),  # What JSON holds exactly.
+    "seq_len": integer(1),
+    "rope_base_global": number(1, above=True),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +38,17 @@ class CheckpointMeta:
     seq_len: int
     rope_base_global: float
 
+    def __post_init__(self) -> None:
+        check(vars(self), _KINDS, "meta", required=())
+        stages = [stage.name for stage in self.config.stages]
+        require(self.stage in stages, "meta: stage", self.stage, suggest(self.stage, stages))
+
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> CheckpointMeta:
         """The inverse of `fields.to_dict`.
 
         Raises:
-          UserError: a field is missing, unknown or of the wrong type.
+          UserError: a field is missing, unknown, of the wrong type or out of range.
         """
         for field in dataclasses.fields(cls):
             if field.name not in values:

@@ -16,8 +16,19 @@ from typing import Any
 
 import numpy as np
 
+from lightning_jax.config import kinds
 from lightning_jax.config.errors import UserError
-from lightning_jax.runtime.files import write_file
+from lightning_jax.runtime.files import parse_json, write_file
+
+# What readers of `metrics.jsonl` take from a row; a loss that was not finite is null.
+_ROW = {
+    "step": kinds.integer(0),
+    "stage": kinds.TEXT,
+    "tokens": kinds.integer(0, 2**53),
+    "loss": kinds.or_null(kinds.number()),
+    "tokens_per_second": kinds.or_null(kinds.number(0)),
+    "eval": kinds.OBJECT,
+}
 
 
 def flatten(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -95,26 +106,29 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Reads a `metrics.jsonl`; a last line cut by a kill is left out.
 
     Raises:
-      UserError: a line in the middle that is not JSON.
+      UserError: the file cannot be read, or a whole line is not a row with a step; names the line.
     """
-    if not path.exists():
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
     rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise UserError(f"{path}: line {number} is not JSON ({error.msg})") from error
+    # What follows the last line end is empty, or what a kill has cut.
+    for number, line in enumerate(lines[:-1], 1):
+        where = f"{path}: line {number}"
+        row = parse_json(line, where)
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: must be a JSON object, not {type(row).__name__}")
+        kinds.check(row, _ROW, where, required=["step"])
+        rows.append(row)
     return rows
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    rows = read_rows(path)
-    kept = [row for row in rows if row["step"] <= step]
-    if rows or path.exists():
+    if path.exists():
+        kept = [row for row in read_rows(path) if row["step"] <= step]
         write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 

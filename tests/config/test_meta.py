@@ -30,6 +30,18 @@ def test_it_survives_json():
         ({"rope_base_global": ...}, "it lacks rope_base_global in meta"),
         ({"step": "7"}, "step = '7': must be of type int"),
         ({"colour": 1}, "unknown config field colour"),
+        # Case E4
+        ({"step": -1}, r"meta: step = -1: must be a whole number in \[0, "),
+        ({"step": 2**31}, "step = 2147483648: must be "),
+        ({"tokens": -1}, "meta: tokens = -1: must be a whole number"),
+        ({"tokens": 10**30}, "tokens = 10{30}: must be "),
+        ({"stage": "dekay"}, 'meta: stage = \'dekay\': must be .*did you mean "decay"'),
+        ({"stage": None}, "stage = None: must be of type str"),
+        ({"seq_len": 0}, "meta: seq_len = 0: must be a whole number"),
+        ({"rope_base_global": 1.0}, r"rope_base_global = 1.0: must be a finite number in \(1, "),
+        ({"rope_base_global": float("inf")}, "rope_base_global = inf: must be a"),
+        ({"rope_base_global": float("nan")}, "rope_base_global = nan: must be a"),
+        ({"config": [1]}, "config = .*: must be a mapping"),
     ],
 )
 def test_what_it_must_have(changes, message):

@@ -78,10 +78,49 @@ def test_histograms_and_texts(tmp_path):
     assert b"```\ndef f():\n```" in text.string_val[0]
 
 
-def test_a_damaged_line_in_the_middle_is_one_line_of_error(tmp_path):
+# Case E4
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"not json", "not JSON"),
+        (b"", "not JSON"),
+        (b"[" * 1000, "not JSON"),
+        (b'{"step": 2, "loss": NaN}', r"not JSON \(NaN is not a finite number\)"),
+        (b'{"step": 2, "loss": 1e999}', r"not JSON \(1e999 is not a finite number\)"),
+        (b'{"step": \xff}', r"not UTF-8 \(byte 9\)"),
+        (b"[2]", "must be a JSON object, not list"),
+        (b'{"loss": 2.0}', "lacks step; it has one of loss"),
+        (b'{"step": "2"}', r"step = '2': must be a whole number in \[0, "),
+        (b'{"step": 2.5}', r"step = 2.5: must be a whole number"),
+        (b'{"step": true}', "step = True: must be a whole number"),
+        (b'{"step": -1}', "step = -1: must be a whole number"),
+        (b'{"step": 1' + b"0" * 30 + b"}", "step = 10*: must be a whole number"),
+        (b'{"step": 2, "tokens": null}', "tokens = None: must be a whole number"),
+        (b'{"step": 2, "loss": [1]}', r"loss = \[1\]: must be a finite number, or null"),
+        (b'{"step": 2, "eval": 3}', "eval = 3: must be an object"),
+    ],
+)
+def test_a_damaged_line_is_one_line_of_error(tmp_path, line, message):
     path = tmp_path / "metrics.jsonl"
     assert read_rows(path) == []
-    path.write_text('{"step": 1}\nnot json\n{"step": 3}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is not JSON") as error:
-        read_rows(path)
-    assert "\n" not in str(error.value)
+    for last in (b'{"step": 3}\n', b""):
+        path.write_bytes(b'{"step": 1}\n' + line + b"\n" + last)
+        before = path.read_bytes()
+        with pytest.raises(UserError, match=rf"metrics.jsonl: line 2: {message}") as error:
+            read_rows(path)
+        assert "\n" not in str(error.value)
+        with pytest.raises(UserError, match="line 2"):
+            MetricsWriter(tmp_path, resume_step=1)
+        assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("cut", [b"", b'{"step": 2', b"\0" * 100, b'{"step": \xff'])
+def test_a_line_that_a_kill_has_cut_is_left_out(tmp_path, cut):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + cut)
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+def test_metrics_that_cannot_be_read_are_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="metrics.jsonl: Is a directory"):
+        read_rows(tmp_path / "metrics.jsonl")
