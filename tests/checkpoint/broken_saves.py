@@ -9,8 +9,10 @@ Orbax but started no thread of it.
 """
 
 import errno
+import gc
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -94,6 +96,20 @@ def break_at(number, kind, workdir):
     assert sorted(path.name for path in checkpoints_dir(workdir).iterdir()) in (["2"], ["1", "2"])
 
 
+def write_too_much(workdir):
+    """Many arrays whose writes all fail, of which TensorStore reports each."""
+    large = {f"w{i}": np.random.default_rng(i).random(1 << 16) for i in range(24)}
+    with Checkpointer(workdir, keep=1) as checkpointer:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+        try:
+            checkpointer.save(2, {"params": large, "optimizer": large}, None, {"step": 2})
+            checkpointer.wait()
+        except UserError as error:
+            assert str(error).endswith("checkpoints: File too large"), error
+        gc.collect()
+        check(checkpointer)
+
+
 def look(workdir):
     """What a kill has left must be whole, and the next save leaves itself alone."""
     with Checkpointer(workdir, keep=1) as checkpointer:
@@ -128,6 +144,8 @@ def main() -> None:
     shutil.copytree(first, whole)
     assert in_child(lambda: break_at(None, kind, whole)) == 0
     calls, newest, bad = int((whole / "calls").read_text()), [], []
+    if kind == "full":
+        assert in_child(lambda: write_too_much(first)) == 0
     for number in np.unique(np.linspace(1, calls, points).astype(int)).tolist():
         workdir = root / str(number)
         shutil.copytree(first, workdir)

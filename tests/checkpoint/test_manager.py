@@ -18,51 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lightning_jax import checkpoint, sharding
-from lightning_jax.checkpoint import Checkpointer, load_run, read_meta
-from lightning_jax.config import CheckpointMeta, MeshConfig
+from lightning_jax.checkpoint import Checkpointer, load_run
 from lightning_jax.config.errors import UserError
-from lightning_jax.config.fields import to_dict
-from lightning_jax.runtime.files import write_json
+from tests.checkpoint.saved import (
+    abstract,
+    assert_bitwise,
+    dataset,
+    make_params,
+    save_one,
+    steps_on_disk,
+)
 
-FIRST = SingleDeviceSharding(jax.devices()[0])
-
-
-def make_params(layers=4, dtype=jnp.float32):
-    """Parameters stacked over layers, as the model's units are."""
-    random = np.random.default_rng(0)
-    return {
-        "embed": {"table_VD": jnp.asarray(random.normal(size=(24, 16)), jnp.float32)},
-        "units": {"mlp": {"up_DF": jnp.asarray(random.normal(size=(layers, 16, 8)), dtype)}},
-    }
-
-
-def abstract(tree, where=FIRST):
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), tree)
-
-
-def assert_bitwise(result, expected):
-    assert jax.tree.structure(result) == jax.tree.structure(expected)
-    for new, old in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
-        assert type(new) is type(old) or isinstance(old, jax.Array)
-        new, old = np.asarray(new), np.asarray(old)
-        assert (new.dtype, new.shape) == (old.dtype, old.shape)
-        assert new.tobytes() == old.tobytes()
-
-
-def save_one(workdir, step=10, data_iterator=None, meta=None, **items):
-    with Checkpointer(workdir, keep=3) as checkpointer:
-        checkpointer.save(step, items, data_iterator, meta or {"step": step})
-
-
-def steps_on_disk(workdir):
-    return sorted(path.name for path in (Path(workdir) / "checkpoints").iterdir())
-
-
-def dataset():
-    return grain.MapDataset.range(1000).shuffle(seed=3).repeat().batch(4).to_iter_dataset()
+BROKEN_SAVES = Path(__file__).with_name("broken_saves.py")
 
 
 def test_round_trip_is_bitwise_for_every_kind_of_leaf(tmp_path):
@@ -332,62 +301,6 @@ def test_workdir_that_cannot_hold_checkpoints(tmp_path):
         load_run(tmp_path)
 
 
-def _truncate(folder):
-    largest = max(folder.rglob("ocdbt*/d/*"), key=lambda path: path.stat().st_size)
-    os.truncate(largest, largest.stat().st_size // 2)
-
-
-def _flip_a_bit(folder):
-    largest = max(folder.rglob("ocdbt*/d/*"), key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
-
-
-DAMAGES = {
-    "flipped bit": _flip_a_bit,
-    "truncated array": _truncate,
-    "no arrays": lambda folder: [path.unlink() for path in folder.rglob("d/*")],
-    "no manifest": lambda folder: [path.unlink() for path in folder.rglob("manifest.ocdbt")],
-    "no metadata": lambda folder: (folder / "params/_METADATA").unlink(),
-    "broken metadata": lambda folder: (folder / "params/_METADATA").write_text('{"tree'),
-    "no digests": lambda folder: (folder / "sha256.json").unlink(),
-    "broken iterator": lambda folder: (folder / "data/process_0-of-1.json").write_text("{"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_checkpoint_is_one_line(tmp_path, damage):
-    params = {"w": jax.random.normal(jax.random.key(0), (1 << 14,))}
-    save_one(tmp_path, params=params, data_iterator=iter(dataset()))
-    DAMAGES[damage](tmp_path / "checkpoints" / "10")
-    with Checkpointer(tmp_path, keep=3) as checkpointer, pytest.raises(UserError) as caught:
-        checkpointer.restore(None, {"params": params}, iter(dataset()))
-    message = str(caught.value)
-    assert message.startswith(f"cannot restore step 10 of {tmp_path}/checkpoints: ")
-    assert "\n" not in message
-
-
-def test_damage_elsewhere_does_not_stop_inference(tmp_path):
-    params = {"w": jax.random.normal(jax.random.key(0), (1 << 14,))}
-    save_one(tmp_path, params={"w": jnp.arange(4)}, optimizer=params)
-    _flip_a_bit(tmp_path / "checkpoints" / "10")
-    with Checkpointer(tmp_path, keep=3) as checkpointer:
-        checkpointer.restore(None, {"params": {"w": jnp.arange(4)}})
-        with pytest.raises(UserError, match="optimizer/.* is damaged"):
-            checkpointer.restore(None, {"optimizer": params})
-
-
-def test_write_json_replaces_whole_files(tmp_path):
-    path = tmp_path / "meta.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1} and len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(UserError, match="cannot write .*: No such file or directory"):
-        write_json(tmp_path / "absent" / "meta.json", {})
-
-
 def test_import_and_start_do_not_load_orbax_or_grain(tmp_path):
     program = (
         "import sys; from lightning_jax.checkpoint import Checkpointer;"
@@ -403,71 +316,81 @@ def test_nothing_is_printed_even_at_log_level_info(tmp_path, caplog):
     assert not [r for r in caplog.records if "orbax" in r.pathname]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A saved run with the real model: (workdir, config, params, ema, router)."""
-    from lightning_jax import model
-    from tests import tiny
-
-    workdir = tmp_path_factory.mktemp("run")
-    settings = tiny.tiny_run("corpus.jsonl", model__vocab_size=64)
-    params = jax.tree.map(
-        lambda a: jnp.asarray(np.full(a.shape, 0.5, a.dtype)), model.abstract_params(settings.model)
-    )
-    ema = jax.tree.map(lambda a: jnp.asarray(np.asarray(a) + 1), params)
-    router = model.init_router(settings.model)
-    position = dict(tokens=99, stage="stable", seq_len=32, rope_base_global=1e4)
-    metas = [to_dict(CheckpointMeta(config=settings, step=step, **position)) for step in (1, 2)]
-    with Checkpointer(workdir, keep=2) as checkpointer:
-        optimizer = {"mu": params}
-        items = {"params": params, "router": router, "optimizer": optimizer}
-        checkpointer.save(1, items, None, metas[0])
-        checkpointer.save(2, items | {"ema": ema}, None, metas[1])
-    return workdir, settings, params, ema, router
+def break_saves(folder, kind, points):
+    """Runs broken_saves.py; returns what it found and what it wrote to standard error."""
+    program = [sys.executable, str(BROKEN_SAVES), str(folder), kind, str(points)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    result = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout), result.stderr
 
 
-@pytest.mark.parametrize(
-    ("step", "weights", "average"),
-    [(1, "auto", False), (2, "auto", True), (2, "params", False), (None, "ema", True)],
-)
-def test_load_run(run, step, weights, average):
-    workdir, settings, params, ema, router = run
-    loaded = load_run(workdir, step=step, weights=weights)
-    meta = loaded.meta
-    assert (loaded.config, meta.step, meta.tokens) == (settings, step or 2, 99)
-    assert read_meta(workdir, step) == meta
-    assert [stage.name for stage in loaded.config.stages] == ["stable", "decay"]
-    assert_bitwise(loaded.params, ema if average else params)
-    assert_bitwise(loaded.router, router)
-    assert {a.sharding for a in jax.tree.leaves((loaded.params, loaded.router))} == {FIRST}
+@pytest.mark.slow
+def test_a_kill_at_any_file_call_of_a_save_leaves_one_of_two_right_states(tmp_path):
+    found, said = break_saves(tmp_path, "kill", 30)
+    assert found["calls"] > 40 and not found["bad"], said
+    # The number is given once, near the end.
+    assert found["newest"] == sorted(found["newest"]) and set(found["newest"]) == {1, 2}
 
 
-def test_load_run_onto_a_mesh(run):
-    workdir, settings, params, _, router = run
-    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4, expert=1, tensor=1, sequence=1))
-    loaded = load_run(workdir, mesh=mesh, weights="params")
-    assert_bitwise(loaded.params, params)
-    table_VD = loaded.params["embed"]["table_VD"]
-    assert table_VD.sharding.shard_shape(table_VD.shape) == (64, 32 // 4)
-    assert loaded.router.top_p.sharding == sharding.replicated(mesh)
+# Case F3
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_any_file_call_of_a_save_is_one_line(tmp_path):
+    found, said = break_saves(tmp_path, "full", 30)
+    assert found["calls"] > 40 and not found["bad"], said
+    assert not said
 
 
-def test_load_run_refuses(run, tmp_path):
-    workdir = run[0]
-    with pytest.raises(UserError, match="no checkpoint in"):
-        load_run(tmp_path)
-    with pytest.raises(UserError, match="it lacks ema"):
-        load_run(workdir, step=1, weights="ema")
-    with pytest.raises(UserError, match="weights = 'best'"):
-        load_run(workdir, weights="best")
-    save_one(tmp_path, params=make_params())
-    with pytest.raises(UserError, match="step 10 .*lacks config in meta"):
-        load_run(tmp_path)
+class FileCalls:
+    """Records syncs, renames and removals, in order."""
+
+    def __init__(self, monkeypatch):
+        self.calls = []
+        for module, name in ((os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir")):
+            monkeypatch.setattr(module, name, self.recorded(name, getattr(module, name)))
+        fsync = os.fsync
+
+        def record_fsync(descriptor):
+            self.calls.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", record_fsync)
+
+    def recorded(self, name, call):
+        def record(path, *args, **options):
+            self.calls.append((name, str(path), *map(str, args)))
+            return call(path, *args, **options)
+
+        return record
+
+    def first(self, name, *paths):
+        return self.calls.index((name, *map(str, paths)))
 
 
-def test_load_run_leaves_a_save_in_progress_alone(run):
-    unfinished = checkpoint.checkpoints_dir(run[0]) / "3.orbax-checkpoint-tmp"
-    unfinished.mkdir()
-    assert load_run(run[0]).meta.step == 2
-    assert unfinished.is_dir()
-    unfinished.rmdir()
+# Case F13
+def test_all_of_a_checkpoint_is_synced_before_its_number_and_that_before_the_older_goes(
+    tmp_path, monkeypatch
+):
+    items = {"params": make_params(), "optimizer": {"mu": jnp.ones(4)}}
+    folder = tmp_path / "checkpoints"
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.save(1, items, iter(dataset()), {"step": 1})
+        checkpointer.wait()
+        calls = FileCalls(monkeypatch)
+        checkpointer.save(2, items, iter(dataset()), {"step": 2})
+        checkpointer.wait()
+    temporary = folder / "2.orbax-checkpoint-tmp"
+    numbered = calls.first("rename", temporary, folder / "2")
+    inside = [path.relative_to(folder / "2") for path in (folder / "2").rglob("*")]
+    assert len([path for path in inside if (folder / "2" / path).is_file()]) > 14
+    synced = {path for name, path, *_ in calls.calls[:numbered] if name == "fsync"}
+    # The list of digests is written under another name, in a folder that is synced after it.
+    missing = {str(temporary / path) for path in inside} - synced
+    assert missing == {str(temporary / "sha256.json")} and str(temporary) in synced
+    gone = next(i for i, call in enumerate(calls.calls) if call[1] == str(folder / "1"))
+    assert ("fsync", str(folder)) in calls.calls[numbered:gone]
+
+
+def test_a_meta_of_another_step_is_a_fault_of_ours(tmp_path):
+    with pytest.raises(ValueError, match="step = 1 in checkpoint 2"):
+        Checkpointer(tmp_path, keep=1).save(2, {}, None, {"step": 1})

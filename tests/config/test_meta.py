@@ -35,7 +35,7 @@ def test_it_survives_json():
         ({"step": 2**31}, "step = 2147483648: must be "),
         ({"tokens": -1}, "meta: tokens = -1: must be a whole number"),
         ({"tokens": 10**30}, "tokens = 10{30}: must be "),
-        ({"stage": "dekay"}, 'meta: stage = \'dekay\': must be .*did you mean "decay"'),
+        ({"stage": "dekay"}, "meta: stage = 'dekay': must be .*did you mean \"decay\""),
         ({"stage": None}, "stage = None: must be of type str"),
         ({"seq_len": 0}, "meta: seq_len = 0: must be a whole number"),
         ({"rope_base_global": 1.0}, r"rope_base_global = 1.0: must be a finite number in \(1, "),
