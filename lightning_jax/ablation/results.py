@@ -15,7 +15,6 @@ import numpy as np
 from lightning_jax import accounting
 from lightning_jax.config import ModelConfig, RunConfig
 from lightning_jax.config.errors import UserError
-from lightning_jax.config.fields import build
 from lightning_jax.runtime.files import read_json, write_file
 from lightning_jax.train.metrics import read_rows
 
@@ -62,7 +61,8 @@ def run_row(run: Run, folder: Path) -> dict[str, Any]:
       UserError: a file of the run is missing or damaged.
     """
     domains = read_json(folder / "evaluation.json")
-    model = build(RunConfig, read_json(folder / "config.json")).model
+    path = folder / "config.json"
+    model = RunConfig.parse(read_json(path), path).model
     keys = ("loss", "bits_per_byte", "tokens", "bytes")
     try:
         tokens = sum(domain["tokens"] for domain in domains.values())

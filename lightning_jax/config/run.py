@@ -8,8 +8,11 @@ stands once, with unit and reason, in `configs/base.py`, and other configs are d
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from lightning_jax.config.fields import require, require_choice, suggest
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import build, require, require_choice, suggest
 from lightning_jax.config.model import ModelConfig
 
 DECAYS = ("none", "linear", "cosine", "sqrt")
@@ -200,3 +203,15 @@ class RunConfig:
                     source,
                     suggest(source, self.data.source_names),
                 )
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: object) -> RunConfig:
+        """The inverse of `fields.to_dict`, for a file that a run wrote; errors name it by `where`.
+
+        Raises:
+          UserError: a field is missing, unknown, of the wrong type or out of range.
+        """
+        try:
+            return build(cls, values)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error

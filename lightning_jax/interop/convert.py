@@ -15,7 +15,6 @@ from lightning_jax import accounting
 from lightning_jax.checkpoint import load_run
 from lightning_jax.config import ModelConfig, RunConfig
 from lightning_jax.config.errors import UserError
-from lightning_jax.config.fields import build
 from lightning_jax.data.tokenizer_folder import VOCABULARIES
 from lightning_jax.interop import hf
 from lightning_jax.interop.hf.config import read_config
@@ -39,7 +38,7 @@ def describe(path: StrPath) -> tuple[ModelConfig, str | None]:
     folder = Path(path)
     config = read_json(folder / "config.json")
     if "stages" in config:
-        run = build(RunConfig, config)
+        run = RunConfig.parse(config, folder / "config.json")
         return run.model, run.data.tokenizer
     has_tokenizer = any((folder / name).exists() for name in VOCABULARIES)
     return read_config(config), str(folder) if has_tokenizer else None

@@ -26,7 +26,7 @@ _ROW = {
     "stage": kinds.TEXT,
     "tokens": kinds.integer(0, 2**53),
     "loss": kinds.or_null(kinds.number()),
-    "tokens_per_second": kinds.or_null(kinds.number(0)),
+    "tokens_per_second": kinds.number(0),
     "eval": kinds.OBJECT,
 }
 

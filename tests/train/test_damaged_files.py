@@ -1,0 +1,150 @@
+"""Every JSON file of a run's folder, damaged in every way: one line of error, or numbers."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import pytest
+
+from lightning_jax.ablation import page
+from lightning_jax.ablation.results import Run, run_row
+from lightning_jax.checkpoint import Checkpointer, checkpoints_dir, folders, load_run, read_meta
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import to_dict
+from lightning_jax.interop.convert import describe, is_run
+from lightning_jax.train import loop
+from lightning_jax.train.metrics import MetricsWriter, read_rows
+from lightning_jax.train.plan import Plan
+from tests.ablation.fake_runs import write_run
+from tests.tiny import tiny_run, write_corpus
+from tests.train.damage import damaged
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+RUN = Run("arm", 0)
+
+
+class Reached(Exception):
+    """A training has read its folder and would begin."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A sweep's folder with one finished run, whose checkpoint has no arrays: (folder, config)."""
+    root = tmp_path_factory.mktemp("sweep")
+    config = tiny_run(write_corpus(root / "corpus"), model__vocab_size=272)
+    workdir = RUN.folder(root)
+    write_run(config, workdir)
+    plan = Plan.of(config)
+    with Checkpointer(workdir, keep=1) as checkpointer:
+        end = plan.total_steps
+        checkpointer.save(end, {}, None, to_dict(plan.meta(end)))
+    return root, config
+
+
+@pytest.fixture
+def root(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def require_finite(value):
+    if dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for entry in value:
+            require_finite(entry)
+    assert not isinstance(value, float) or math.isfinite(value)
+
+
+def check(reader, name):
+    """Calls a reader: it may raise a UserError of one line that names the file."""
+    try:
+        require_finite(reader())
+    except Reached:
+        pass
+    except UserError as error:
+        text = str(error)
+        # A readable config that differs is compared with that of "this workdir".
+        assert name in text or "this workdir" in text, text[:200]
+        assert "\n" not in text and len(text) < 2000, text
+
+
+def documents(path, count=150):
+    """The file damaged; of a file with one row per line also single rows."""
+    content = path.read_bytes()
+    if path.suffix != ".jsonl":
+        return damaged(json.loads(content), count)
+    first, *rest = content.splitlines(keepends=True)
+    rows = [line + b"\n" for line in damaged(json.loads(first), count)]
+    return [content[:-9], *rows, *(row + b"".join(rest) for row in rows)]
+
+
+@pytest.fixture
+def train(whole, root, monkeypatch):
+    """A function that trains in the folder up to its first step."""
+
+    def reached(*args, **options):
+        raise Reached
+
+    monkeypatch.setattr(loop, "open_session", reached)
+    return lambda: loop.run(whole[1], RUN.folder(root))
+
+
+# Case E4
+@pytest.mark.parametrize("name", ["config.json", "run.json", "metrics.jsonl", "evaluation.json"])
+def test_a_damaged_file_is_one_line_or_finite(root, train, name):
+    workdir = RUN.folder(root)
+    readers = {
+        "config.json": [
+            train,
+            lambda: is_run(workdir),
+            lambda: describe(workdir),
+            lambda: run_row(RUN, workdir),
+        ],
+        "run.json": [train, lambda: page.origin([RUN], root)],
+        "metrics.jsonl": [
+            lambda: read_rows(workdir / name),
+            lambda: MetricsWriter(workdir, resume_step=3).__exit__(),
+            lambda: run_row(RUN, workdir),
+            lambda: page.curves([RUN], root),
+        ],
+        "evaluation.json": [lambda: run_row(RUN, workdir)],
+    }
+    texts = {path: path.read_bytes() for path in workdir.glob("*.json*")}
+    for content in documents(workdir / name):
+        for reader in readers[name]:
+            for path, text in texts.items():
+                path.write_bytes(text)
+            (workdir / name).write_bytes(content)
+            check(reader, name)
+
+
+# Case E4
+def test_a_damaged_meta_is_one_line_or_another_run(root, train):
+    workdir = RUN.folder(root)
+    [folder] = [path for path in checkpoints_dir(workdir).iterdir()]
+    path = folder / "meta" / "metadata"
+    for content in documents(path):
+        path.write_bytes(content)
+        (folder / "sha256.json").unlink()
+        folders.seal(folder)  # As if it had been saved so.
+        for reader in (lambda: read_meta(workdir), lambda: describe(workdir), train):
+            check(reader, "checkpoints")
+
+
+# Case E4
+def test_a_damaged_list_of_digests_is_one_line(root, train):
+    workdir = RUN.folder(root)
+    [folder] = [path for path in checkpoints_dir(workdir).iterdir()]
+    path = folder / "sha256.json"
+    listed = json.loads(path.read_text())
+    for content in documents(path):
+        path.write_bytes(content)
+        for reader in (lambda: read_meta(workdir), lambda: load_run(workdir), train):
+            check(reader, "checkpoints")
+    path.write_text(json.dumps(listed))
+    assert read_meta(workdir).step == int(folder.name)
