@@ -4,12 +4,20 @@ import dataclasses
 import json
 import math
 import shutil
+import subprocess
 
 import pytest
 
 from lightning_jax.ablation import page
 from lightning_jax.ablation.results import Run, run_row
-from lightning_jax.checkpoint import Checkpointer, checkpoints_dir, folders, load_run, read_meta
+from lightning_jax.checkpoint import (
+    Checkpointer,
+    all_steps,
+    checkpoints_dir,
+    folders,
+    load_run,
+    read_meta,
+)
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import to_dict
 from lightning_jax.interop.convert import describe, is_run
@@ -148,3 +156,25 @@ def test_a_damaged_list_of_digests_is_one_line(root, train):
             check(reader, "checkpoints")
     path.write_text(json.dumps(listed))
     assert read_meta(workdir).step == int(folder.name)
+
+
+# Case A9
+@pytest.mark.slow
+@pytest.mark.parametrize("item", ["params", "meta"])
+def test_training_goes_on_from_the_good_checkpoint_that_is_named(tmp_path, item):
+    config = tiny_run(write_corpus(tmp_path / "corpus"), checkpoint_every=4, keep_checkpoints=2)
+    workdir = tmp_path / "a run"
+    loop.run(config, workdir)
+    folder = checkpoints_dir(workdir)
+    steps, rows = all_steps(folder), read_rows(workdir / "metrics.jsonl")
+    good, newest = steps[-2:]
+    path = max((folder / str(newest) / item).rglob("*"), key=lambda path: path.stat().st_size)
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(UserError, match=f"; checkpoint {good} is good: to train on") as caught:
+        loop.run(config, workdir)
+    assert read_rows(workdir / "metrics.jsonl") == rows
+    subprocess.run(str(caught.value).split("first run ")[1], shell=True, check=True)
+    loop.run(config, workdir)
+    assert all_steps(folder) == steps and (workdir / f"damaged-{newest}").is_dir()
+    again = read_rows(workdir / "metrics.jsonl")
+    assert [row["loss"] for row in again] == [row["loss"] for row in rows]
