@@ -15,7 +15,7 @@ from lightning_jax.checkpoint.folders import META_ITEM, all_steps, checkpoints_d
 from lightning_jax.checkpoint.library import orbax, sealed_path
 from lightning_jax.checkpoint.reading import DATA_ITEM
 from lightning_jax.config.fields import require
-from lightning_jax.runtime.files import StrPath, disk_errors, sync_folder
+from lightning_jax.runtime.files import StrPath, disk_errors, remove_leftovers, sync_folder
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _DELETED = "deleted" + _TEMPORARY
@@ -29,9 +29,10 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: StrPath, *, keep: int, keep_steps: Collection[int] = ()) -> None:
-        """Makes the folder, tries to write there, and removes leftovers of an interrupted save.
+        """Makes the folder, tries to write there, and removes what killed writers of the run left.
 
         Keeps the newest `keep` checkpoints, and also those of `keep_steps` (the ends of stages).
+        Only one process at a time may have a run's folder, of which this is not the lock.
         """
         require(keep >= 1, "keep", keep, "at least 1")
         self._directory = checkpoints_dir(workdir)
@@ -43,6 +44,8 @@ class Checkpointer:
             sync_folder(self._directory.parent)
             with tempfile.TemporaryFile(dir=self._directory):
                 self._remove_leftovers()
+                if jax.process_index() == 0:
+                    remove_leftovers(self._directory.parent)
 
     def __enter__(self) -> Checkpointer:
         return self

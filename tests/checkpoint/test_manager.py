@@ -391,6 +391,16 @@ def test_all_of_a_checkpoint_is_synced_before_its_number_and_that_before_the_old
     assert ("fsync", str(folder)) in calls.calls[numbered:gone]
 
 
+# Case F13
+def test_leftovers_of_killed_writers_go_at_the_next_start(tmp_path):
+    save_one(tmp_path, step=1, params=make_params())
+    (tmp_path / f".config.json.{os.getpid()}.1.tmp").write_text("{")
+    (tmp_path / "checkpoints/2.orbax-checkpoint-tmp/params/d").mkdir(parents=True)
+    Checkpointer(tmp_path, keep=1)
+    assert steps_on_disk(tmp_path) == ["1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
 def test_a_meta_of_another_step_is_a_fault_of_ours(tmp_path):
     with pytest.raises(ValueError, match="step = 1 in checkpoint 2"):
         Checkpointer(tmp_path, keep=1).save(2, {}, None, {"step": 1})
