@@ -183,6 +183,18 @@ class RunConfig:
     sample_prompt: str
     sample_tokens: int
 
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], where: object) -> RunConfig:
+        """The inverse of `fields.to_dict`, for a file that a run wrote; errors name it by `where`.
+
+        Raises:
+          UserError: a field is missing, unknown, of the wrong type or out of range.
+        """
+        try:
+            return build(cls, values)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+
     def __post_init__(self) -> None:
         require(bool(self.stages), "stages", self.stages, "at least one stage")
         for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
@@ -203,15 +215,3 @@ class RunConfig:
                     source,
                     suggest(source, self.data.source_names),
                 )
-
-    @classmethod
-    def parse(cls, values: Mapping[str, Any], where: object) -> RunConfig:
-        """The inverse of `fields.to_dict`, for a file that a run wrote; errors name it by `where`.
-
-        Raises:
-          UserError: a field is missing, unknown, of the wrong type or out of range.
-        """
-        try:
-            return build(cls, values)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error

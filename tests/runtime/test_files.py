@@ -26,6 +26,54 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"two"
 
 
+# Case F13
+def test_a_new_name_is_synced_after_its_content(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def record_fsync(descriptor):
+        calls.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def record_replace(old, new):
+        calls.append("replace")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    files.write_file(tmp_path / "a.json", "{}")
+    content, name, folder = calls
+    assert (".a.json." in content, name, folder) == (True, "replace", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("number", "refused"), [(errno.EINVAL, False), (errno.EACCES, False), (errno.EIO, True)]
+)
+def test_a_folder_is_synced_where_its_file_system_can(tmp_path, monkeypatch, number, refused):
+    def fail(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    if refused:
+        with pytest.raises(OSError, match="Input/output"):
+            files.sync_folder(tmp_path)
+    else:
+        files.sync_folder(tmp_path)
+
+
+# Case F13
+def test_leftovers_of_dead_writers_are_removed(tmp_path):
+    alive = os.getppid()
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        pass
+    left = [f".config.json.{child.pid}.1402.tmp", f".a b.{os.getpid()}.7.tmp", f".x.{2**70}.1.tmp"]
+    kept = [f".run.json.{alive}.1402.tmp", ".config.json.tmp", "config.json", ".x.12.tmp"]
+    for name in (*left, *kept):
+        (tmp_path / name).write_text("{")
+    files.remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+    files.remove_leftovers(tmp_path / "absent")
+
+
 def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.json"
     files.write_json(path, {"a": 1})
@@ -80,51 +128,3 @@ def test_errors_of_tensorstore_name_the_system_call():
         files.disk_errors("cannot save"),
     ):
         raise error
-
-
-# Case F13
-def test_a_new_name_is_synced_after_its_content(tmp_path, monkeypatch):
-    calls, fsync, replace = [], os.fsync, os.replace
-
-    def record_fsync(descriptor):
-        calls.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-        fsync(descriptor)
-
-    def record_replace(old, new):
-        calls.append("replace")
-        replace(old, new)
-
-    monkeypatch.setattr(os, "fsync", record_fsync)
-    monkeypatch.setattr(os, "replace", record_replace)
-    files.write_file(tmp_path / "a.json", "{}")
-    content, name, folder = calls
-    assert (".a.json." in content, name, folder) == (True, "replace", str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("number", "refused"), [(errno.EINVAL, False), (errno.EACCES, False), (errno.EIO, True)]
-)
-def test_a_folder_is_synced_where_its_file_system_can(tmp_path, monkeypatch, number, refused):
-    def fail(descriptor):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", fail)
-    if refused:
-        with pytest.raises(OSError, match="Input/output"):
-            files.sync_folder(tmp_path)
-    else:
-        files.sync_folder(tmp_path)
-
-
-# Case F13
-def test_leftovers_of_dead_writers_are_removed(tmp_path):
-    alive = os.getppid()
-    with subprocess.Popen([sys.executable, "-c", ""]) as child:
-        pass
-    left = [f".config.json.{child.pid}.1402.tmp", f".a b.{os.getpid()}.7.tmp", f".x.{2**70}.1.tmp"]
-    kept = [f".run.json.{alive}.1402.tmp", ".config.json.tmp", "config.json", ".x.12.tmp"]
-    for name in (*left, *kept):
-        (tmp_path / name).write_text("{")
-    files.remove_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
-    files.remove_leftovers(tmp_path / "absent")
