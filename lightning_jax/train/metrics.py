@@ -121,7 +121,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         row = parse_json(line, where)
         if not isinstance(row, dict):
             raise UserError(f"{where}: must be a JSON object, not {type(row).__name__}")
-        kinds.check(row, _ROW, where, required=["step"])
+        # Training steps are logged with their speed and place, evaluations with the step alone.
+        required = ["step", "tokens"] if "tokens_per_second" in row else ["step"]
+        kinds.check(row, _ROW, where, required=required)
         rows.append(row)
     return rows
 

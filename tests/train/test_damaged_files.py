@@ -8,8 +8,7 @@ import subprocess
 
 import pytest
 
-from lightning_jax.ablation import page
-from lightning_jax.ablation.results import Run, run_row
+from lightning_jax.ablation.results import Run
 from lightning_jax.checkpoint import (
     Checkpointer,
     all_steps,
@@ -31,6 +30,8 @@ from tests.train.damage import damaged
 pytestmark = pytest.mark.usefixtures("one_device")
 
 RUN = Run("arm", 0)
+# Random changes of each file, besides those of `damage.BROKEN`.
+COUNTS = pytest.mark.parametrize("count", [20, pytest.param(300, marks=pytest.mark.slow)])
 
 
 class Reached(Exception):
@@ -77,17 +78,18 @@ def check(reader, name):
     except UserError as error:
         text = str(error)
         # A readable config that differs is compared with that of "this workdir".
-        assert name in text or "this workdir" in text, text[:200]
+        known = (name, "this workdir", "bits_per_byte is not finite")
+        assert any(words in text for words in known), text[:200]
         assert "\n" not in text and len(text) < 2000, text
 
 
-def documents(path, count=150):
+def documents(path, count):
     """The file damaged; of a file with one row per line also single rows."""
     content = path.read_bytes()
     if path.suffix != ".jsonl":
-        return damaged(json.loads(content), count)
+        return damaged(json.loads(content), count, seed=count)
     first, *rest = content.splitlines(keepends=True)
-    rows = [line + b"\n" for line in damaged(json.loads(first), count)]
+    rows = [line + b"\n" for line in damaged(json.loads(first), count, seed=count)]
     return [content[:-9], *rows, *(row + b"".join(rest) for row in rows)]
 
 
@@ -103,27 +105,20 @@ def train(whole, root, monkeypatch):
 
 
 # Case E4
-@pytest.mark.parametrize("name", ["config.json", "run.json", "metrics.jsonl", "evaluation.json"])
-def test_a_damaged_file_is_one_line_or_finite(root, train, name):
+@COUNTS
+@pytest.mark.parametrize("name", ["config.json", "run.json", "metrics.jsonl"])
+def test_a_damaged_file_is_one_line_or_finite(root, train, name, count):
     workdir = RUN.folder(root)
     readers = {
-        "config.json": [
-            train,
-            lambda: is_run(workdir),
-            lambda: describe(workdir),
-            lambda: run_row(RUN, workdir),
-        ],
-        "run.json": [train, lambda: page.origin([RUN], root)],
+        "config.json": [lambda: is_run(workdir), lambda: describe(workdir)],
+        "run.json": [train],
         "metrics.jsonl": [
             lambda: read_rows(workdir / name),
             lambda: MetricsWriter(workdir, resume_step=3).__exit__(),
-            lambda: run_row(RUN, workdir),
-            lambda: page.curves([RUN], root),
         ],
-        "evaluation.json": [lambda: run_row(RUN, workdir)],
     }
     texts = {path: path.read_bytes() for path in workdir.glob("*.json*")}
-    for content in documents(workdir / name):
+    for content in documents(workdir / name, count):
         for reader in readers[name]:
             for path, text in texts.items():
                 path.write_bytes(text)
@@ -132,11 +127,12 @@ def test_a_damaged_file_is_one_line_or_finite(root, train, name):
 
 
 # Case E4
-def test_a_damaged_meta_is_one_line_or_another_run(root, train):
+@COUNTS
+def test_a_damaged_meta_is_one_line_or_another_run(root, train, count):
     workdir = RUN.folder(root)
     [folder] = [path for path in checkpoints_dir(workdir).iterdir()]
     path = folder / "meta" / "metadata"
-    for content in documents(path):
+    for content in documents(path, count):
         path.write_bytes(content)
         (folder / "sha256.json").unlink()
         folders.seal(folder)  # As if it had been saved so.
@@ -145,12 +141,13 @@ def test_a_damaged_meta_is_one_line_or_another_run(root, train):
 
 
 # Case E4
-def test_a_damaged_list_of_digests_is_one_line(root, train):
+@COUNTS
+def test_a_damaged_list_of_digests_is_one_line(root, train, count):
     workdir = RUN.folder(root)
     [folder] = [path for path in checkpoints_dir(workdir).iterdir()]
     path = folder / "sha256.json"
     listed = json.loads(path.read_text())
-    for content in documents(path):
+    for content in documents(path, count):
         path.write_bytes(content)
         for reader in (lambda: read_meta(workdir), lambda: load_run(workdir), train):
             check(reader, "checkpoints")

@@ -98,6 +98,7 @@ def test_histograms_and_texts(tmp_path):
         (b'{"step": 2, "tokens": null}', "tokens = None: must be a whole number"),
         (b'{"step": 2, "loss": [1]}', r"loss = \[1\]: must be a finite number, or null"),
         (b'{"step": 2, "eval": 3}', "eval = 3: must be an object"),
+        (b'{"step": 2, "loss": 1, "tokens_per_second": 9}', "lacks tokens"),
     ],
 )
 def test_a_damaged_line_is_one_line_of_error(tmp_path, line, message):
