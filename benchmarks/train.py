@@ -8,7 +8,6 @@ autocast there and `model.compute_dtype` here.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from typing import Any
 
 import jax
@@ -38,8 +37,7 @@ def run(options: Options) -> list[dict[str, Any]]:
         raise UserError(
             "--config is missing: the train suite times the step of a run's first stage"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        config, _ = resolve(options.config, folder)
+    config = resolve(options.config).config
     return [_row(dtype, options, config) for dtype in DTYPES if options.wants(f"step_{dtype}")]
 
 

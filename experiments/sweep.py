@@ -20,6 +20,9 @@ _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, from configs/sweeps.", 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=True)
 _ONLY = flags.DEFINE_list("only", [], "Arms to run; all by default.")
 _SEEDS = flags.DEFINE_list("seeds", [], "Seeds to run; all by default.")
+_CHANGED = flags.DEFINE_bool(
+    "allow_changed_data", False, "Resume runs although the text is not what they began with."
+)
 _SET = flags.DEFINE_multi_string("set", [], "A config field for every arm: --set=model.x=1")
 
 
@@ -30,7 +33,13 @@ def main() -> None:
         raise UserError(f"seeds = {','.join(_SEEDS.value)!r}: must be numbers like 0,1") from error
     changes = dict(sweep.parse_change(text) for text in _SET.value)
     arms = sweep.load_sweep(_SWEEP.value, changes)
-    rows, failures = sweep.run_sweep(arms, _WORKDIR.value, only=_ONLY.value, seeds=seeds)
+    rows, failures = sweep.run_sweep(
+        arms,
+        _WORKDIR.value,
+        only=_ONLY.value,
+        seeds=seeds,
+        allow_changed_data=_CHANGED.value,
+    )
     program.emit_json({"finished": rows, "failed": failures})
     if failures:
         name, first = next(iter(failures.items()))

@@ -13,6 +13,9 @@ from lightning_jax.runtime import program
 _CONFIG = program.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _PROFILE = flags.DEFINE_bool("profile", False, "Record a trace of three steps in WORKDIR/profile.")
+_CHANGED = flags.DEFINE_bool(
+    "allow_changed_data", False, "Resume although the text is not what the run began with."
+)
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One process of several (a TPU pod slice).")
 
 
@@ -23,11 +26,16 @@ def main() -> None:
 
         jax.distributed.initialize()
     from lightning_jax.infer.text import sample
-    from lightning_jax.runtime import compiler
     from lightning_jax.train import loop
 
-    compiler.cache_in(f"{_WORKDIR.value}/compiled")
-    results = loop.run(config, _WORKDIR.value, sampler=sample, profile=_PROFILE.value)
+    results = loop.run(
+        config,
+        _WORKDIR.value,
+        sampler=sample,
+        profile=_PROFILE.value,
+        allow_changed_data=_CHANGED.value,
+        keep_compiled=True,
+    )
     program.emit_json(results)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from lightning_jax.ablation.results import METRIC, Run
-from lightning_jax.runtime.files import read_json
 from lightning_jax.train.metrics import read_rows
+from lightning_jax.train.record import Record
 
 _CURVE_POINTS = 40
 # Okabe and Ito's palette: told apart with any colour vision.
@@ -195,16 +195,15 @@ def _html_table(header: list[str], rows: list[list[str]]) -> str:
 
 def origin(runs: Sequence[Run], workdir: Path) -> str:
     """Commands, commits and versions of the runs, one per line, from their `run.json`."""
-    paths = [run.folder(workdir) / "run.json" for run in runs]
-    made = [read_json(path) for path in paths if path.exists()]
+    made = [run for arm in runs for run in Record.read(arm.folder(workdir)).sessions]
     commands = [_command(run["command"]) for run in made]
-    commits = [f"commit {run['git_commit']}" for run in made]
+    commits = [f"commit {run['git_commit'] or run.get('git_commit_unknown')}" for run in made]
     versions = [", ".join(map(" ".join, run["versions"].items())) for run in made]
     return "\n".join(dict.fromkeys([*commands, *commits, *versions]))
 
 
 def _command(argv: list[str]) -> str:
-    program = Path(argv[0])
+    program = Path(*argv[:1])
     if program.parent.name == "experiments":
         return f"python -m experiments.{program.stem} {shlex.join(argv[1:])}"
     return shlex.join(argv)

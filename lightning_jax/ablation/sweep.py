@@ -28,6 +28,7 @@ from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build, first_change, require, suggest, to_dict
 from lightning_jax.runtime.files import read_json, write_file, write_json
 from lightning_jax.train import loop
+from lightning_jax.train.workdir import claim
 
 logger = logging.getLogger(__name__)
 
@@ -209,6 +210,7 @@ def run_sweep(
     *,
     only: Sequence[str] = (),
     seeds: Sequence[int] = (),
+    allow_changed_data: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Trains the unfinished runs in `workdir/<arm>/seed_<n>`, and collects the results.
 
@@ -220,18 +222,24 @@ def run_sweep(
       workdir: folder of the sweep; gets `sweep.json`.
       only: arms to run; empty: all.
       seeds: seeds to run; empty: all.
+      allow_changed_data: see `train.loop.run`.
 
     Returns:
       The rows, and by run the one-line error of those that failed this time.
 
     Raises:
-      UserError: the folder holds runs of another sweep; names the field.
+      UserError: the folder holds runs of another sweep (names the field), or is in use.
       session.Stopped: SIGTERM or SIGINT; the state has been saved.
     """
-    root = Path(workdir).absolute()
     runs = sweep.runs(only, seeds)
+    with claim(workdir) as claimed:
+        return _run_all(sweep, claimed.path, runs, allow_changed_data)
+
+
+def _run_all(
+    sweep: Sweep, root: Path, runs: Sequence[Run], allow_changed_data: bool
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
     _check_same(sweep, root)
-    root.mkdir(parents=True, exist_ok=True)
     write_json(root / "sweep.json", {**dataclasses.asdict(sweep), "seeds": list(sweep.seeds)})
     failures: dict[str, str] = {}
     for number, run in enumerate(runs, 1):
@@ -244,7 +252,7 @@ def run_sweep(
         failure.unlink(missing_ok=True)
         begun = time.perf_counter()
         try:
-            loop.run(sweep.config(run), folder)
+            loop.run(sweep.config(run), folder, allow_changed_data=allow_changed_data)
         except UserError as error:
             failures[str(run)] = str(error)
             folder.mkdir(parents=True, exist_ok=True)

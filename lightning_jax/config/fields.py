@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_jax.config.errors import UserError, suggest
@@ -90,15 +90,22 @@ def to_dict(config: Any) -> dict[str, Any]:
     return result
 
 
-def first_change(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """Returns (dotted field, old value, new value) of the first difference of two nested dicts.
+def changes(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields (dotted field, old value, new value) of the differences of two nested dicts.
 
-    The order of keys counts: it is the order of stages.
+    A field that only one of them has is None in the other. The order of keys counts: it is the
+    order of stages.
     """
     if not (isinstance(old, dict) and isinstance(new, dict)):
-        return None if old == new else (path, old, new)
+        if old != new:
+            yield path, old, new
+        return
     for key in dict.fromkeys([*old, *new]):
-        found = first_change(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        if found:
-            return found
-    return None if list(old) == list(new) else (path, list(old), list(new))
+        yield from changes(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    if list(old) != list(new) and set(old) == set(new):
+        yield path, list(old), list(new)
+
+
+def first_change(old: Any, new: Any) -> tuple[str, Any, Any] | None:
+    """Returns the first of the `changes`; None without any."""
+    return next(changes(old, new), None)

@@ -17,8 +17,8 @@ from lightning_jax.interop.upcycle import is_exact, upcycle
 from lightning_jax.train.evaluation import ONE_DEVICE, Evaluator
 from lightning_jax.train.plan import Plan
 from lightning_jax.train.resolve import resolve
-from lightning_jax.train.start import write_start
-from lightning_jax.train.workdir import prepare
+from lightning_jax.train.start import require_unused, write_start
+from lightning_jax.train.workdir import Claim, claim
 
 StrPath = str | os.PathLike[str]
 
@@ -48,7 +48,15 @@ def upcycle_run(
     Raises:
       UserError: a source that does not fit, or a folder that cannot be read or written.
     """
-    path = prepare(workdir)
+    with claim(workdir) as claimed:
+        require_unused(claimed.path)
+        result = _upcycle(source, claimed, config, pool=pool, eval_tokens=eval_tokens)
+    return {"workdir": str(workdir), **result}
+
+
+def _upcycle(
+    source: StrPath, claimed: Claim, config: RunConfig, *, pool: str, eval_tokens: int
+) -> dict[str, Any]:
     _, tokenizer = describe(source)
     dense, params, router = load_any(source)
     model = dataclasses.replace(
@@ -57,9 +65,10 @@ def upcycle_run(
     data = dataclasses.replace(config.data, tokenizer=tokenizer or config.data.tokenizer)
     sources = Sources.open(data)
     config = dataclasses.replace(config, model=model, data=data)
-    config, tokenizer = resolve(config, path, sources)
+    resolved = resolve(config, sources=sources)
+    config, tokenizer = resolved.config, resolved.tokenizer
     made, made_router = upcycle(dense, params, model, jax.random.key(config.seed), pool=pool)
-    write_start(path, config, made, made_router, origin={"path": str(source), "pool": pool})
+    write_start(claimed, config, made, made_router, origin={"path": str(source), "pool": pool})
     segment = Plan.of(config).segments[0]
 
     def losses(model: ModelConfig, params: Any, router: lm.Router) -> dict[str, float]:
@@ -77,7 +86,6 @@ def upcycle_run(
 
     before, after = losses(dense, params, router), losses(model, made, made_router)
     return {
-        "workdir": str(workdir),
         "exact": is_exact(dense, model),
         "loss": {
             name: {"before": before[name], "after": after[name], "jump": after[name] - before[name]}

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from lightning_jax import accounting
 from lightning_jax.config import RunConfig
 from lightning_jax.data import mixture
-from lightning_jax.data.sources import Sources
-from lightning_jax.runtime import tables
+from lightning_jax.runtime import compiler, tables
 from lightning_jax.runtime.files import write_json
 from lightning_jax.train import placement
 from lightning_jax.train import workdir as folder
-from lightning_jax.train.plan import Plan, Segment
-from lightning_jax.train.resolve import resolve
+from lightning_jax.train.plan import Segment
 from lightning_jax.train.session import Sampler, Session, open_session
+from lightning_jax.train.start import Start, look
 from lightning_jax.train.step import TrainState
 
 
@@ -31,15 +31,22 @@ def run(
     *,
     sampler: Sampler | None = None,
     profile: bool = False,
+    allow_changed_data: bool = False,
+    keep_compiled: bool = False,
 ) -> dict[str, Any]:
     """Trains all stages, or resumes from the folder's last checkpoint, and evaluates.
+
+    Everything is read and compared before anything is written, so a run that is refused leaves no
+    trace (docs/runs.md).
 
     Args:
       config: the run; `model.vocab_size = 0` is resolved from the tokenizer.
       workdir: folder of the run: checkpoints, `metrics.jsonl`, `tensorboard/`, `config.json`,
-        `run.json`, `evaluation.json`.
+        `run.json`, `evaluation.json`. One process at a time trains there.
       sampler: writes a text sample at each evaluation.
       profile: record a trace of steps 5 to 7 of this session in `workdir/profile`.
+      allow_changed_data: resume with text that is not the text that the run began with.
+      keep_compiled: keep compiled programs in `workdir/compiled`, see `compiler.cache_in`.
 
     Returns:
       The last evaluation by domain.
@@ -48,18 +55,30 @@ def run(
       UserError: bad input of any kind, a loss that is not finite under `on_nan = "stop"`.
       Stopped: SIGTERM or SIGINT; the state has been saved.
     """
-    path = folder.prepare(workdir)
-    sources = Sources.open(config.data)
-    config, tokenizer = resolve(config, path, sources)
-    plan = Plan.of(config)
-    mesh = placement.make_mesh(plan)
-    saved = folder.newest_checkpoint(path)
-    folder.check_resumable(path, config, saved)
-    folder.record(path, config, {"data": sources.fingerprint()})
+    with folder.claim(workdir) as claim:
+        start = look(config, claim.path, allow_changed_data=allow_changed_data)
+        mesh = placement.make_mesh(start.plan)
+        start.write(claim)
+        if keep_compiled:
+            compiler.cache_in(claim.path / "compiled")
+        return _run(start, claim.path, mesh, sampler=sampler, profile=profile)
+
+
+def _run(
+    start: Start, path: Path, mesh: Mesh, *, sampler: Sampler | None, profile: bool
+) -> dict[str, Any]:
+    plan, config = start.plan, start.plan.config
     rows = accounting.summary_rows(config.model, plan.max_seq_len)
     tables.print_table(rows, "This model")
     with open_session(
-        plan, path, sources, tokenizer, mesh, saved, sampler=sampler, profile=profile
+        plan,
+        path,
+        start.sources,
+        start.tokenizer,
+        mesh,
+        start.saved,
+        sampler=sampler,
+        profile=profile,
     ) as session:
         state = _train(session)
         session.checkpointer.wait()

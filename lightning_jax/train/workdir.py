@@ -1,134 +1,166 @@
-"""The folder of a run: its config, what it runs on, and whether it may be resumed."""
+"""The folder of a run: one process has it at a time, and what it holds of a run."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import errno
 import os
-import platform
-import subprocess
-import sys
-from importlib import metadata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from lightning_jax.checkpoint import all_steps, checkpoints_dir, read_meta
 from lightning_jax.config import CheckpointMeta, RunConfig
 from lightning_jax.config.errors import UserError
-from lightning_jax.config.fields import first_change, to_dict
-from lightning_jax.runtime.files import read_json, write_json
+from lightning_jax.config.fields import build, require, to_dict
+from lightning_jax.runtime import lock
+from lightning_jax.runtime.files import read_json
+from lightning_jax.train.record import Record
 
-# Fields that a resumed run may change: how often it reports, and on which devices it runs. Any
-# other field would make it another run; `stages` may change until they begin (`check_resumable`).
-_FREE = {
-    "log_every",
-    "histogram_every",
-    "eval_every",
-    "eval_tokens",
-    "final_eval_tokens",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "sample_prompt",
-    "sample_tokens",
-    "mesh",
-    "stages",
-}
+CONFIG, METRICS, LOCK = "config.json", "metrics.jsonl", "lock"
 # Items of checkpoint 0: imported weights, before the first step.
 START_ITEMS = ("params", "router")
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_ATTEMPTS = 10
 
 
-def prepare(workdir: str | os.PathLike[str]) -> Path:
-    """Creates the folder and makes sure that it can be written.
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A folder that no other process changes.
+
+    Attributes:
+      path: absolute path of the folder.
+      writes: whether this process writes there; of several processes of one run the first does.
+    """
+
+    path: Path
+    writes: bool
+
+
+@contextlib.contextmanager
+def claim(workdir: str | os.PathLike[str] | Claim) -> Iterator[Claim]:
+    """Locks a folder for the block, and makes it where it does not exist.
+
+    Folders that were made and are empty at the end are removed again: a command that is refused
+    leaves no trace. A claim in place of a path is that claim.
 
     Raises:
-      UserError: it cannot be made or written.
+      UserError: the folder is in use by another process, or cannot be made or written.
     """
-    path = Path(workdir).absolute()
-    probe = path / ".write_test"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-        raise UserError(f"workdir = {str(path)!r}: cannot be written ({reason})") from error
-    return path
-
-
-def record(workdir: Path, config: RunConfig, extra: dict[str, Any]) -> None:
-    """Writes `config.json` and `run.json` (versions, commit, command, and `extra`)."""
-    write_json(workdir / "config.json", to_dict(config))
-    about = {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in _PACKAGES},
-        "git_commit": _git_commit(),
-        **extra,
-    }
-    write_json(workdir / "run.json", about)
-
-
-def _git_commit() -> str | None:
-    root = Path(__file__).resolve().parents[2]
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return result.stdout.strip()
-
-
-def newest_checkpoint(workdir: Path) -> CheckpointMeta | None:
-    """Returns the description of the folder's newest checkpoint; None without one."""
-    return read_meta(workdir) if all_steps(checkpoints_dir(workdir)) else None
-
-
-def check_resumable(workdir: Path, config: RunConfig, saved: CheckpointMeta | None) -> None:
-    """Raises UserError naming the first field in which `config` is another run than the folder's.
-
-    Args:
-      workdir: folder of the run; without `config.json` it takes any config.
-      config: the run to resume or start there.
-      saved: description of the newest checkpoint; None without one. Stages after that of the
-        checkpoint have not begun and may change freely. Before the first step (checkpoint 0 of
-        imported weights) everything but model and tokenizer may change.
-    """
-    path = workdir / "config.json"
-    if not path.exists():
+    if isinstance(workdir, Claim):
+        yield workdir
         return
-    before, now = read_json(path), to_dict(config)
-    if saved and saved.step == 0:
-        changed = first_change(*(_read_by_weights(run) for run in (before, now)))
-    else:
-        last = saved.stage if saved else next(iter(before["stages"]))
-        changed = first_change(*(_fixed(run) for run in (before, now)))
-        changed = changed or _stage_change(before["stages"], now["stages"], last)
-    if changed:
-        field, old, new = changed
-        raise UserError(
-            f"{field} = {new!r}: this workdir's run has {old!r}; use another --workdir "
-            "or the run's own value"
-        )
+    require(str(workdir) != "", "workdir", workdir, "a folder")
+    claimed = Claim(checkpoints_dir(workdir).parent, writes=_is_first_process())
+    with contextlib.ExitStack() as stack:
+        if claimed.writes:
+            stack.enter_context(_held(claimed.path))
+        yield claimed
 
 
-def _read_by_weights(run: dict[str, Any]) -> dict[str, Any]:
-    return {"model": run["model"], "data": {"tokenizer": run["data"]["tokenizer"]}}
+def _is_first_process() -> bool:
+    # Without `distributed`, asking for the index would wait for a device that may be in use.
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def _fixed(run: dict[str, Any]) -> dict[str, Any]:
-    return {field: value for field, value in run.items() if field not in _FREE}
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[None]:
+    what = f"workdir = {str(path)!r}"
+    made: list[Path] = []
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, made)
+        try:
+            _lock(path, what, made, stack)
+        except OSError as error:
+            reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
+            raise UserError(f"{what}: cannot be written ({reason})") from error
+        yield
 
 
-def _stage_change(
-    old: dict[str, Any], new: dict[str, Any], last: str
-) -> tuple[str, Any, Any] | None:
-    """Returns the first difference among the stages up to `last`."""
-    begun = [*old][: [*old].index(last) + 1]
-    if [*new][: len(begun)] != begun:
-        return "stages", begun, [*new][: len(begun)]
-    changes = (first_change(old[name], new[name], f"stages.{name}") for name in begun)
-    return next((change for change in changes if change), None)
+def _lock(path: Path, what: str, made: list[Path], stack: contextlib.ExitStack) -> None:
+    """Makes the folder and holds its lock; adds the folders that were not there to `made`."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            for folder in (*reversed(path.parents), path):
+                if not folder.exists():
+                    folder.mkdir(exist_ok=True)
+                    made.append(folder)
+            stack.enter_context(lock.hold(path / LOCK, what))
+            return
+        except FileNotFoundError:
+            # Perhaps another command was refused, and has removed the folder that it had made.
+            if attempt == _ATTEMPTS - 1:
+                raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with contextlib.suppress(OSError):  # Not empty.
+        for folder in reversed(folders):
+            folder.rmdir()
+
+
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What a folder holds of a run.
+
+    Attributes:
+      saved: description of the newest checkpoint; None without one.
+      config: of that checkpoint, as a nested dict; without one, of the run whose steps are logged
+        there; None if nothing has begun in the folder, which then takes any run.
+      record: its `run.json`.
+    """
+
+    saved: CheckpointMeta | None
+    config: dict[str, Any] | None
+    record: Record
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the run goes on from."""
+        return self.saved.step if self.saved else 0
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether steps were taken here, saved or not: on some text, with some config."""
+        return self.config is not None and (self.saved is None or self.saved.step > 0)
+
+    @classmethod
+    def read(cls, path: Path) -> Past:
+        """Reads a folder, and writes nothing.
+
+        Raises:
+          UserError: a damaged file, or files of something else than a run.
+        """
+        config = _read_config(path)
+        saved = read_meta(path) if all_steps(checkpoints_dir(path)) else None
+        record = Record.read(path)
+        if saved is not None:
+            return cls(saved, to_dict(saved.config), record)
+        log = path / METRICS
+        if not log.exists() or not log.stat().st_size:
+            return cls(None, None, record)
+        if config is None:
+            raise UserError(
+                f"{log}: belongs to no checkpoint and no {CONFIG}; use another --workdir, or move "
+                "the file away"
+            )
+        try:
+            return cls(None, to_dict(build(RunConfig, config)), record)
+        except UserError as error:
+            raise UserError(f"{path / CONFIG}: {error}") from error
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    file = path / CONFIG
+    advice = "use another --workdir, or move the file away"
+    try:
+        values = read_json(file, missing_ok=True)
+    except UserError as error:
+        raise UserError(f"{error}; {advice}") from error
+    if not values and not file.exists():
+        return None
+    if "stages" not in values:
+        raise UserError(f"{file}: is not the config of a run; {advice}")
+    return values

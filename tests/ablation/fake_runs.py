@@ -73,11 +73,13 @@ def write_run(
     write_rows(folder, steps, final_loss=code)
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or VOCAB)
     recorded = to_dict(dataclasses.replace(config, model=model))
-    about = {
+    session = {
+        "first_step": 1,
         "command": ["/somewhere/experiments/sweep.py", "--sweep=a b.py"],
         "versions": {"jax": "0.10"},
         "git_commit": "abc",
     }
+    about = {"sessions": [session]}
     scores = {"code": code, "docs": docs}
     result = {name: domain(scores[name], *DOMAINS[name], experts) for name in DOMAINS}
     for name, value in (("config", recorded), ("run", about), ("evaluation", result)):

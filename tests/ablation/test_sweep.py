@@ -22,7 +22,7 @@ def trained(monkeypatch):
     """Replaces training; returns the (arm folder, seed) of the calls and what they should do."""
     calls, faults = [], {}
 
-    def fake(config, workdir):
+    def fake(config, workdir, **_):
         name = f"{workdir.parent.name} seed {config.seed}"
         calls.append(name)
         if name in faults:
