@@ -39,9 +39,10 @@ MAY_CHANGE = (
         "Neither do samples and checkpoints.",
     ),
     Rule(
-        ("mesh.*", "stages.*.accumulate"),
+        ("mesh.*", "stages.*.accumulate", "data.prefetch"),
         ALWAYS,
-        "A step is the same, up to rounding, on other devices and in other micro-batches.",
+        "A step is the same, up to rounding, on other devices, in other micro-batches and with "
+        "batches made ahead.",
     ),
     Rule(
         (

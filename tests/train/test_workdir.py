@@ -1,137 +1,188 @@
-"""The folder of a run: what it records, and which other runs it refuses to resume as."""
+"""The folder of a run: one process has it, nothing is left of a refusal, and what it holds."""
 
 import dataclasses
+import errno
 import json
-import sys
+import os
 
 import jax
+import numpy as np
 import pytest
 
-from lightning_jax.config import RunConfig
+from lightning_jax.checkpoint import Checkpointer
 from lightning_jax.config.errors import UserError
-from lightning_jax.config.fields import build, to_dict
+from lightning_jax.config.fields import to_dict
+from lightning_jax.runtime import lock
+from lightning_jax.runtime.files import write_json
 from lightning_jax.train import workdir as folder
 from lightning_jax.train.plan import Plan
+from lightning_jax.train.workdir import Past, claim
 from tests.tiny import tiny_run
 
 CONFIG = tiny_run("corpus.jsonl", model__vocab_size=272)
-STEPS = [segment.end_step for segment in Plan.of(CONFIG).segments]
 
 
-def changed(path, value):
-    """The config with one dotted field set; None removes an entry of a mapping."""
-    values = to_dict(CONFIG)
-    *parents, last = path.split(".")
-    target = values
-    for name in parents:
-        target = target[name]
-    target[last] = value
-    return build(RunConfig, values)
+def save(path, steps, config=CONFIG):
+    """Saves a checkpoint with the run's description and one number."""
+    with Checkpointer(path, keep=9) as checkpointer:
+        meta = to_dict(Plan.of(config).meta(steps))
+        checkpointer.save(steps, {"params": {"w": np.ones(1)}}, None, meta)
 
 
-@pytest.fixture
-def path(tmp_path):
-    folder.record(tmp_path, CONFIG, {"data": {"a": {"fingerprint": "0"}}})
-    return tmp_path
+def test_a_claim_makes_the_folder_and_an_unused_one_leaves_nothing(tmp_path):
+    with claim(tmp_path / "some" / "run") as claimed:
+        assert claimed.path.is_absolute() and claimed.writes
+        assert [path.name for path in claimed.path.iterdir()] == [folder.LOCK]
+        with claim(claimed) as same:
+            assert same is claimed
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyError), claim(tmp_path / "some" / "run"):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
 
 
-def test_prepare_makes_the_folder_and_leaves_nothing_in_it(tmp_path):
-    made = folder.prepare(tmp_path / "some" / "run")
-    assert made.is_dir() and made.is_absolute() and not list(made.iterdir())
-    assert folder.prepare(made) == made
+def test_what_was_written_or_was_there_before_stays(tmp_path):
+    (tmp_path / "there").mkdir()
+    with claim(tmp_path / "there" / "run"):
+        pass
+    with claim(tmp_path / "there"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    with claim(tmp_path / "there" / "run") as claimed:
+        (claimed.path / "file").write_text("")
+    assert (tmp_path / "there" / "run" / "file").exists()
+    assert not (tmp_path / "there" / "run" / folder.LOCK).exists()
+
+
+def test_the_second_one_is_one_line(tmp_path):
+    with claim(tmp_path), pytest.raises(UserError) as error, claim(tmp_path):
+        pytest.fail("claimed twice")
+    who = f"workdir = {str(tmp_path)!r}: in use by process {os.getpid()} on "
+    assert str(error.value).startswith(who)
+
+
+def test_a_folder_that_a_refused_command_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
+    hold, calls = lock.hold, []
+
+    def vanish(path, what):
+        calls.append(path)
+        if len(calls) == 1:
+            path.parent.rmdir()
+        return hold(path, what)
+
+    monkeypatch.setattr(lock, "hold", vanish)
+    with claim(tmp_path / "run") as claimed:
+        assert claimed.path.is_dir() and len(calls) == 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EROFS, "Read-only file system"),
+        (errno.EACCES, "Permission denied"),
+        (errno.ENOENT, "No such file or directory"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, number, reason):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(lock.os, "pwrite", refuse)
+    message = rf"workdir = '.*run': cannot be written \({reason}\)$"
+    with pytest.raises(UserError, match=message), claim(tmp_path / "new" / "run"):
+        pytest.fail("claimed")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_and_no_folder_at_all_are_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"workdir = '.*file': cannot be written \(File exists\)"):
-        folder.prepare(tmp_path / "file")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=r"workdir = '.*': cannot be written \("), claim(path):
+            pass
+    with pytest.raises(UserError, match="workdir = '': must be a folder"), claim(""):
+        pass
+    with pytest.raises(UserError, match="a local or mounted folder"), claim("gs://bucket/run"):
+        pass
+    assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_record_says_what_was_asked_for_and_with_what(path):
-    recorded = json.loads((path / "config.json").read_text())
-    assert build(RunConfig, recorded) == CONFIG
-    about = json.loads((path / "run.json").read_text())
-    assert about["command"] == sys.argv and about["versions"]["jax"] == jax.__version__
-    assert about["data"] == {"a": {"fingerprint": "0"}}
-    assert about["git_commit"] is None or len(about["git_commit"]) >= 40
+def test_of_several_processes_the_first_one_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    with claim(tmp_path / "run") as claimed:
+        assert claimed.writes
+        monkeypatch.setattr(jax, "process_index", lambda: 1)
+        with claim(tmp_path / "run") as other:
+            assert not other.writes and other.path == claimed.path
+        assert (tmp_path / "run" / folder.LOCK).exists()
+    with claim(tmp_path / "run"):
+        assert not (tmp_path / "run").exists()
 
 
-def test_no_checkpoint_is_none(tmp_path):
-    assert folder.newest_checkpoint(tmp_path) is None
+def test_an_empty_folder_takes_any_run(tmp_path):
+    for path in (tmp_path, tmp_path / "none"):
+        past = Past.read(path)
+        assert past.saved is None and past.config is None and not past.has_trained
+    # Of a run that took no step, and may have failed at it, nothing depends on its config.
+    write_json(tmp_path / "config.json", to_dict(CONFIG))
+    (tmp_path / "metrics.jsonl").touch()
+    assert Past.read(tmp_path).config is None
 
 
-def test_a_folder_without_a_run_takes_any(tmp_path):
-    folder.check_resumable(tmp_path, CONFIG, None)
+# Case A4: also a config.json that says something else.
+@pytest.mark.parametrize("config", [None, dataclasses.replace(CONFIG, seed=7)])
+def test_the_newest_checkpoints_own_config_counts(tmp_path, config):
+    save(tmp_path, 3)
+    if config:
+        write_json(tmp_path / "config.json", to_dict(config))
+    past = Past.read(tmp_path)
+    assert past.config == to_dict(CONFIG) and past.saved.step == past.steps == 3
+    assert past.has_trained
+    save(tmp_path, 6, dataclasses.replace(CONFIG, log_every=5))
+    assert Past.read(tmp_path).config["log_every"] == 5
 
 
-# The steps of the checkpoint to resume from: none before any checkpoint, one in the first
-# stage, at its end, in the second stage, at the end of the run.
-CASES = (None, 1, STEPS[0], STEPS[0] + 1, STEPS[1])
-ALWAYS, NEVER = (True,) * 5, (False,) * 5
-SECOND = (False, False, False, True, True)
+def test_without_a_checkpoint_the_config_of_logged_steps_counts(tmp_path):
+    write_json(tmp_path / "config.json", to_dict(CONFIG))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    past = Past.read(tmp_path)
+    assert past.config == to_dict(CONFIG) and past.saved is None and past.has_trained
+    write_json(tmp_path / "config.json", {"stages": {}})
+    with pytest.raises(UserError, match="config.json: config field seed is missing"):
+        Past.read(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "refused"),
-    [
-        ("seed", 7, ALWAYS),
-        ("model.unit", "G", ALWAYS),
-        ("model.vocab_size", 288, ALWAYS),
-        ("model.moe.z_weight", 0.5, ALWAYS),
-        ("optimizer.clip_norm", 2.0, ALWAYS),
-        ("data.packing", "first_fit", ALWAYS),
-        ("data.sources.a.path", "other.jsonl", ALWAYS),
-        ("stages.stable.learning_rate", 0.5, ALWAYS),
-        ("stages.stable.mixture.a", 0.5, ALWAYS),
-        ("stages.decay.learning_rate", 0.5, SECOND),
-        ("stages.decay.batch_size", 8, SECOND),
-        ("log_every", 50, NEVER),
-        ("checkpoint_every", 50, NEVER),
-        ("eval_tokens", 50, NEVER),
-        ("sample_prompt", "class ", NEVER),
-        ("mesh.fsdp", 2, NEVER),
-    ],
-)
-def test_what_a_resumed_run_may_change(path, field, value, refused):
-    other = changed(field, value)
-    for steps, refuse in zip(CASES, refused, strict=True):
-        saved = None if steps is None else Plan.of(CONFIG).meta(steps)
-        if not refuse:
-            folder.check_resumable(path, other, saved)
-            continue
-        with pytest.raises(UserError) as error:
-            folder.check_resumable(path, other, saved)
-        assert str(error.value).startswith(f"{field} = {value!r}: this workdir's run has ")
-        assert "\n" not in str(error.value)
-
-
-def test_stages_that_have_not_begun_come_and_go(path):
-    stable, decay = CONFIG.stages
-    end = Plan.of(CONFIG).meta(STEPS[0])
-    more = dataclasses.replace(decay, name="more")
-    for stages in ((stable,), (stable, more), (stable, more, decay)):
-        folder.check_resumable(path, dataclasses.replace(CONFIG, stages=stages), end)
-    finished = Plan.of(CONFIG).meta(STEPS[1])
-    folder.check_resumable(
-        path, dataclasses.replace(CONFIG, stages=(stable, decay, more)), finished
-    )
-    for stages in ((stable,), (stable, more), (decay, stable), (stable, more, decay)):
-        with pytest.raises(UserError, match=r"stages = \[.*\]: .* has \['stable', 'decay'\]"):
-            folder.check_resumable(path, dataclasses.replace(CONFIG, stages=stages), finished)
+def test_weights_from_elsewhere_have_not_trained(tmp_path):
+    save(tmp_path, 0)
+    past = Past.read(tmp_path)
+    assert past.config == to_dict(CONFIG) and past.saved.step == 0 and not past.has_trained
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "refused"),
-    [
-        ("model.unit", "G", True),
-        ("data.tokenizer", "bpe:300", True),
-        ("seed", 7, False),
-        ("optimizer.clip_norm", 2.0, False),
-        ("data.packing", "first_fit", False),
-        ("stages.stable.learning_rate", 0.5, False),
-    ],
+    "content", ['{"model_type": "llama"}', "{}", "[]", "", "{", "\x00", '{"stages": 1e999}']
 )
-def test_weights_from_elsewhere_fix_model_and_tokenizer_alone(path, field, value, refused):
-    saved = Plan.of(CONFIG).meta(0)
-    if not refused:
-        folder.check_resumable(path, changed(field, value), saved)
-        return
-    with pytest.raises(UserError, match=f"^{field} = "):
-        folder.check_resumable(path, changed(field, value), saved)
+@pytest.mark.parametrize("steps", [None, 3])
+def test_the_config_of_another_program_stays_and_the_advice_works(tmp_path, content, steps):
+    if steps:
+        save(tmp_path, steps)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match="config.json: .*, or move the file away$"):
+        Past.read(tmp_path)
+    (tmp_path / "config.json").rename(tmp_path / "other.json")
+    assert (Past.read(tmp_path).config is not None) == bool(steps)
+
+
+def test_the_metrics_of_another_program_stay_and_the_advice_works(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    with pytest.raises(UserError, match="metrics.jsonl: belongs to no checkpoint and no config"):
+        Past.read(tmp_path)
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "other.jsonl")
+    assert Past.read(tmp_path).config is None
+
+
+def test_a_damaged_record_is_one_line(tmp_path):
+    save(tmp_path, 3)
+    (tmp_path / "run.json").write_text(json.dumps([]))
+    with pytest.raises(UserError, match="run.json: .*move the file away"):
+        Past.read(tmp_path)

@@ -1,0 +1,178 @@
+"""`run.json` grows and nothing in it is overwritten, however often a run starts."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from lightning_jax.config.errors import UserError
+from lightning_jax.train import record
+from lightning_jax.train.record import Record, git_commit
+
+TEXT = {"a": {"fingerprint": "0", "documents": 3}, "b": {"fingerprint": "1", "documents": 4}}
+
+
+def read(path):
+    return json.loads((path / "run.json").read_text())
+
+
+def text(**fingerprints):
+    return {name: {"fingerprint": value, "documents": 3} for name, value in fingerprints.items()}
+
+
+def test_a_session_says_what_was_asked_for_and_with_what(tmp_path):
+    made = Record.read(tmp_path)
+    made.begin("digest", data=TEXT)
+    made.add_session(1, checkpoint=None, changed={"log_every": [1, 2]})
+    made.write(tmp_path)
+    assert read(tmp_path)["data"] == TEXT and read(tmp_path)["tokenizer"] == "digest"
+    [session] = read(tmp_path)["sessions"]
+    assert session["first_step"] == 1 and session["checkpoint"] is None
+    assert session["changed"] == {"log_every": [1, 2]}
+    assert session["command"] == sys.argv and session["versions"]["jax"] == jax.__version__
+    assert session["time"].endswith("+00:00") and session["host"]
+    assert session["git_commit"] or session["git_commit_unknown"]
+    assert Record.read(tmp_path).sessions == [session]
+
+
+def test_origin_and_first_text_stay_and_changes_stand_beside_them(tmp_path):
+    # Case A6
+    made = Record.read(tmp_path)
+    made.begin("digest", origin={"path": "elsewhere"})
+    made.add_session(1, checkpoint=0)
+    made.write(tmp_path)
+    made = Record.read(tmp_path)
+    made.begin("digest", data=text(a="0", b="1"))
+    made.write(tmp_path)
+    for first_step, fingerprint in ((11, "2"), (21, "2"), (31, "3")):
+        made = Record.read(tmp_path)
+        made.go_on("another", text(a=fingerprint, b="1"), first_step)
+        made.add_session(first_step)
+        made.write(tmp_path)
+        known = Record.read(tmp_path).known_data()
+        assert (known["a"]["fingerprint"], known["b"]["fingerprint"]) == (fingerprint, "1")
+    after = read(tmp_path)
+    assert after["origin"] == {"path": "elsewhere"} and after["tokenizer"] == "digest"
+    assert after["data"] == text(a="0", b="1")
+    changes = [(row["first_step"], row["fingerprint"]) for row in after["data_changes"]["a"]]
+    assert changes == [(11, "2"), (31, "3")] and [*after["data_changes"]] == ["a"]
+    assert [session["first_step"] for session in after["sessions"]] == [1, 11, 21, 31]
+
+
+def test_what_was_not_known_is_added_with_its_step(tmp_path):
+    made = Record.read(tmp_path)
+    made.go_on("digest", text(a="0"), 31)
+    made.write(tmp_path)
+    assert read(tmp_path)["data"] == {"a": {"first_step": 31, **text(a="0")["a"]}}
+    assert Record.read(tmp_path).tokenizer == "digest"
+
+
+def test_a_thousand_starts_keep_the_file_small(tmp_path):
+    made = Record.read(tmp_path)
+    made.begin("digest", data=text(a="0"))
+    for start in range(1, 251):
+        made.go_on("digest", text(a=str(start)), start)
+        made.add_session(start)
+    made.write(tmp_path)
+    after = read(tmp_path)
+    starts = [session["first_step"] for session in after["sessions"]]
+    assert starts == [1, *range(152, 251)] and after["sessions_left_out"] == 150
+    assert [row["first_step"] for row in after["data_changes"]["a"]] == [*range(231, 251)]
+    assert after["data"] == text(a="0")
+
+
+def test_entries_of_others_stay(tmp_path):
+    (tmp_path / "run.json").write_text('{"note": "mine"}')
+    made = Record.read(tmp_path)
+    made.begin("digest", data=TEXT)
+    made.write(tmp_path)
+    assert read(tmp_path)["note"] == "mine"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"data": ',
+        '{"data": []}',
+        '{"data": {"a": 1}}',
+        '{"data": {"a": {}}}',
+        '{"data": {"a": {"fingerprint": 3}}}',
+        '{"data": {"a": {"fingerprint": "0"}}, "data_changes": {"a": [{}]}}',
+        '{"data_changes": []}',
+        '{"origin": "x"}',
+        '{"tokenizer": 1}',
+        '{"sessions": {}}',
+        '{"sessions": [1]}',
+        '{"sessions": [{}]}',
+        '{"sessions": [{"first_step": 1, "command": "x", "versions": {}, "git_commit": null}]}',
+        '{"sessions_left_out": -1}',
+        "[" * 5000,
+    ],
+)
+def test_a_damaged_file_is_one_line_whose_advice_works(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match=r"run.json: .*; move the file away to begin a new record$"):
+        Record.read(tmp_path)
+    (tmp_path / "run.json").rename(tmp_path / "old.json")
+    made = Record.read(tmp_path)
+    made.go_on("digest", TEXT, 1)
+    made.write(tmp_path)
+    assert read(tmp_path)["data"]["a"]["fingerprint"] == "0"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A repository with one commit."""
+    root = tmp_path / "checkout"
+    root.mkdir()
+    (root / "file").write_text("one")
+    who = ("-c", "user.name=x", "-c", "user.email=x@x")
+    for command in (("init", "-q"), ("add", "file"), (*who, "commit", "-qm", "first")):
+        subprocess.run(["git", "-C", str(root), *command], check=True)
+    return root
+
+
+def fake_git(folder, script, monkeypatch):
+    (folder / "bin").mkdir()
+    program = folder / "bin" / "git"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_the_commit_of_a_checkout(checkout, monkeypatch):
+    monkeypatch.setenv("GIT_DIR", "/nowhere")  # as in a hook of another repository
+    commit, reason = git_commit(checkout)
+    assert len(commit) == 40 and reason is None
+    (checkout / "file").write_text("two")
+    assert git_commit(checkout) == (f"{commit}-dirty", None)
+
+
+# Case F15: the reason is recorded, whatever it is.
+def test_without_a_commit_the_reason_is_known(checkout, tmp_path, monkeypatch):
+    inside = checkout / "site-packages"
+    inside.mkdir()
+    assert git_commit(inside) == (None, f"{inside} is not a git checkout")
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        assert git_commit(checkout) == (None, "git is not installed")
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "_GIT_SECONDS", 0.05)
+        fake_git(tmp_path, "exec sleep 5", patch)
+        commit, reason = git_commit(checkout)
+        assert commit is None and "timed out" in reason
+    refusal = "fatal: detected dubious ownership in repository at '/x'"
+    (tmp_path / "bin" / "git").unlink()
+    (tmp_path / "bin").rmdir()
+    fake_git(tmp_path, f'echo "{refusal}" >&2; echo "more" >&2; exit 128', monkeypatch)
+    assert git_commit(checkout) == (None, refusal)
+    made = Record({})
+    made.add_session(1)
+    [session] = made.sessions
+    if (record._ROOT / ".git").exists():
+        assert session["git_commit"] is None and session["git_commit_unknown"] == refusal
