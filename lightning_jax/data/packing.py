@@ -78,6 +78,7 @@ class _Pairs:
 
     def left(self) -> int:
         """Pairs left in the first span, which may be a new document; 0 after the last one."""
+        self._drop_lost()
         if not self._spans:
             if self._next == len(self._documents):
                 return 0
@@ -85,6 +86,15 @@ class _Pairs:
             self._next += 1
         _, start, stop = self._spans[0]
         return stop - start
+
+    def _drop_lost(self) -> None:
+        """Cuts the first span to its document, which was changed if it is shorter now."""
+        while self._spans:
+            document, start, stop = self._spans[0]
+            self._spans[0][2] = min(stop, len(self._tokens(document)) - 1)
+            if start < self._spans[0][2]:
+                return
+            del self._spans[0]
 
     def take(self, count: int) -> _Piece:
         """Takes `1 <= count <= left()` pairs."""
@@ -95,8 +105,11 @@ class _Pairs:
         return self.piece(document, start, start + count)
 
     def piece(self, document: int, start: int, stop: int) -> _Piece:
-        """The pairs of a span, wherever the position is."""
-        return _Piece(document, start, stop, self._tokens(document)[start : stop + 1])
+        """The pairs of a span, wherever the position is; fewer of a document that is shorter now."""
+        tokens = self._tokens(document)
+        stop = min(stop, len(tokens) - 1)
+        start = min(start, stop)
+        return _Piece(document, start, stop, tokens[start : stop + 1])
 
     def _tokens(self, document: int) -> np.ndarray:
         if self._loaded is None or self._loaded[0] != document:

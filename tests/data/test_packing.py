@@ -101,6 +101,27 @@ def test_state_survives_json_and_later_rows(kind):
     np.testing.assert_equal(list(other), rest)
 
 
+@pytest.mark.parametrize("length", [1, 4, 60])
+@pytest.mark.parametrize("rows", [1, 5, 17])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_goes_on_with_documents_that_were_changed(kind, rows, length):
+    """The parts that are left of documents already opened are cut; later documents are whole."""
+    before = iter(dataset(documents([30] * 40), 16, kind))
+    for _ in range(rows):
+        next(before)
+    state = json.loads(json.dumps(before.get_state()))
+    changed = documents([length] * 40)
+    after = iter(dataset(changed, 16, kind))
+    after.set_state(state)
+    seen = [
+        pair
+        for row in after
+        for pair in zip(*(a[row.loss_mask > 0].tolist() for a in row[:2]), strict=True)
+    ]
+    assert len(seen) == len(set(seen)) and set(seen) <= set(pairs(changed))
+    assert set(seen) >= set(pairs(changed[state["next"] :]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_documents_no_rows(kind):
     assert list(dataset([], 4, kind)) == []

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -27,6 +29,7 @@ from lightning_jax.train import evaluation, loop, placement
 from lightning_jax.train.metrics import read_rows
 from lightning_jax.train.plan import Plan
 from lightning_jax.train.session import Session, Stopped
+from lightning_jax.train.workdir import claim
 from tests.tiny import tiny_run, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,7 +126,8 @@ def test_a_run_leaves_all_that_it_did_in_its_folder(corpus, tmp_path):
     assert json.loads((tmp_path / "evaluation.json").read_text()) == results
     assert set(results) == {"a", "b"} and results["a"]["bytes"] > 0
     about = json.loads((tmp_path / "run.json").read_text())
-    assert about["versions"]["jax"] == jax.__version__ and about["data"]["a"]["fingerprint"]
+    [session] = about["sessions"]
+    assert session["versions"]["jax"] == jax.__version__ and about["data"]["a"]["fingerprint"]
     assert build(RunConfig, json.loads((tmp_path / "config.json").read_text())).seed == config.seed
     assert list((tmp_path / "tensorboard").glob("events*"))
     # The two newest, and the ends of both stages.
@@ -146,16 +150,21 @@ def test_a_run_leaves_all_that_it_did_in_its_folder(corpus, tmp_path):
     assert 0 < bounded["a"]["tokens"] < results["a"]["tokens"]
 
 
-def run_process(corpus, workdir, *kill_at, cache):
-    environment = {
+def environment(cache):
+    return {
         **os.environ,
         "XLA_FLAGS": "",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+
+
+def run_process(corpus, workdir, *kill_at, cache):
     script = ROOT / "tests" / "train" / "killed_run.py"
     command = [sys.executable, str(script), corpus, str(workdir), *map(str, kill_at)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        command, env=environment(cache), capture_output=True, text=True, timeout=600
+    )
 
 
 @pytest.mark.slow
@@ -179,6 +188,102 @@ def test_killed_in_the_middle_of_saves_and_resumed_is_bit_for_bit_the_same(corpu
     assert evaluations[0] == evaluations[1]
 
 
+def wait_for(paths, processes):
+    while not all(path.exists() for path in paths):
+        assert all(process.poll() in (None, 0) for process in processes)
+        time.sleep(0.001)
+
+
+# Case A2
+@pytest.mark.slow
+def test_of_two_processes_in_one_folder_exactly_one_trains_ten_times(corpus, tmp_path):
+    """Half of the rounds begin a run, half resume one; the other process changes nothing."""
+    script = ROOT / "tests" / "train" / "racing_runs.py"
+    rounds = [str(number) for number in range(11)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), corpus, str(tmp_path), name, *rounds[name == "b" :]],
+            env=environment(tmp_path / "cache"),
+            stderr=subprocess.DEVNULL,
+        )
+        for name in ("a", "b")
+    ]
+    whole = tmp_path / "0"
+    try:
+        for number in rounds:
+            names = ["a", "b"] if number != "0" else ["a"]  # Nobody disturbs the first round.
+            wait_for([tmp_path / f"{name}.{number}.ready" for name in names], processes)
+            if int(number) % 2:
+                shutil.copytree(whole, tmp_path / number)
+                shutil.rmtree(tmp_path / number / "checkpoints" / "10")
+                (tmp_path / number / "evaluation.json").unlink()
+            (tmp_path / f"{number}.go").touch()
+            done = [tmp_path / f"{name}.{number}.done" for name in names]
+            wait_for(done, processes)
+            outcomes = [path.read_text() for path in done]
+            assert outcomes.count("trained") == 1, outcomes
+            for refused in set(outcomes) - {"trained"}:
+                winner = processes[outcomes.index("trained")]
+                assert f"in use by process {winner.pid} on " in refused
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    expected = load_run(whole)
+    for number in rounds[1:]:
+        path = tmp_path / number
+        assert rows_of(path) == rows_of(whole) and not (path / "lock").exists()
+        assert (path / "evaluation.json").read_text() == (whole / "evaluation.json").read_text()
+        assert all_steps(checkpoints_dir(path)) == all_steps(checkpoints_dir(whole))
+        trained = load_run(path)
+        jax.tree.map(np.testing.assert_array_equal, trained.params, expected.params)
+        sessions = json.loads((path / "run.json").read_text())["sessions"]
+        assert len(sessions) == 1 + int(number) % 2
+
+
+@pytest.mark.slow
+def test_the_second_command_is_refused_before_it_does_anything(corpus, tmp_path):
+    """Also with a config that would be refused: the folder is not even looked at."""
+    with claim(tmp_path / "run"):
+        result = subprocess.run(
+            [
+                *(sys.executable, "-m", "experiments.train", "--config=configs/tour.py"),
+                f"--workdir={tmp_path / 'run'}",
+            ],
+            cwd=ROOT,
+            env=environment(tmp_path / "cache"),
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert os.listdir(tmp_path / "run") == ["lock"] and os.listdir(tmp_path) == ["run"]
+    assert result.returncode == 2 and not result.stdout
+    line = f"error: workdir = '{tmp_path / 'run'}': in use by process {os.getpid()} on "
+    assert result.stderr.startswith(line) and len(result.stderr.splitlines()) == 1
+
+
+# Case A1, with training
+@pytest.mark.slow
+def test_changed_text_is_refused_after_training_and_goes_on_when_allowed(corpus, tmp_path):
+    lines = Path(corpus).read_text().splitlines(keepends=True)
+    text, path = tmp_path / "text.jsonl", tmp_path / "run"
+    text.write_text("".join(lines))
+    config = tiny_run(str(text))
+    loop.run(config, path)
+    shutil.rmtree(path / "checkpoints" / "10")
+    text.write_text("".join(lines[:30]))
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+    with pytest.raises(UserError, match="^data.sources.a: its text has changed: .* before, "):
+        loop.run(config, path)
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
+    results = loop.run(config, path, allow_changed_data=True)
+    assert load_run(path).meta.step == 10 and np.isfinite(results["a"]["loss"])
+    about = json.loads((path / "run.json").read_text())
+    assert about["data"]["a"]["documents"] > about["data_changes"]["a"][0]["documents"]
+    assert about["data_changes"]["a"][0]["first_step"] == 10
+    assert loop.run(config, path) == results  # It is known now.
+
+
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_call_goes_on(corpus, tmp_path, monkeypatch):
     config = tiny_run(corpus, checkpoint_every=100)
@@ -195,6 +300,18 @@ def test_sigterm_saves_and_the_same_call_goes_on(corpus, tmp_path, monkeypatch):
     assert rows_of(stopped) == rows_of(whole)
 
 
+def slower(config):
+    first, second = config.stages
+    first = dataclasses.replace(first, learning_rate=first.learning_rate / 10)
+    return dataclasses.replace(config, stages=(first, second))
+
+
+def skipping(config):
+    return dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, on_nan="skip")
+    )
+
+
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
     corpus, tmp_path, monkeypatch
@@ -209,19 +326,23 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
         return put(batch, mesh)
 
     monkeypatch.setattr(placement, "put_batch", poison)
-    config = tiny_run(corpus, checkpoint_every=100)
+    config = tiny_run(corpus, model__unit="G", model__moe__num_experts=0, checkpoint_every=100)
+    path = tmp_path / "run"
     with pytest.raises(UserError, match="loss is not finite at step 4 .stage 'stable'"):
-        loop.run(config, tmp_path)
-    state = load_run(tmp_path)
+        loop.run(config, path)
+    state = load_run(path)
     assert state.meta.step == 4
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     calls.extend([0] * 10)
-    loop.run(config, tmp_path)
-    assert [row["step"] for row in rows_of(tmp_path)][-1] == 10
+    # Case A5: what the line advises works: the same run, a lower rate, or steps left out.
+    for number, advised in enumerate((config, slower(config), skipping(config))):
+        copy = tmp_path / f"copy{number}"
+        shutil.copytree(path, copy)
+        loop.run(advised, copy)
+        assert [row["step"] for row in rows_of(copy)][-1] == 10
 
     calls.clear()
-    skipping = tiny_run(corpus, checkpoint_every=100, optimizer__on_nan="skip")
-    loop.run(skipping, tmp_path / "skip")
+    loop.run(skipping(config), tmp_path / "skip")
     rows = rows_of(tmp_path / "skip")
     assert rows[3]["loss"] is None and rows[3]["bad_steps"] == 1
     assert rows[-1]["bad_steps"] == 1 and np.isfinite(rows[-1]["loss"])
@@ -237,9 +358,9 @@ def test_another_config_in_the_same_folder_is_refused_by_name(corpus, tmp_path):
     with pytest.raises(UserError, match=r"model.unit = 'G': this workdir's run has 'LG'"):
         model = dataclasses.replace(config.model, unit="G")
         loop.run(dataclasses.replace(config, model=model), tmp_path)
-    first = dataclasses.replace(config.stages[0], learning_rate=0.5)
-    with pytest.raises(UserError, match="stages.stable.learning_rate = 0.5"):
-        loop.run(dataclasses.replace(config, stages=(first, config.stages[1])), tmp_path)
+    # Its stage has passed.
+    with pytest.raises(UserError, match="stages.stable.learning_rate = 0.0003"):
+        loop.run(slower(config), tmp_path)
     loop.run(dataclasses.replace(config, log_every=5), tmp_path)
 
 

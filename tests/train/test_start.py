@@ -380,13 +380,13 @@ def test_training_keeps_the_origin_of_the_weights(weights, tmp_path, config):
     path = tmp_path / "run"
     model = CONFIG.model
     write_start(path, dataclasses.replace(config, model=model), *weights, origin=ORIGIN)
-    other = dataclasses.replace(config, model=model, seed=5, stages=config.stages[1:])
+    other = dataclasses.replace(config, model=model, seed=5)
     start = begin(other, path, None)
     assert record(path)["origin"] == ORIGIN and record(path)["data"] == start.data
     assert [session["first_step"] for session in record(path)["sessions"]] == [1, 1]
     halve(tmp_path / "text")
     begin(other, path, 3)  # Nothing was trained on the text before.
-    refused(config, path, "^seed = 0: ")
+    refused(dataclasses.replace(other, seed=0), path, "^seed = 0: this workdir's run has 5")
     edit(tmp_path / "text")
     refused(other, path, "^data.sources.a: its text has changed")
     assert record(path)["origin"] == ORIGIN
