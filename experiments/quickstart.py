@@ -12,6 +12,9 @@ from lightning_jax.runtime import program
 
 _CONFIG = program.define_config("configs/quickstart.py")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the run.")
+_CHANGED = flags.DEFINE_bool(
+    "allow_changed_data", False, "Resume although the text is not what the run began with."
+)
 
 
 def main() -> None:
@@ -29,7 +32,7 @@ def main() -> None:
         samples.append(sample(*args))
         return samples[-1]
 
-    results = loop.run(config, _WORKDIR.value, sampler=remember)
+    results = loop.run(config, _WORKDIR.value, sampler=remember, allow_changed_data=_CHANGED.value)
     model = {name: row["bits_per_byte"] for name, row in results.items()}
     used = next(iter(results.values())).get("experts_per_token")
     program.emit_text(f"\nA sample, from {config.sample_prompt!r}:\n\n{samples[-1]}\n")

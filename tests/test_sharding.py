@@ -34,8 +34,9 @@ def test_rules_map_names_and_refuse_typos_and_collisions():
 
 @pytest.mark.parametrize("axis", ["expert", "tensor", "sequence"])
 def test_reserved_axes_are_refused_in_one_line(axis):
-    with pytest.raises(UserError, match=f"mesh.{axis} = 2: .*reserved"):
+    with pytest.raises(UserError, match=f"mesh.{axis} = 2: .*reserved.* use mesh.data and mesh.f"):
         sharding.make_mesh(MeshConfig(**{**ONE, axis: 2}))
+    sharding.make_mesh(MeshConfig(**{**ONE, "data": 4, "fsdp": 2}))  # its advice
 
 
 def test_mesh_sizes():
@@ -44,16 +45,19 @@ def test_mesh_sizes():
     assert (mesh.shape["data"], mesh.shape["fsdp"]) == (2, 4)
     with pytest.raises(UserError, match="8 devices"):
         sharding.make_mesh(MeshConfig(**{**ONE, "data": 3}))
+    sharding.make_mesh(MeshConfig(**{**ONE, "data": 8}))  # its advice
     with pytest.raises(UserError, match="model.model_dim = 36"):
         config = build(RunConfig, tiny_config(model__model_dim=36))
         sharding.check_divisible(
             config.model, 8, "batch", sharding.make_mesh(MeshConfig(**{**ONE, "fsdp": 8}))
         )
+    mesh, config = (
+        sharding.make_mesh(MeshConfig(**{**ONE, "fsdp": 8})),
+        build(RunConfig, tiny_config()),
+    )
     with pytest.raises(UserError, match="batch = 4: must be a multiple of the 8"):
-        config = build(RunConfig, tiny_config())
-        sharding.check_divisible(
-            config.model, 4, "batch", sharding.make_mesh(MeshConfig(**{**ONE, "fsdp": 8}))
-        )
+        sharding.check_divisible(config.model, 4, "batch", mesh)
+    sharding.check_divisible(config.model, 8, "batch", mesh)  # its advice
 
 
 @functools.cache

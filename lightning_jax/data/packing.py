@@ -105,7 +105,7 @@ class _Pairs:
         return self.piece(document, start, start + count)
 
     def piece(self, document: int, start: int, stop: int) -> _Piece:
-        """The pairs of a span, wherever the position is; fewer of a document that is shorter now."""
+        """The pairs of a span, wherever the position is; fewer if the document is shorter now."""
         tokens = self._tokens(document)
         stop = min(stop, len(tokens) - 1)
         start = min(start, stop)

@@ -11,6 +11,7 @@ from lightning_jax.ablation import sweep as sweeps
 from lightning_jax.ablation.results import Run
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import to_dict
+from lightning_jax.train.workdir import claim
 from tests.ablation.fake_runs import small_sweep, write_rows, write_run
 from tests.tiny import tiny_run, write_corpus
 
@@ -103,6 +104,25 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path, trained, changes,
         sweeps.run_sweep(small_sweep(**changes), tmp_path)
     assert len(trained[0]) == 1
     assert (tmp_path / "sweep.json").read_text() == before
+
+
+# Case A2, of a sweep: its folder is locked as those of its runs are.
+def test_a_sweep_in_use_is_left_as_it_is(tmp_path, trained):
+    root = tmp_path / "new" / "sweep"
+    with claim(root):
+        with pytest.raises(UserError, match="workdir = '.*': in use by process"):
+            sweeps.run_sweep(small_sweep(), root)
+        assert not trained[0] and [path.name for path in root.iterdir()] == ["lock"]
+    assert not (tmp_path / "new").exists()
+    sweeps.run_sweep(small_sweep(), root, only=["full"], seeds=[0])
+    assert not (root / "lock").exists()
+
+
+# Case A13
+def test_a_refused_sweep_leaves_no_trace(tmp_path, trained):
+    with pytest.raises(UserError, match="only = 'none'"):
+        sweeps.run_sweep(small_sweep(), tmp_path / "new" / "sweep", only=["none"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_more_arms_seeds_and_another_baseline_extend_a_folder(tmp_path, trained):
