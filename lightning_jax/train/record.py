@@ -76,7 +76,8 @@ class Record:
 
     def write(self, workdir: Path) -> None:
         """Writes the file. UserError: disk."""
-        write_json(workdir / FILE, self._values)
+        ordered = {name: self._values[name] for name in _ENTRIES if name in self._values}
+        write_json(workdir / FILE, {**ordered, **self._values})
 
     @property
     def sessions(self) -> list[dict[str, Any]]:

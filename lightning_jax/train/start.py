@@ -203,6 +203,11 @@ def _resolve(past: folder.Past, config: RunConfig, path: Path, sources: Sources)
             f"{field}: not the tokenizer with which this workdir's run began; restore its files "
             "in the workdir, or use another --workdir"
         )
+    if has_begun and known is None and resolved.files and not kept:
+        raise UserError(
+            f"{field}: the files of this run's tokenizer are lost, and run.json does not say which "
+            f"they were; restore them in {path}"
+        )
     if not has_begun and kept and digest(kept) not in (known, resolved.digest):
         raise UserError(
             f"{field}: is not {path / min(kept)}; move that file away, or use another --workdir"

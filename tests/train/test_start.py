@@ -286,6 +286,13 @@ def test_the_tokenizer_of_a_run_is_compared(tmp_path, config):
     (path / "tokenizer.json").unlink()
     begin(config, path, None)
     assert (path / "tokenizer.json").read_bytes() == kept
+    # Not where nobody knows any more which file that was.
+    for name in ("tokenizer.json", "run.json"):
+        (path / name).unlink()
+    message = "the files of this run's tokenizer are lost, .* restore them in .*run$"
+    refused(config, path, f"^data.tokenizer = 'bpe:270': {message}")
+    (path / "tokenizer.json").write_bytes(kept)
+    begin(config, path, None)
 
 
 def test_the_tokenizer_of_somebody_else_stays(tmp_path, config):
