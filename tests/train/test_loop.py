@@ -241,25 +241,44 @@ def test_of_two_processes_in_one_folder_exactly_one_trains_ten_times(corpus, tmp
         assert len(sessions) == 1 + int(number) % 2
 
 
+def command(workdir, *flags, cache):
+    call = [sys.executable, "-m", "experiments.train", "--config=configs/tour.py", *flags]
+    return subprocess.run(
+        [*call, f"--workdir={workdir}"],
+        cwd=ROOT,
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
 @pytest.mark.slow
-def test_the_second_command_is_refused_before_it_does_anything(corpus, tmp_path):
-    """Also with a config that would be refused: the folder is not even looked at."""
-    with claim(tmp_path / "run"):
-        result = subprocess.run(
-            [
-                *(sys.executable, "-m", "experiments.train", "--config=configs/tour.py"),
-                f"--workdir={tmp_path / 'run'}",
-            ],
-            cwd=ROOT,
-            env=environment(tmp_path / "cache"),
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert os.listdir(tmp_path / "run") == ["lock"] and os.listdir(tmp_path) == ["run"]
+def test_the_second_command_is_refused_before_it_does_anything(tmp_path):
+    path = tmp_path / "run"
+    with claim(path):
+        result = command(path, cache=tmp_path / "cache")
+        assert os.listdir(path) == ["lock"] and os.listdir(tmp_path) == ["run"]
     assert result.returncode == 2 and not result.stdout
-    line = f"error: workdir = '{tmp_path / 'run'}': in use by process {os.getpid()} on "
+    line = f"error: workdir = '{path}': in use by process {os.getpid()} on "
     assert result.stderr.startswith(line) and len(result.stderr.splitlines()) == 1
+
+
+# Case A13
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.data.sources.code.path=none/*.txt"], "data.sources.code.path = 'none/*.txt': "),
+        (["--config.data.tokenizer=bpe:300", "--config.model.vocab_size=260"], "has 300 ids"),
+        (["--config.mesh.fsdp=3", "--profile"], "mesh = "),
+    ],
+)
+def test_a_refused_command_leaves_no_trace(corpus, tmp_path, flags, message):
+    flags = [f"--config.data.sources.code.path={corpus}", *flags]
+    result = command(tmp_path / "new" / "run", *flags, cache=tmp_path / "cache")
+    assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
 
 
 # Case A1, with training
