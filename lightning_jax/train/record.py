@@ -95,11 +95,16 @@ class Record:
         first = self._values.get("data", {})
         return {name: [row, *changes.get(name, ())][-1] for name, row in first.items()}
 
+    @property
+    def origin(self) -> Any:
+        """Where the weights of checkpoint 0 came from; None if the run made its own."""
+        return self._values.get("origin")
+
     def begin(self, tokenizer: str, *, data: Rows | None = None, origin: Any = None) -> None:
-        """Sets what a run begins with: one that has not trained, or has no weights yet."""
-        self._values.pop("data_changes", None)
-        given = {"origin": origin, "tokenizer": tokenizer, "data": data}
-        self._values |= {name: value for name, value in given.items() if value is not None}
+        """Sets what a run begins with, in place of what starts left that took no step."""
+        begins = {"origin": origin, "tokenizer": tokenizer, "data": data, "data_changes": None}
+        self._values = {name: value for name, value in self._values.items() if name not in begins}
+        self._values |= {name: value for name, value in begins.items() if value is not None}
 
     def go_on(self, tokenizer: str, data: Rows, first_step: int) -> None:
         """Adds what a run has from `first_step` on, where that is not what it had before."""

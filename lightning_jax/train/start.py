@@ -64,7 +64,8 @@ class Start:
         if self.past.has_trained:
             record.go_on(self.resolved.digest, self.data, first_step)
         else:
-            record.begin(self.resolved.digest, data=self.data)
+            origin = record.origin if self.saved else None
+            record.begin(self.resolved.digest, data=self.data, origin=origin)
         record.add_session(
             first_step,
             checkpoint=self.saved and self.saved.step,

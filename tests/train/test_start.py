@@ -433,14 +433,19 @@ def test_weights_do_not_replace_another_model_or_run(weights, tmp_path):
         write_start(tmp_path / "file", CONFIG, *weights, origin=ORIGIN)
 
 
-def test_a_start_that_fails_in_the_middle_can_be_tried_again(weights, tmp_path, monkeypatch):
+def test_a_start_that_fails_in_the_middle_can_be_tried_again(
+    weights, tmp_path, config, monkeypatch
+):
     def full(*_):
         raise UserError("cannot save a checkpoint: No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("lightning_jax.train.start.Checkpointer.save", full)
-        with pytest.raises(UserError, match="No space left"):
-            write_start(tmp_path / "run", CONFIG, *weights, origin=ORIGIN)
+        for name in ("run", "other"):
+            with pytest.raises(UserError, match="No space left"):
+                write_start(tmp_path / name, CONFIG, *weights, origin=ORIGIN)
+    begin(config, tmp_path / "other")  # Weights that were not saved are not its origin.
+    assert "origin" not in record(tmp_path / "other")
     write_start(tmp_path / "run", CONFIG, *weights, origin={"path": "another"})
     assert record(tmp_path / "run")["origin"] == {"path": "another"}
     assert load_run(tmp_path / "run").meta.step == 0
