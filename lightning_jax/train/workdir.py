@@ -86,7 +86,7 @@ def _lock(path: Path, what: str, made: list[Path], stack: contextlib.ExitStack) 
             for folder in (*reversed(path.parents), path):
                 if not folder.exists():
                     folder.mkdir(exist_ok=True)
-                    made.append(folder)
+                    made += [folder] * (folder not in made)
             stack.enter_context(lock.hold(path / LOCK, what))
             return
         except FileNotFoundError:

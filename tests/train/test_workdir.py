@@ -71,9 +71,9 @@ def test_a_folder_that_a_refused_command_removes_meanwhile_is_made_again(tmp_pat
         return hold(path, what)
 
     monkeypatch.setattr(lock, "hold", vanish)
-    with claim(tmp_path / "run") as claimed:
+    with claim(tmp_path / "new" / "run") as claimed:
         assert claimed.path.is_dir() and len(calls) == 2
-    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
