@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_jax.config.errors import UserError, suggest
-from lightning_jax.config.fields import build, require
+from lightning_jax.config.fields import Count, build, require
 from lightning_jax.config.kinds import check, integer, number
 from lightning_jax.config.run import RunConfig
 
 _KINDS = {
     "step": integer(0),
-    "tokens": integer(0, 2**53),  # What JSON holds exactly.
     "seq_len": integer(1),
     "rope_base_global": number(1, above=True),
 }
@@ -33,7 +32,7 @@ class CheckpointMeta:
 
     config: RunConfig
     step: int
-    tokens: int
+    tokens: Count
     stage: str
     seq_len: int
     rope_base_global: float

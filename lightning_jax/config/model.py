@@ -12,6 +12,22 @@ ROUTINGS = ("top_k", "top_p", "dense")
 ROUTER_SCORES = ("softmax", "sigmoid")
 QK_NORMS = ("none", "head", "projection")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
+# The names that a model can take of registries on higher floors, which a test compares with them.
+# Every row of a batch has documents, which not all attention kernels honour.
+ATTENTION_IMPLEMENTATIONS = ("reference", "xla_banded", "pallas_tpu", "pallas_gpu")
+EXPERTS_IMPLEMENTATIONS = ("onehot", "blocked", "ragged_dot")
+# Beside none and full, the policies of `jax.checkpoint_policies` that take no arguments.
+REMATS = (
+    "none",
+    "full",
+    "checkpoint_dots",
+    "checkpoint_dots_with_no_batch_dims",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "everything_saveable",
+    "nothing_saveable",
+)
+_MOST_LAYERS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +106,8 @@ class AttentionConfig:
         for name in ("rope_base_local", "rope_base_global"):
             require(getattr(self, name) > 1, at + name, getattr(self, name), "above 1")
         require_choice(at + "qk_norm", self.qk_norm, QK_NORMS)
+        if self.implementation:
+            require_choice(at + "implementation", self.implementation, ATTENTION_IMPLEMENTATIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +148,8 @@ class MoeConfig:
         require_choice(at + "train_routing", self.train_routing, ROUTINGS)
         require_choice(at + "eval_routing", self.eval_routing, ROUTINGS)
         require_choice(at + "router_score", self.router_score, ROUTER_SCORES)
+        if self.implementation:
+            require_choice(at + "implementation", self.implementation, EXPERTS_IMPLEMENTATIONS)
         require(self.clamp >= 0, at + "clamp", self.clamp, "0 (SwiGLU) or above")
         if not self.num_experts:
             return
@@ -173,7 +193,9 @@ class MoeConfig:
             self.num_partitions,
             f"a divisor of the {self.num_experts // self.num_groups} experts of a group",
         )
-        for name in [f.name for f in dataclasses.fields(self) if f.name.endswith("_weight")]:
+        require(self.routed_scale > 0, at + "routed_scale", self.routed_scale, "above 0")
+        weights = [f.name for f in dataclasses.fields(self) if f.name.endswith("_weight")]
+        for name in (*weights, "controller_kp", "controller_ki", "bias_update_rate"):
             require(getattr(self, name) >= 0, at + name, getattr(self, name), "0 or more")
 
     def slots(self, routing: str) -> int:
@@ -219,8 +241,15 @@ class ModelConfig:
             self.vocab_size >= 0, "model.vocab_size", self.vocab_size, "0 (tokenizer's) or more"
         )
         require(bool(self.unit), "model.unit", self.unit, 'at least one letter, such as "LLLG"')
-        require(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "above 0")
+        require(0 < self.norm_eps <= 1, "model.norm_eps", self.norm_eps, "in (0, 1]")
         require_choice("model.compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        require_choice("model.remat", self.remat, REMATS)
+        require(
+            self.num_layers <= _MOST_LAYERS,
+            "model.num_units",
+            self.num_units,
+            f"such that prefix and units have at most {_MOST_LAYERS} layers",
+        )
         parse_pattern(self.prefix, "model.prefix")
         parse_pattern(self.unit, "model.unit")
         parse_mlps(self.unit_mlp, self.unit, experts=self.moe.num_experts > 0)

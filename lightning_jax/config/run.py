@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from lightning_jax.config.errors import UserError
-from lightning_jax.config.fields import build, require, require_choice, suggest
+from lightning_jax.config.fields import Count, build, require, require_choice, suggest
+from lightning_jax.config.kinds import LARGEST_INDEX, integer
 from lightning_jax.config.model import ModelConfig
 
 DECAYS = ("none", "linear", "cosine", "sqrt")
+# Nearer to 1 a decay rounds to 1 in float32, and dividing by what is missing to 1 fails.
+_LARGEST_DECAY = 0.999999
+# `jax.random.key` tells no other seeds apart.
+_SEEDS = 2**32
+_MOST_PREFETCHED = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +43,8 @@ class OptimizerConfig:
         require_choice(at + "name", self.name, ("adamw", "muon"))
         require_choice(at + "on_nan", self.on_nan, ("stop", "skip"))
         for name in ("beta1", "beta2", "ema_decay"):
-            require(0 <= getattr(self, name) < 1, at + name, getattr(self, name), "in [0, 1)")
+            value, right = getattr(self, name), f"in [0, {_LARGEST_DECAY}]"
+            require(0 <= value <= _LARGEST_DECAY, at + name, value, right)
         for name in ("epsilon", "clip_norm"):
             require(getattr(self, name) > 0, at + name, getattr(self, name), "above 0")
         for name in ("weight_decay", "z_loss_weight"):
@@ -54,16 +61,16 @@ class StageConfig:
     """
 
     name: str
-    tokens: int
+    tokens: Count
     mixture: tuple[tuple[str, float], ...]
     batch_size: int
     seq_len: int
     accumulate: int
     learning_rate: float
     final_learning_rate: float
-    warmup_tokens: int
+    warmup_tokens: Count
     decay: str
-    decay_tokens: int
+    decay_tokens: Count
     rope_base_global: float
 
     def __post_init__(self) -> None:
@@ -75,6 +82,12 @@ class StageConfig:
             at + "accumulate",
             self.accumulate,
             f"a divisor of batch_size = {self.batch_size}",
+        )
+        require(
+            self.batch_size * self.seq_len <= LARGEST_INDEX,
+            at + "batch_size",
+            self.batch_size,
+            f"such that batch_size * seq_len, the tokens of a step, is at most {LARGEST_INDEX}",
         )
         require(bool(self.mixture), at + "mixture", dict(self.mixture), "at least one source")
         for source, weight in self.mixture:
@@ -137,7 +150,12 @@ class DataConfig:
         require(bool(self.sources), "data.sources", self.sources, "at least one source")
         require(0 < self.eval_fraction < 1, "data.eval_fraction", self.eval_fraction, "in (0, 1)")
         require_choice("data.packing", self.packing, ("concat", "first_fit"))
-        require(self.prefetch >= 0, "data.prefetch", self.prefetch, "0 or more batches")
+        require(
+            0 <= self.prefetch <= _MOST_PREFETCHED,
+            "data.prefetch",
+            self.prefetch,
+            f"between 0 and {_MOST_PREFETCHED} batches",
+        )
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -167,7 +185,7 @@ class MeshConfig:
 class RunConfig:
     """Everything that defines an experiment."""
 
-    seed: int
+    seed: Annotated[int, integer(0, _SEEDS - 1)]
     model: ModelConfig
     optimizer: OptimizerConfig
     stages: tuple[StageConfig, ...]
@@ -176,8 +194,8 @@ class RunConfig:
     log_every: int
     histogram_every: int
     eval_every: int
-    eval_tokens: int
-    final_eval_tokens: int
+    eval_tokens: Count
+    final_eval_tokens: Count
     checkpoint_every: int
     keep_checkpoints: int
     sample_prompt: str
@@ -199,14 +217,14 @@ class RunConfig:
         require(bool(self.stages), "stages", self.stages, "at least one stage")
         for name in ("log_every", "checkpoint_every", "keep_checkpoints"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in (
-            "histogram_every",
-            "eval_every",
-            "eval_tokens",
-            "final_eval_tokens",
-            "sample_tokens",
-        ):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 (never, all) or more")
+        for name in ("histogram_every", "eval_every", "sample_tokens"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 (never) or more")
+        prompt, right = self.sample_prompt, "text, without half of a surrogate pair"
+        require(not any("\ud800" <= c <= "\udfff" for c in prompt), "sample_prompt", prompt, right)
+        self._check_steps()
+        for field, items in (("stages", self.stages), ("data.sources", self.data.sources)):
+            names = [item.name for item in items]
+            require(len(set(names)) == len(names), field, names, "of distinct names")
         for stage in self.stages:
             for source, _ in stage.mixture:
                 require(
@@ -215,3 +233,25 @@ class RunConfig:
                     source,
                     suggest(source, self.data.source_names),
                 )
+
+    def require_trainable(self) -> None:
+        """Raises a UserError for a model that can be used, but not trained as it is.
+
+        Published models may be such, so this is no check of the config itself.
+        """
+        moe = self.model.moe
+        constant = moe.renormalize_gates and moe.slots(moe.train_routing) == 1 < moe.num_experts
+        require(
+            not constant,
+            "model.moe.renormalize_gates",
+            moe.renormalize_gates,
+            "False to train with one expert per token: a gate divided by itself is always 1, and "
+            "the loss sends the router no gradient",
+        )
+
+    def _check_steps(self) -> None:
+        """Devices count steps in int32; tokens are counted on the host."""
+        steps = sum(-(-stage.tokens // (stage.batch_size * stage.seq_len)) for stage in self.stages)
+        right = f"such that the run has at most {LARGEST_INDEX} steps"
+        largest = max(self.stages, key=lambda stage: stage.tokens)
+        require(steps <= LARGEST_INDEX, f"stages.{largest.name}.tokens", largest.tokens, right)

@@ -33,7 +33,7 @@ def test_it_survives_json():
         # Case E4
         ({"step": -1}, r"meta: step = -1: must be a whole number in \[0, "),
         ({"step": 2**31}, "step = 2147483648: must be "),
-        ({"tokens": -1}, "meta: tokens = -1: must be a whole number"),
+        ({"tokens": -1}, "tokens = -1: must be a whole number"),
         ({"tokens": 10**30}, "tokens = 10{30}: must be "),
         ({"stage": "dekay"}, "meta: stage = 'dekay': must be .*did you mean \"decay\""),
         ({"stage": None}, "stage = None: must be of type str"),

@@ -102,7 +102,7 @@ REFUSED = [
     ("model.moe.top_k", 17, "between 1 and num_experts = 16"),
     ("model.moe.max_experts", 0, "between 1 and num_experts = 16"),
     ("model.moe.top_p", 0.0, r"in \(0, 1\]"),
-    ("model.moe.top_p", float("nan"), r"in \(0, 1\]"),
+    ("model.moe.top_p", float("nan"), "a finite number"),
     ("model.moe.target_experts", 9.0, "between 1 and max_experts = 8"),
     ("model.moe.target_experts", 0.5, "between 1 and max_experts = 8"),
     ("model.moe.num_groups", 3, "a divisor of num_experts = 16"),
@@ -112,7 +112,7 @@ REFUSED = [
     ("model.num_units", 0, "at least 1"),
     ("model.head_chunk", 0, "at least 1"),
     ("model.vocab_size", -1, r"0 \(tokenizer's\) or more"),
-    ("model.norm_eps", 0.0, "above 0"),
+    ("model.norm_eps", 0.0, r"in \(0, 1\]"),
     (
         "model.compute_dtype",
         "bf16",
@@ -121,7 +121,7 @@ REFUSED = [
     ("model.unit", "", "at least one letter"),
     ("optimizer.name", "adam", 'did you mean "adamw"'),
     ("optimizer.on_nan", "halt", "one of stop, skip"),
-    ("optimizer.beta2", 1.0, r"in \[0, 1\)"),
+    ("optimizer.beta2", 1.0, r"in \[0, 0.999999\]"),
     ("optimizer.clip_norm", 0.0, "above 0"),
     ("optimizer.weight_decay", -0.1, "0 or more"),
     ("stages.stable.tokens", 0, "at least 1"),
@@ -132,7 +132,7 @@ REFUSED = [
     ("stages.stable.decay", "line", 'did you mean "linear"'),
     ("stages.stable.learning_rate", -1.0, "0 or more"),
     ("stages.stable.final_learning_rate", 1.0, "between 0 and learning_rate = 0.003"),
-    ("stages.stable.warmup_tokens", -1, "between 0 and tokens"),
+    ("stages.stable.warmup_tokens", -1, r"a whole number in \[0, 9007199254740992\]"),
     ("stages.stable.warmup_tokens", 800_001, "between 0 and tokens = 800000"),
     ("stages.stable.decay_tokens", 900_000, "at most tokens - warmup_tokens = 720000"),
     ("stages.stable.rope_base_global", 0.5, r"0 \(the model's\) or above 1"),
@@ -142,11 +142,35 @@ REFUSED = [
     ("data.sources.code.path", "", "a path or a glob"),
     ("data.eval_fraction", 0.0, r"in \(0, 1\)"),
     ("data.packing", "first", 'did you mean "first_fit"'),
-    ("data.prefetch", -1, "0 or more batches"),
+    ("data.prefetch", -1, "between 0 and 1024 batches"),
     ("mesh.fsdp", 0, "at least 1, or -1"),
     ("log_every", 0, "at least 1"),
-    ("eval_every", -1, r"0 \(never, all\) or more"),
-    ("final_eval_tokens", -1, r"0 \(never, all\) or more"),
+    ("eval_every", -1, r"0 \(never\) or more"),
+    ("final_eval_tokens", -1, r"a whole number in \[0, 9007199254740992\]"),
+    # Case D5: ranges that the type alone does not give, and names of registries.
+    ("seed", -1, r"in \[0, 4294967295\]"),
+    ("seed", 2**63 + 1, r"in \[0, 4294967295\]"),
+    ("model.vocab_size", 2**40, r"in \[-2147483647, 2147483647\]"),
+    ("model.norm_eps", 1e-42, "a finite number that float32 holds"),
+    ("model.num_units", 2**20, "at most 10000 layers"),
+    ("model.remat", "dots", "one of none, full, checkpoint_dots"),
+    ("model.remat", "save_only_these_names", "one of none, full"),
+    ("model.attention.implementation", "refrence", 'did you mean "reference"'),
+    ("model.attention.implementation", "cudnn", "one of reference, xla"),
+    ("model.moe.implementation", "raged_dot", 'did you mean "ragged_dot"'),
+    ("model.moe.controller_ki", float("nan"), "a finite number"),
+    ("model.moe.controller_kp", -1.0, "0 or more"),
+    ("model.moe.bias_update_rate", -1.0, "0 or more"),
+    ("model.moe.routed_scale", 0.0, "above 0"),
+    ("optimizer.beta1", 0.99999999, r"in \[0, 0.999999\]"),
+    ("stages.stable.learning_rate", 1e39, "a finite number that float32 holds"),
+    ("stages.stable.mixture.code", float("nan"), "a finite number"),
+    ("stages.stable.batch_size", 2**23, "such that batch_size . seq_len"),
+    ("stages.stable.tokens", 2**53, "such that the run has at most 2147483647 steps"),
+    ("stages.stable.name", "other", "left out"),
+    ("data.tokenizer", "a\0b", "none of them NUL"),
+    ("sample_prompt", "a\ud800", "text, without half of a surrogate pair"),
+    ("data.text_field", "x" * 5000, "at most 4096 characters"),
 ]
 
 
@@ -179,6 +203,34 @@ def test_a_dense_model_ignores_the_experts_fields():
     values["model"]["moe"].update(top_k=99, expert_dim=0, num_groups=7)
     model = build(RunConfig, values).model
     assert not any(spec.routed for spec in model.layers)
+
+
+# Case D8
+@pytest.mark.parametrize(
+    ("changes", "trains"),
+    [
+        (dict(train_routing="top_k", top_k=1), False),
+        (dict(train_routing="top_p", max_experts=1, target_experts=1.0), False),
+        (dict(train_routing="top_k", top_k=1, router_score="sigmoid"), False),
+        (dict(train_routing="top_k", top_k=1, renormalize_gates=False), True),
+        (dict(train_routing="top_k", top_k=2), True),
+        (dict(train_routing="top_p", max_experts=2, target_experts=1.0), True),
+        (dict(train_routing="dense"), True),
+        (dict(train_routing="top_p", eval_routing="top_k", top_k=1, target_experts=3.0), True),
+        # One expert is no choice, and a dense model has no gates.
+        (dict(train_routing="top_k", top_k=1, num_experts=1, max_experts=1, num_groups=1), True),
+        (dict(train_routing="top_k", top_k=1, num_experts=0), True),
+    ],
+)
+def test_a_router_without_a_gradient_is_not_trained(changes, trains):
+    values = changed("model.moe.renormalize_gates", True)
+    values["model"]["moe"] |= {"target_experts": 0.0, "num_partitions": 1, **changes}
+    config = build(RunConfig, values)  # such a model can be read and used
+    if trains:
+        config.require_trainable()
+    else:
+        with pytest.raises(UserError, match="renormalize_gates = True: must be False to train"):
+            config.require_trainable()
 
 
 def test_pattern_owners():
