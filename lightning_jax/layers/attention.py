@@ -152,7 +152,7 @@ class Attention(nn.Module):
         """Head-wise output gate, 1/2 at the start (as in Step 3.5 Flash)."""
         shape = (x_BTD.shape[-1], self.config.num_heads)
         gate_DN = param(self, "gate_DN", ZEROS, shape, ("embed", "heads"))
-        logits_BTN = jnp.einsum("BTD,DN->BTN", x_BTD.astype(jnp.float32), gate_DN)
+        logits_BTN = project("BTD,DN->BTN", x_BTD.astype(jnp.float32), gate_DN)
         return nn.sigmoid(logits_BTN).astype(x_BTD.dtype)
 
 

@@ -11,6 +11,7 @@ from lightning_jax.config import MoeConfig
 from lightning_jax.layers.common import ZEROS, GatedMLP, Stacked, fan_in, output_scale, param
 from lightning_jax.ops import balance
 from lightning_jax.ops.experts import routed_experts
+from lightning_jax.ops.projection import project
 from lightning_jax.ops.routing import Choices, Routing, route
 
 
@@ -53,13 +54,7 @@ class MoE(nn.Module):
         router_DE = param(
             self, "router_DE", fan_in(dim), (dim, config.num_experts), ("embed", "router")
         )
-        # A TPU would round the operands to bfloat16.
-        logits_BTE = jnp.einsum(
-            "BTD,DE->BTE",
-            x_BTD.astype(jnp.float32),
-            router_DE,
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        logits_BTE = project("BTD,DE->BTE", x_BTD.astype(jnp.float32), router_DE)
         if config.router_bias:
             shape = (config.num_experts,)
             logits_BTE += param(self, "router_bias_E", ZEROS, shape, ("router",))[None, None]

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lightning_jax.config.errors import suggest
-from lightning_jax.ops.kernels.common import HIDDEN, TRITON_HEAD_SIZES
+from lightning_jax.config.errors import UserError, suggest
+from lightning_jax.ops.kernels.common import HIDDEN, TRITON_HEAD_SIZES, precision
 from lightning_jax.ops.mask import Mask
 from lightning_jax.runtime import target
 
@@ -47,6 +47,7 @@ _KERNELS = {
     "cudnn": _Kernel(f"{_FOLDER}.peers", "cudnn_attention", frozenset()),
 }
 IMPLEMENTATIONS = ("reference", *_KERNELS)
+_PLATFORMS = {"pallas_tpu": "tpu", "splash": "tpu", "pallas_gpu": "gpu", "cudnn": "gpu"}
 
 # From this many keys on xla_banded beats the reference on a CPU, with and without gradients: 1.3 to
 # 4 times at 256 (no window to window 32); at 128 without a window gradients are slower by 1.6.
@@ -123,6 +124,17 @@ def dot_product_attention(
     return attend(query_BTNH, key_BSKH, value_BSKH, window=mask.window, scale=scale, **arguments)
 
 
+def check_device(implementation: str, platform: str, head_size: int) -> None:
+    """Raises UserError if a named implementation does not run on a platform, or on that size."""
+    needs = _PLATFORMS.get(implementation, platform)
+    at = f"model.attention.implementation = {implementation!r}"
+    if needs != platform:
+        raise UserError(f"{at}: runs on {needs}, and this run's devices are {platform}")
+    if implementation == "pallas_gpu" and head_size not in TRITON_HEAD_SIZES:
+        sizes = ", ".join(map(str, TRITON_HEAD_SIZES))
+        raise UserError(f"{at}: needs a head_dim out of {sizes}, not {head_size}")
+
+
 def _reference(query_BTNH, key_BSKH, value_BSKH, mask_BTS, sinks_N, scale, logit_softcap):
     """All scores at once; the definition that every other implementation is tested against."""
     B, T, N, H = query_BTNH.shape
@@ -149,7 +161,9 @@ def _reference(query_BTNH, key_BSKH, value_BSKH, mask_BTS, sinks_N, scale, logit
 
 
 def _dot(spec, left, right):
-    return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        spec, left, right, precision=precision(left.dtype), preferred_element_type=jnp.float32
+    )
 
 
 @functools.cache

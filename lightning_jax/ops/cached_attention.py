@@ -17,7 +17,7 @@ from jax import lax
 
 from lightning_jax.config.errors import suggest
 from lightning_jax.ops.attention import dot_product_attention
-from lightning_jax.ops.kernels.common import FLOOR, HIDDEN
+from lightning_jax.ops.kernels.common import FLOOR, HIDDEN, precision
 from lightning_jax.ops.kernels.cpu import narrow
 from lightning_jax.ops.kv_cache import Fresh, Stored, slot_positions
 from lightning_jax.ops.mask import EMPTY_POSITION, Mask
@@ -160,7 +160,11 @@ def _blocked(query_BTNH, view, sinks_N):
         start = jnp.minimum(index * block, cache.size - block)
         key_BSKH, value_BSKH = (_slots(cache, x, view.unit, start, block, dtype) for x in (0, 1))
         scores_BKGTS = H**-0.5 * jnp.einsum(
-            "BKGTH,BSKH->BKGTS", query_BKGTH, key_BSKH, preferred_element_type=jnp.float32
+            "BKGTH,BSKH->BKGTS",
+            query_BKGTH,
+            key_BSKH,
+            precision=precision(dtype),
+            preferred_element_type=jnp.float32,
         )
         if masked:
             slot_S = start + jnp.arange(block, dtype=jnp.int32)
@@ -173,6 +177,7 @@ def _blocked(query_BTNH, view, sinks_N):
             "BKGTS,BSKH->BKGTH",
             weights_BKGTS.astype(value_BSKH.dtype),
             value_BSKH,
+            precision=precision(dtype),
             preferred_element_type=jnp.float32,
         )
         total_BKGT = decay_BKGT * total_BKGT + jnp.sum(weights_BKGTS, axis=-1)

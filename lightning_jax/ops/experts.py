@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from lightning_jax.config.errors import suggest
 from lightning_jax.ops.activation import gated_unit
+from lightning_jax.ops.kernels.common import precision
 from lightning_jax.ops.kernels.cpu.experts import blocked_experts, blocked_grouped_mlp
 from lightning_jax.ops.routing import Choices, SlotOrder, ordered_sum, sort_slots
 from lightning_jax.runtime import target
@@ -217,6 +218,7 @@ def _ragged(rows_SD, size_E, filled_S1, weights, biases, clamp):
             rows_SX,
             weight_EXY.astype(dtype),
             size_E,
+            precision=precision(dtype),
             preferred_element_type=jnp.promote_types(dtype, jnp.float32),
         )
         if bias_EY is not None:

@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from lightning_jax.ops.kernels.common import precision
 from lightning_jax.ops.kernels.cpu import narrow
 
 
@@ -88,8 +89,14 @@ def cross_entropy(
     return sums[0], *jax.lax.stop_gradient(sums[1:])
 
 
+def _product(equation, left, right):
+    return jnp.einsum(
+        equation, left, right, precision=precision(left.dtype), preferred_element_type=jnp.float32
+    )
+
+
 def _logits(hidden_MD: jax.Array, head_DV: jax.Array, valid_vocab: int | None) -> jax.Array:
-    logits_MV = jnp.einsum("MD,DV->MV", hidden_MD, head_DV, preferred_element_type=jnp.float32)
+    logits_MV = _product("MD,DV->MV", hidden_MD, head_DV)
     if valid_vocab is None:
         return logits_MV
     return jnp.where(jnp.arange(logits_MV.shape[1])[None, :] < valid_vocab, logits_MV, -jnp.inf)
@@ -134,7 +141,7 @@ def _sums_and_gradients(hidden_MD, head_DV, targets_M, weights_M, z_weight, chun
         dlogits = jnp.exp(logits - logsumexp[:, None]) * dlogsumexp[:, None]
         dlogits -= jnp.where(_is_target(logits, targets), weights[:, None], 0)
         dlogits = narrow.operand(dlogits, dtype)
-        dhidden = jnp.einsum("MV,DV->MD", dlogits, head, preferred_element_type=jnp.float32)
+        dhidden = _product("MV,DV->MD", dlogits, head)
         dhead += narrow.dot(narrow.transposed(hidden), dlogits)
         return dhead, (nll, logsumexp, dhidden.astype(dtype))
 

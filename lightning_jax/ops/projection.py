@@ -5,7 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from lightning_jax.ops.kernels.common import precision
 from lightning_jax.ops.kernels.cpu import narrow
+
+__all__ = ["operand", "precision", "project"]
 
 
 def operand(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -22,7 +25,9 @@ def project(
     result, and where the processor has no bfloat16 products at all, float32 is faster still.
     """
     operands = (narrow.operand(a, x.dtype) for a in (x, kernel))
-    y = jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
+    y = jnp.einsum(
+        equation, *operands, precision=precision(x.dtype), preferred_element_type=jnp.float32
+    )
     if bias is not None:
         y += bias[(None,) * (y.ndim - bias.ndim)]
     return y.astype(x.dtype)

@@ -26,17 +26,24 @@ UNBOUNDED = 2**30
 TRITON_HEAD_SIZES = (16, 32, 64, 128, 256)
 
 
+def precision(dtype: jnp.dtype) -> lax.Precision | None:
+    """The precision of a product of operands of `dtype`: float32 ones are multiplied as such.
+
+    Left to itself a TPU rounds them to bfloat16, and a GPU to TF32.
+    """
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
 def dot(left: jax.Array, right: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """Product of two tiles over axis `contract[0]` of the left and `contract[1]` of the right.
 
-    Sums are float32; float32 operands are multiplied as such, not in bfloat16 or TF32.
+    Sums are float32.
     """
-    exact = left.dtype == jnp.float32
     return lax.dot_general(
         left,
         right,
         (((contract[0],), (contract[1],)), ((), ())),
-        precision=lax.Precision.HIGHEST if exact else None,
+        precision=precision(left.dtype),
         preferred_element_type=jnp.float32,
     )
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lightning_jax.ops.kernels.common import FLOOR, HIDDEN, check_band
+from lightning_jax.ops.kernels.common import FLOOR, HIDDEN, check_band, precision
 from lightning_jax.ops.kernels.cpu import narrow
 from lightning_jax.ops.kernels.cpu.blocks import BlockSizes, block_sizes
 
@@ -353,4 +353,6 @@ def _add_at(x_BKLH, start, update_BKSH):
 
 
 def _dot(spec, left, right):
-    return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        spec, left, right, precision=precision(left.dtype), preferred_element_type=jnp.float32
+    )

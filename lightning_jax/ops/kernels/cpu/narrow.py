@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from lightning_jax.ops.kernels.common import precision
 from lightning_jax.runtime import target
 
 # Processor flags of instructions that multiply bfloat16: x86, then Arm.
@@ -49,7 +50,12 @@ def _this_cpu_multiplies_bfloat16() -> bool:
 
 def dot(left: jax.Array, right: jax.Array) -> jax.Array:
     """left @ right of two matrices of one dtype, accumulated in at least float32."""
-    return jnp.dot(left, right, preferred_element_type=jnp.promote_types(left.dtype, jnp.float32))
+    return jnp.dot(
+        left,
+        right,
+        precision=precision(left.dtype),
+        preferred_element_type=jnp.promote_types(left.dtype, jnp.float32),
+    )
 
 
 def transposed(x: jax.Array) -> jax.Array:

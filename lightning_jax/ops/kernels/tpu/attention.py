@@ -224,7 +224,11 @@ def _backward(call, saved, dout_BTNH):
         call.pad_segments(segments),
     )
     delta_BNT = jnp.einsum(
-        "BTNH,BTNH->BNT", out_BTNH, dout_BTNH, preferred_element_type=jnp.float32
+        "BTNH,BTNH->BNT",
+        out_BTNH,
+        dout_BTNH,
+        precision=common.precision(out_BTNH.dtype),
+        preferred_element_type=jnp.float32,
     )
     return (
         call.unpad(dquery_BTX, query_BTNH, queries),
