@@ -92,7 +92,7 @@ def get_config() -> ConfigDict:
     moe.eval_routing = "top_p"  # routing of evaluation and generation
     moe.router_score = "softmax"  # softmax over experts, or sigmoid of each logit
     moe.top_k = 4  # experts per token under top_k
-    moe.top_p = 0.4  # probability mass to reach under top_p; start value of the controller
+    moe.top_p = 0.4  # probability mass to reach under top_p, of a new router: then it has its own
     moe.max_experts = 8  # static bound on experts per token under top_p
     moe.renormalize_gates = False  # gates sum to 1 over the chosen; False: raw probabilities
     moe.routed_scale = 1.0  # factor on the routed experts' sum
@@ -100,8 +100,8 @@ def get_config() -> ConfigDict:
     moe.expert_bias = False  # of the three projections of every routed expert
     moe.clamp = 0.0  # bound of the clamped gated unit (gpt-oss) in experts; 0: SwiGLU
     moe.target_experts = 3.0  # mean experts per token that the controller holds; 0: top_p is fixed
-    moe.controller_kp = 0.5  # proportional gain on (target - mean) / E
-    moe.controller_ki = 0.2  # integral gain, per optimizer step
+    moe.controller_kp = 0.0  # proportional gain, on the change of log(target / mean)
+    moe.controller_ki = 0.5  # integral gain on log(target / mean), per step of logit(top_p)
     moe.bias_update_rate = 1e-3  # aux-free balancing: step of the selection bias; 0: off
     moe.num_groups = 4  # expert-parallel groups of the balance losses, virtual on one device
     moe.num_partitions = 2  # partitions per group of the PEP loss
@@ -120,7 +120,7 @@ def get_config() -> ConfigDict:
     optimizer.epsilon = 1e-8
     optimizer.weight_decay = 0.1  # times the learning rate; on matrices only
     optimizer.clip_norm = 1.0  # global norm of the gradient
-    optimizer.ema_decay = 0.0  # of the averaged parameters, per step; 0: no average is kept
+    optimizer.ema_decay = 0.0  # of averaged parameters, per step, less at first; 0: no average
     optimizer.z_loss_weight = 1e-4  # squared log-sum-exp of the output logits
     optimizer.on_nan = "stop"  # stop, or skip the step, when loss or gradient is not finite
 

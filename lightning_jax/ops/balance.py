@@ -225,47 +225,45 @@ def update_bias(bias_E: jax.Array, assigned_count_E: jax.Array, *, rate: float) 
     return bias_E - jnp.mean(bias_E)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PIState:
-    """The threshold in use and the controller's accumulated error, float32."""
-
-    top_p: jax.Array
-    integral: jax.Array
+# Bounds of the controller's p. Float32 sums of probabilities resolve about 1e-7, and from 1 on a
+# threshold would mean all experts, whatever their probabilities.
+LOWEST_P, HIGHEST_P = 0.01, 1 - 2.0**-20
 
 
-def pi_init(top_p: float | jax.Array) -> PIState:
-    """A controller that starts at `top_p`."""
-    top_p = jnp.asarray(top_p, jnp.float32)
-    return PIState(top_p, jnp.zeros_like(top_p))
-
-
-def pi_update(
-    state: PIState,
+def control_top_p(
+    top_p: jax.Array,
+    last_error: jax.Array,
     mean_experts: jax.Array,
     *,
     target: float,
-    num_experts: int,
-    initial_p: float,
-    kp: float = 0.05,
-    ki: float = 0.6,
-    minimum: float = 0.01,
-    maximum: float = 1.0,
-) -> PIState:
-    """One step of DTop-p's controller of the mean number of experts per token (2512.13996).
+    kp: float,
+    ki: float,
+) -> tuple[jax.Array, jax.Array]:
+    """One step of the controller of the mean number of experts per token.
 
-    e = (target - mean_experts) / E and top_p = initial_p + kp * e + ki * sum(e), clamped to
-    [minimum, maximum]; the sum does not grow while clamped in its direction (anti-windup). Taken
-    once per optimizer step, on the counts of the global batch.
+    With the error e = log(target / mean_experts), the threshold moves by
 
-    The default gains hold the target within 5% in 50 steps on random routers of 8 to 64 experts,
-    from nearly uniform to sharp, for targets up to E/4. An integral gain above 1 rings where many
-    experts share little mass; below 0.4 it is too slow for sharp routers of many experts.
+        logit(p) += ki * e + kp * (e - last e),    p within [LOWEST_P, HIGHEST_P].
+
+    This is the PI controller of DTop-p (2512.13996) in other coordinates, and in its incremental
+    form: all it needs to remember is p itself and the last error, and it cannot wind up. One step
+    of logit(p) changes log(mean_experts) by 0.05 to 1.5 steps, from a uniform router (where p is a
+    number of experts) to one whose logits have standard deviation 12 (where 1 - p is the mass of a
+    tail). So one gain serves all routers: below 1 it does not ring. With errors in p itself, a
+    sharp router swings between one expert and all.
+
+    Args:
+      top_p: the threshold that the step routed with; its only home is the router's state.
+      last_error: e of the step before; 0 before the first.
+      mean_experts: experts per token of the global batch; 0 without tokens, which changes nothing.
+      target: experts per token to hold.
+      kp, ki: proportional and integral gain, per optimizer step.
+
+    Returns:
+      (top_p of the next step, e), float32.
     """
-    error = (target - jax.lax.stop_gradient(mean_experts)) / num_experts
-    integral = state.integral + error
-    raw = initial_p + kp * error + ki * integral
-    winding = ((raw > maximum) & (error > 0)) | ((raw < minimum) & (error < 0))
-    integral = jnp.where(winding, state.integral, integral)
-    top_p = jnp.clip(initial_p + kp * error + ki * integral, minimum, maximum)
-    return PIState(top_p, integral)
+    mean_experts = jax.lax.stop_gradient(mean_experts)
+    error = jnp.log(target / jnp.where(mean_experts > 0, mean_experts, target))
+    p = jnp.clip(top_p.astype(jnp.float32), LOWEST_P, HIGHEST_P)
+    moved = jax.scipy.special.logit(p) + ki * error + kp * (error - last_error)
+    return jnp.clip(jax.nn.sigmoid(moved), LOWEST_P, HIGHEST_P), error

@@ -29,7 +29,8 @@ from lightning_jax.train.plan import Knobs
 class TrainState:
     """Everything that a step changes. `ema` is empty without averaging.
 
-    `step` counts all batches, `bad_steps` those whose loss or gradient was not finite.
+    `step` counts all batches, `bad_steps` those whose loss or gradient was not finite. The router's
+    p is in `router` alone; `controller` is the last error of the controller that moves it.
     """
 
     step: jax.Array
@@ -38,7 +39,7 @@ class TrainState:
     ema: Any
     optimizer: Any
     router: lm.Router
-    controller: balance.PIState
+    controller: jax.Array
 
 
 def init_state(config: RunConfig, optimizer: optax.GradientTransformation) -> TrainState:
@@ -51,7 +52,7 @@ def init_state(config: RunConfig, optimizer: optax.GradientTransformation) -> Tr
         ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {},
         optimizer=optimizer.init(params),
         router=lm.init_router(config.model),
-        controller=balance.pi_init(config.model.moe.top_p),
+        controller=jnp.float32(0),
     )
 
 
@@ -167,8 +168,8 @@ def loss_and_grad(
 
 
 def _update_router(
-    moe: MoeConfig, router: lm.Router, controller: balance.PIState, stats: balance.RoutingStats
-) -> tuple[lm.Router, balance.PIState]:
+    moe: MoeConfig, router: lm.Router, controller: jax.Array, stats: balance.RoutingStats
+) -> tuple[lm.Router, jax.Array]:
     """Updates the selection bias and the controller from the counts of the global batch."""
     bias_URE, top_p = router.bias_URE, router.top_p
     if moe.bias_update_rate:
@@ -176,16 +177,14 @@ def _update_router(
         bias_URE = jax.vmap(jax.vmap(update))(bias_URE, stats.assigned_count_E)
     if moe.target_experts:
         used = stats.assigned_count_E.sum() / jnp.maximum(stats.tokens.sum(), 1)
-        controller = balance.pi_update(
+        top_p, controller = balance.control_top_p(
+            top_p,
             controller,
             used,
             target=moe.target_experts,
-            num_experts=moe.num_experts,
-            initial_p=moe.top_p,
             kp=moe.controller_kp,
             ki=moe.controller_ki,
         )
-        top_p = controller.top_p
     return lm.Router(bias_URE, top_p), controller
 
 
@@ -232,7 +231,8 @@ def train_step(
         "grad_norm": grad_norm,
         "learning_rate": rate,
         "bad_steps": new.bad_steps,
-        "target_tokens": batch.loss_mask.sum(),
+        # Exact in int32, for the config bounds the tokens of a step; float32 counts to 2^24.
+        "target_tokens": jnp.sum(batch.loss_mask > 0, dtype=jnp.int32),
     }
     if stats is not None:
         metrics["top_p"] = state.router.top_p
@@ -248,9 +248,9 @@ def _updated(config, optimizer, state, grads, rate, stats) -> TrainState:
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
     new = dataclasses.replace(state, params=params, optimizer=optimizer_state)
     if state.ema:
-        new = dataclasses.replace(
-            new, ema=update_ema(state.ema, params, config.optimizer.ema_decay)
-        )
+        updates = state.step - state.bad_steps
+        ema = update_ema(state.ema, params, config.optimizer.ema_decay, updates)
+        new = dataclasses.replace(new, ema=ema)
     if stats is not None:
         router, controller = _update_router(config.model.moe, state.router, state.controller, stats)
         new = dataclasses.replace(new, router=router, controller=controller)

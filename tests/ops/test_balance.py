@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from lightning_jax.ops.balance import (
+    HIGHEST_P,
+    LOWEST_P,
     balance_losses,
-    pi_init,
-    pi_update,
+    control_top_p,
     routing_metrics,
     routing_stats,
     update_bias,
@@ -294,34 +295,61 @@ def test_bias_is_centred_and_evens_the_load():
     np.testing.assert_allclose(update_bias(bias, jnp.full(E, 3.0), rate=0.1), bias, atol=1e-7)
 
 
-@jax.jit
-def update_p(state, mean_experts, target, experts):
-    return pi_update(state, mean_experts, target=target, num_experts=experts, initial_p=0.4)
+@functools.partial(jax.jit, static_argnames=("slots", "steps"))
+def controlled(logits, top_p, target, *, slots, steps=300, kp=0.0, ki=0.5):
+    """Mean experts per token, and p, of `steps` steps on the same tokens."""
+
+    def step(state, _):
+        routing = route(logits, kind="top_p", slots=slots, top_p=state[0])
+        used = routing.choices.filled_MC.sum(-1).mean(dtype=jnp.float32)
+        return control_top_p(*state, used, target=target, kp=kp, ki=ki), (used, state[0])
+
+    return jax.lax.scan(step, (top_p, jnp.float32(0)), length=steps)[1]
 
 
-@pytest.mark.parametrize("experts", [8, 16, 32, 64])
-@pytest.mark.parametrize("scale", [0.2, 1.0, 3.0])
-def test_controller_reaches_its_target_in_fifty_steps(experts, scale):
-    p = np.exp(np.asarray(random_logits(1024, scale, experts=experts)))
-    p = -np.sort(-p / p.sum(-1, keepdims=True), -1)
-    before = np.cumsum(p, -1) - p
-    for target in (2, 8):
-        if target > experts // 4:
-            continue
-        state, history = pi_init(0.4), []
-        for _ in range(60):
-            used = np.minimum((before < float(state.top_p)).sum(-1), 2 * target).mean()
-            history.append(used)
-            state = update_p(state, np.float32(used), target, experts)
-        np.testing.assert_allclose(history[50:], target, rtol=0.05)
+# Case D10
+@pytest.mark.parametrize("experts", [16, 64])
+@pytest.mark.parametrize("std", [0.01, 0.1, 0.3, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0])
+@pytest.mark.parametrize(("kp", "ki"), [(0.0, 0.5), (0.5, 0.2)])
+def test_controller_reaches_its_target_and_stays(experts, std, kp, ki):
+    logits = random_logits(1024, std, experts=experts)
+    for start in (0.05, 0.4, 1.0):
+        used, top_p = controlled(logits, jnp.float32(start), 3.0, slots=8, kp=kp, ki=ki)
+        np.testing.assert_allclose(used[200:], 3.0, rtol=0.05)
+        assert float(jnp.ptp(top_p[200:])) < 5e-3 and float(top_p[1:].max()) < 1
 
 
-def test_controller_does_not_wind_up():
-    state = pi_init(0.4)
-    for _ in range(200):
-        state = update_p(state, 1.0, 4.0, 8)
-    assert state.top_p <= 1.0 and state.integral < 1.2
-    assert update_p(state, 8.0, 4.0, 8).top_p < state.top_p
-    for _ in range(200):
-        state = update_p(state, 8.0, 4.0, 8)
-    assert state.top_p >= 0.01 and state.integral > -1.2
+# Case D10
+def test_controller_follows_a_router_that_sharpens():
+    logits, state, used = random_logits(1024, experts=16), (jnp.float32(0.4), jnp.float32(0)), []
+
+    @jax.jit
+    def step(state, std):
+        routing = route(std * logits, kind="top_p", slots=8, top_p=state[0])
+        mean = routing.choices.filled_MC.sum(-1).mean(dtype=jnp.float32)
+        return control_top_p(*state, mean, target=3.0, kp=0.0, ki=0.5), mean
+
+    for std in np.geomspace(0.1, 12, 400):
+        state, mean = step(state, std)
+        used.append(float(mean))
+    assert min(used[20:]) > 2.5 and max(used[20:]) < 3.5
+
+
+# Case D10
+@pytest.mark.parametrize(("std", "target", "reached"), [(40.0, 6.0, 2.5), (1e-3, 1.0, 1.0)])
+def test_a_target_out_of_reach_saturates_and_does_not_wind_up(std, target, reached):
+    logits = random_logits(1024, std, experts=16)
+    used, top_p = controlled(logits, jnp.float32(0.4), target, slots=8)
+    np.testing.assert_allclose(used[100:], used[-1])
+    assert used[-1] <= reached and LOWEST_P <= top_p[-1] <= HIGHEST_P
+    # However long it was out of reach, one step moves p as far as ever.
+    moved, _ = control_top_p(top_p[-1], jnp.float32(0), 2 * target, target=target, kp=0.0, ki=0.5)
+    back, _ = control_top_p(top_p[-1], jnp.float32(0), target / 2, target=target, kp=0.0, ki=0.5)
+    assert moved < top_p[-1] or top_p[-1] == np.float32(LOWEST_P)
+    assert back > top_p[-1] or top_p[-1] == np.float32(HIGHEST_P)
+
+
+def test_a_batch_without_tokens_does_not_move_p():
+    p, error = control_top_p(jnp.float32(0.3), jnp.float32(0), 0.0, target=3.0, kp=0.5, ki=0.5)
+    np.testing.assert_allclose(p, 0.3, rtol=1e-6)
+    assert error == 0

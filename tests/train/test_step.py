@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from lightning_jax.ops import balance
 from lightning_jax.train import step
 from lightning_jax.train.optimizer import make_optimizer
 from lightning_jax.train.plan import Plan
+from tests.targets import TPU, products
 from tests.tiny import random_batch, tiny_config
 
 VOCAB = 64
@@ -112,6 +114,62 @@ def test_zero_weights_are_no_balance_loss_and_nonzero_ones_move_the_router():
         assert float(jnp.abs(get(plain) - get(balanced)).max()) > 1e-4
 
 
+EVERY_OPTION = dict(
+    model__prefix="G",
+    model__attention__head_dim=128,
+    model__attention__window=128,
+    model__attention__output_gate=True,
+    model__attention__qkv_bias=True,
+    model__attention__sinks=True,
+    model__moe__router_bias=True,
+    model__moe__expert_bias=True,
+)
+
+
+# Case D11
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("implementation", ["reference", "pallas_tpu"])
+def test_float32_products_of_a_step_are_not_rounded_on_a_tpu(dtype, implementation):
+    changes = {"model__attention__implementation": implementation, **EVERY_OPTION}
+    config = build(RunConfig, tiny_config(**HEAVY, **changes, model__compute_dtype=dtype))
+    optimizer = make_optimizer(config.optimizer, lm.logical_axes(config.model))
+    train = functools.partial(step.train_step, config, optimizer, accumulate=1)
+    batch = jax.tree.map(jnp.asarray, random_batch(2, 256, VOCAB))
+    with jax.sharding.use_abstract_mesh(TPU):
+        state = jax.eval_shape(lambda: step.init_state(config, optimizer))
+        program = jax.make_jaxpr(train)(state, batch, Plan.of(config).knobs(0))
+    found = list(products(program.jaxpr))
+    rounded = [str(name) for name, dtypes, exact in found if dtypes == {"float32"} and not exact]
+    assert not rounded
+    # Router and head gate are float32 whatever the model computes in: forward and two gradients.
+    exact = sum(exact for *_, exact in found)
+    assert exact >= 3 * (2 + 3) and (exact == len(found)) == (dtype == "float32")
+
+
+# Case A8
+@pytest.mark.parametrize("target", [2.0, 0.0])
+def test_the_routers_p_goes_on_from_where_it_is(target):
+    """The config's top_p is that of a new router; one that came from elsewhere has its own."""
+    config = build(RunConfig, tiny_config(model__moe__target_experts=target))
+    moe = config.model.moe
+    router = dataclasses.replace(lm.init_router(config.model), top_p=jnp.float32(0.25))
+    counts = jnp.full((1, 2, moe.num_experts), 100.0)
+    stats = dataclasses.replace(no_stats(), assigned_count_E=counts, tokens=jnp.full((1, 2), 400.0))
+    # At the target nothing moves p, and off it a step moves it from there.
+    after, error = step._update_router(moe, router, jnp.float32(0), stats)
+    np.testing.assert_allclose(after.top_p, 0.25, rtol=1e-6)
+    off = dataclasses.replace(stats, tokens=jnp.full((1, 2), 800.0))
+    after, error = step._update_router(moe, router, jnp.float32(0), off)
+    if target:
+        assert 0.25 < float(after.top_p) < 0.35 and float(error) == pytest.approx(math.log(2))
+    else:
+        assert float(after.top_p) == 0.25 and float(error) == 0
+
+
+def no_stats():
+    return balance.RoutingStats(**{f.name: None for f in dataclasses.fields(balance.RoutingStats)})
+
+
 def make_step(config):
     optimizer = make_optimizer(config.optimizer, lm.logical_axes(config.model))
     state = step.init_state(config, optimizer)
@@ -144,7 +202,7 @@ def test_a_step_lowers_the_loss_and_moves_bias_and_controller_once():
     bias_URE = np.asarray(state.router.bias_URE)
     np.testing.assert_allclose(bias_URE.mean(axis=-1), 0, atol=1e-6)
     assert 0 < np.abs(bias_URE).max() <= 20 * 2 * config.model.moe.bias_update_rate
-    assert float(state.router.top_p) == float(state.controller.top_p) != config.model.moe.top_p
+    assert float(state.router.top_p) != config.model.moe.top_p
     moved = jax.tree.map(lambda e, p: float(jnp.abs(e - p).max()), state.ema, state.params)
     assert 0 < max(jax.tree.leaves(moved)) < 0.1
 
