@@ -4,15 +4,16 @@
 here knows the learning rate or the stage, so a change of stage resets nothing: Adam's bias
 correction counts the steps of the whole run.
 
-The logical axis names of a parameter decide how it is treated:
+The logical axis names of a parameter decide its role (`role`):
 
-| parameter | names | decay | Muon |
-|---|---|---|---|
-| projections, MLPs, experts | embed on one side, the rest on the other | yes | yes |
-| embedding, head, router | one is vocab or router | yes | no |
-| norm scales, sinks | one name | no | no |
+| role | parameters | names besides stacks | decay | Muon |
+|---|---|---|---|---|
+| matrix | projections, MLPs, experts | embed on one side, the rest on the other | yes | yes |
+| table | embedding, head, router | embed, and vocab or router | yes | no |
+| vector | norm scales, biases, sinks | one feature, split into heads or not | no | no |
 
-`layers` and `expert` are batch axes: Muon orthogonalises every matrix of the stack separately.
+`layers` and `expert` stack parameters and are no side of one: Muon orthogonalises every matrix of
+the stack separately, and the stack of the experts' biases is no matrix.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from lightning_jax.config import OptimizerConfig
 
 _STACKS = ("layers", "expert")
-_NOT_MUON = ("vocab", "router")
+_TABLES = ("vocab", "router")
+# One feature in two axes: head h, entry i of it.
+_SPLIT_FEATURES = (["heads", "head"], ["kv_heads", "head"])
 # Root mean square of a Muon update that matches AdamW's, so that one learning rate serves both
 # (Moonlight, arXiv 2502.16982, section 2.2).
 _MUON_RMS = 0.2
@@ -47,7 +51,7 @@ def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransfor
       A transformation whose update, times `-learning_rate`, is added to the parameters.
 
     Raises:
-      ValueError: under Muon, a matrix whose names do not tell its two sides apart.
+      ValueError: as `role`.
     """
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
@@ -56,9 +60,23 @@ def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransfor
     )
 
 
+def role(names: tuple[str, ...]) -> str:
+    """Returns "matrix", "table" or "vector" for a parameter with these logical axis names.
+
+    Raises:
+      ValueError: names that do not tell the two sides of a matrix apart.
+    """
+    own = [name for name in names if name not in _STACKS]
+    if len(own) == 1 or own in _SPLIT_FEATURES:
+        return "vector"
+    if own.count("embed") != 1 or "embed" not in (own[0], own[-1]):
+        raise ValueError(f"parameter axes {names}: a matrix needs 'embed' first or last, once")
+    return "table" if set(own) & set(_TABLES) else "matrix"
+
+
 def decay_mask(axes: Any) -> Any:
-    """Marks the parameters that weight decay shrinks: two or more axes, `layers` not counted."""
-    return _map_names(lambda names: sum(name != "layers" for name in names) >= 2, axes)
+    """Marks the parameters that weight decay shrinks: all but vectors."""
+    return _map_names(lambda names: role(names) != "vector", axes)
 
 
 def muon_dimensions(axes: Any) -> Any:
@@ -66,9 +84,20 @@ def muon_dimensions(axes: Any) -> Any:
     return _map_names(_sides, axes)
 
 
-def update_ema(ema: Any, params: Any, decay: float) -> Any:
-    """Returns `decay * ema + (1 - decay) * params`, leaf by leaf."""
-    return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
+def update_ema(ema: Any, params: Any, decay: float, updates: jax.Array) -> Any:
+    """Returns `share * params + (1 - share) * ema`, leaf by leaf.
+
+    The share of the new parameters is `1 - decay`, and early in a run `9 / (10 + updates)` if that
+    is more: the average then reaches back a tenth of the run, however short it is, and forgets the
+    initial parameters like `updates ** -9`. With a fixed decay it would still hold `decay ** n` of
+    them after n updates. This is the warm-up of TensorFlow's ExponentialMovingAverage, a power
+    average in the words of Karras et al. (arXiv 2312.02696, section 3.1).
+
+    Args:
+      updates: how often the parameters were updated before.
+    """
+    share = jnp.maximum(1 - decay, 9 / (10 + jnp.asarray(updates, jnp.float32)))
+    return jax.tree.map(lambda e, p: e + share * (p - e), ema, params)
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -108,12 +137,9 @@ def _is_entry(leaf: Any) -> bool:
 
 
 def _sides(names: tuple[str, ...]) -> MuonDimensionNumbers | None:
-    matrix = [axis for axis, name in enumerate(names) if name not in _STACKS]
-    if len(matrix) < 2 or any(name in _NOT_MUON for name in names):
+    if role(names) != "matrix":
         return None
-    embed = [axis for axis in matrix if names[axis] == "embed"]
-    if len(embed) != 1 or embed[0] not in (matrix[0], matrix[-1]):
-        raise ValueError(f"parameter axes {names}: Muon needs 'embed' first or last, once")
-    if embed[0] == matrix[0]:
-        return MuonDimensionNumbers(tuple(embed), tuple(matrix[1:]))
-    return MuonDimensionNumbers(tuple(matrix[:-1]), tuple(embed))
+    own = [axis for axis, name in enumerate(names) if name not in _STACKS]
+    if names[own[0]] == "embed":
+        return MuonDimensionNumbers(tuple(own[:1]), tuple(own[1:]))
+    return MuonDimensionNumbers(tuple(own[:-1]), tuple(own[-1:]))

@@ -5,9 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optax.contrib import MuonDimensionNumbers
 
+from lightning_jax import model as lm
 from lightning_jax.config import OptimizerConfig
-from lightning_jax.train.optimizer import decay_mask, make_optimizer, muon_dimensions, update_ema
+from lightning_jax.train.optimizer import (
+    decay_mask,
+    make_optimizer,
+    muon_dimensions,
+    role,
+    update_ema,
+)
+from tests.tiny import tiny_model
 
 AXES = {
     "embed": ("vocab", "embed"),
@@ -46,6 +55,10 @@ ADAMW = OptimizerConfig(
 
 def config(**changes):
     return OptimizerConfig(**{**vars(ADAMW), **changes})
+
+
+def is_entry(leaf):
+    return leaf is None or isinstance(leaf, MuonDimensionNumbers)
 
 
 def random_tree(seed):
@@ -151,12 +164,83 @@ def test_muon_direction_is_nearly_orthogonal_with_the_rms_of_adamw():
     assert np.sum(direction * grad["w"]) > 0
 
 
+# Case D9
+def test_the_role_of_every_parameter_of_a_model_with_all_options():
+    attention = dict(qkv_bias=True, out_bias=True, output_gate=True, sinks=True)
+    options = {f"attention__{name}": value for name, value in attention.items()}
+    options |= dict(moe__router_bias=True, moe__expert_bias=True, moe__num_shared_experts=1)
+    options |= dict(unit="LGg", unit_mlp="EDE", prefix="G", tie_embeddings=False)
+    roles = {}
+    for norm in ("head", "projection"):
+        axes = lm.logical_axes(tiny_model(**options, attention__qk_norm=norm))
+        leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda a: isinstance(a, tuple))
+        for path, names in leaves:
+            *_, module, name = (key.key for key in path)
+            roles.setdefault(role(names), set()).add(f"{module}/{name}")
+        muon = muon_dimensions(axes)
+        assert jax.tree.structure(decay_mask(axes)).num_leaves == len(leaves)
+        assert sum(entry is not None for entry in jax.tree.leaves(muon, is_leaf=is_entry)) > 20
+    norms = ("attention_norm", "mlp_norm", "query_norm", "key_norm", "final_norm")
+    biases = ("query_bias_NH", "key_bias_KH", "value_bias_KH", "out_bias_D", "sinks_N")
+    mlp = ("gate_DF", "up_DF", "down_FD")
+    assert roles == {
+        "table": {"embed/table_VD", "head/kernel_DV", "moe/router_DE"},
+        "vector": {f"{name}/scale" for name in norms}
+        | {f"attention/{name}" for name in biases}
+        | {
+            f"moe/{name}"
+            for name in ("router_bias_E", "gate_bias_EF", "up_bias_EF", "down_bias_ED")
+        },
+        "matrix": {f"attention/{name}" for name in ("query_DNH", "key_DKH", "value_DKH", "out_NHD")}
+        | {"attention/gate_DN", "moe/gate_EDF", "moe/up_EDF", "moe/down_EFD"}
+        | {f"{module}/{name}" for module in ("mlp", "shared") for name in mlp},
+    }
+
+
+# Case D9
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_biases_are_updated_by_adam_and_not_decayed(name):
+    axes = {
+        "query": ("layers", "embed", "heads", "head"),
+        "query_bias": ("layers", "heads", "head"),
+        "up_bias": ("layers", "expert", "mlp"),
+        "down_bias": ("layers", "expert", "embed"),
+    }
+    ones = jax.tree.map(
+        lambda names: np.ones([SIZES[name] for name in names], np.float32),
+        axes,
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
+    still = jax.tree.map(np.zeros_like, ones)
+    moved = run(make_optimizer(config(name=name, weight_decay=0.5), axes), ones, [still], [1.0])
+    np.testing.assert_allclose(moved.pop("query"), 0.5)
+    for leaf in moved.values():
+        np.testing.assert_allclose(leaf, 1.0)
+
+
 def test_muon_refuses_axes_that_hide_the_sides_of_a_matrix():
-    with pytest.raises(ValueError, match=r"axes \('mlp', 'heads'\): Muon needs 'embed'"):
+    with pytest.raises(ValueError, match=r"axes \('mlp', 'heads'\): a matrix needs 'embed'"):
         muon_dimensions({"w": ("mlp", "heads")})
 
 
 def test_ema_is_the_weighted_sum():
     ema, params = random_tree(0), random_tree(1)
-    expected = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * p, ema, params)
-    assert_close(update_ema(ema, params, 0.75), expected)
+    for updates, share in ((0, 0.9), (8, 0.5), (26, 0.25), (27, 0.25), (10**6, 0.25)):
+        expected = jax.tree.map(lambda e, p, s=share: (1 - s) * e + s * p, ema, params)
+        assert_close(update_ema(ema, params, 0.75, jnp.int32(updates)), expected)
+
+
+# Case D7
+@pytest.mark.parametrize("steps", [30, 300, 30_000])
+def test_the_average_forgets_the_start_of_short_and_long_runs(steps):
+    def step(carry, updates):
+        start, age = carry
+        # What is left of the initial parameters, and the mean number of updates since the others.
+        return (
+            update_ema(start, 0.0, 0.999, updates),
+            update_ema(age, 0.0, 0.999, updates) + 1,
+        ), None
+
+    (start, age), _ = jax.lax.scan(step, (jnp.float32(1), jnp.float32(0)), jnp.arange(steps))
+    assert float(start) < 1e-5
+    assert float(age) == pytest.approx(min(steps / 10, 1000), rel=0.35)
