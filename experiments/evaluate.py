@@ -2,7 +2,8 @@
 
     python -m experiments.evaluate --workdir=runs/a [--data='texts/*.txt'] [--eval.top_p=0.3]
 
-Prints JSON on stdout: by domain the loss (nats per token), perplexity, bits per byte, loss by
+Prints JSON on stdout: which weights were measured (ema, where the run keeps an average, or params)
+and by domain the loss (nats per token), perplexity, bits per byte, number of tokens, loss by
 position in the document, and the mean number of experts per token.
 """
 

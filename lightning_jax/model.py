@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from lightning_jax import sharding
 from lightning_jax.config import AttentionConfig, ModelConfig
+from lightning_jax.config.errors import UserError
 from lightning_jax.config.pattern import GLOBAL, LOCAL, LayerSpec
 from lightning_jax.layers import units
 from lightning_jax.layers.attention import KindContext
@@ -30,7 +32,7 @@ from lightning_jax.layers.common import Declared, RMSNorm, fan_in, param, standa
 from lightning_jax.ops import rope
 from lightning_jax.ops.balance import RoutingStats
 from lightning_jax.ops.kv_cache import Chunk, Full, Ring
-from lightning_jax.ops.projection import operand
+from lightning_jax.ops.projection import operand, precision
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +69,11 @@ class Output(NamedTuple):
     def logits(self) -> jax.Array:
         """Logits [B, T, V] in float32."""
         return jnp.einsum(
-            "BTD,DV->BTV", self.hidden_BTD, self.head_DV, preferred_element_type=jnp.float32
+            "BTD,DV->BTV",
+            self.hidden_BTD,
+            self.head_DV,
+            precision=precision(self.hidden_BTD.dtype),
+            preferred_element_type=jnp.float32,
         )
 
 
@@ -280,6 +286,36 @@ def inference_params(config: ModelConfig, params: Any) -> Any:
         params,
         is_leaf=lambda leaf: isinstance(leaf, Declared),
     )
+
+
+def require_finite(params: Any, where: object) -> None:
+    """Raises a UserError that names the first array of a tree which holds NaN or an infinity.
+
+    Args:
+      params: tree of arrays of jax or numpy.
+      where: the file, folder or use of them, named in the error.
+    """
+    pairs = jax.tree_util.tree_leaves_with_path(params)
+    leaves = [leaf for _, leaf in pairs]
+    if all(_on_host(leaf) for leaf in leaves):
+        finite = [np.isfinite(np.asarray(leaf)).all() for leaf in leaves]  # compiles nothing
+    else:
+        finite = jax.device_get(_are_finite(leaves))
+    if not all(finite):
+        path, _ = pairs[finite.index(False)]
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        raise UserError(f"{where}: {name} has values that are not finite")
+
+
+def _on_host(leaf: Any) -> bool:
+    if not isinstance(leaf, jax.Array):
+        return True
+    return leaf.is_fully_addressable and {d.platform for d in leaf.devices()} == {"cpu"}
+
+
+@jax.jit
+def _are_finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
 
 
 def init_router(config: ModelConfig) -> Router:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lightning_jax import model as lm
+from lightning_jax.config.errors import UserError
 from lightning_jax.layers.block import Unit
 from tests.tiny import random_batch, tiny_model
 
@@ -252,3 +253,20 @@ def test_logical_axes_name_every_axis_once():
     )
     assert axes["units"]["0_L"]["moe"]["gate_EDF"] == ("layers", "expert", "embed", "mlp")
     assert axes["prefix"]["0_G"]["mlp"]["down_FD"] == ("mlp", "embed")
+
+
+# Case D1
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray, lambda a: jnp.asarray(a, "bfloat16")])
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_value_that_is_not_finite_is_found_by_the_name_of_its_array(
+    value, kind, on_host, monkeypatch
+):
+    monkeypatch.setattr(lm, "_on_host", lambda leaf: on_host)
+    lm.require_finite({}, "file")
+    good = {"a": {"b": kind(np.ones((2, 3), np.float32))}, "c": [kind(np.zeros(0, np.float32))]}
+    lm.require_finite(good, "file")
+    bad = np.ones((4, 5), np.float32)
+    bad[3, 4] = value
+    with pytest.raises(UserError, match="^file: c/1 has values that are not finite$"):
+        lm.require_finite({**good, "c": [*good["c"], kind(bad)]}, "file")

@@ -31,11 +31,12 @@ Advice = Callable[[Path, int], str]
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """The parts of a run that inference needs."""
+    """The parts of a run that inference needs; `weights` says which: "params" or "ema"."""
 
     meta: CheckpointMeta
     params: Any
     router: Any
+    weights: str = "params"
 
     @property
     def config(self) -> RunConfig:
@@ -52,7 +53,8 @@ def load_run(
       mesh: where to put parameters, stored as in training; None is the first device.
       weights: "params", "ema" (their moving average), or "auto": "ema" where it was saved.
 
-    Raises UserError if there are no such checkpoint or weights, or the checkpoint is damaged.
+    Raises UserError if there are no such checkpoint or weights, the checkpoint is damaged, or a
+    weight is not finite.
     """
     require(weights in ("auto", "params", "ema"), "weights", weights, "auto, params or ema")
     from lightning_jax import model
@@ -77,7 +79,8 @@ def load_run(
         "router": jax.tree.map(lambda leaf: trees.placed(leaf, whole), router),
     }
     items = read(directory, step, abstract, advice=_use_step)
-    return LoadedRun(meta, items[name], items["router"])
+    model.require_finite(items, directory / str(step))
+    return LoadedRun(meta, items[name], items["router"], name)
 
 
 def read_meta(workdir: StrPath, step: int | None = None) -> CheckpointMeta:

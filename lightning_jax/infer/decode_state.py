@@ -17,9 +17,11 @@ from lightning_jax import sharding
 from lightning_jax.infer.buckets import power_of_two
 from lightning_jax.infer.sampling import Sampling, sample
 
-# No token: the output of a finished row, and a stop id that no token matches.
+# No token: the output of a finished row, of one whose logits are not finite, and a stop id that no
+# token matches.
 FINISHED = -1
-_NO_STOP = -2
+NOT_FINITE = -2
+_NO_STOP = -3
 
 
 @jax.tree_util.register_dataclass
@@ -98,8 +100,9 @@ class DecodeState:
         """Chooses each row's next token from the logits after its last one.
 
         Returns:
-          The state with the new tokens; int32 made_B, `FINISHED` in rows that had ended; whether
-          any row goes on. The last two are whole on every process of a mesh.
+          The state with the new tokens; int32 made_B, `FINISHED` in rows that had ended and
+          `NOT_FINITE` where a logit is NaN or infinite; whether any row goes on. The last two are
+          whole on every process of a mesh.
         """
         position_B = self.position_B + 1
         token_B = sample(
@@ -110,7 +113,9 @@ class DecodeState:
             top_p_B=self.top_p_B,
             valid_vocab=valid_vocab,
         )
-        made_B = jnp.where(self.active_B, token_B, FINISHED)
+        is_finite_B = jnp.isfinite(logits_BV[:, :valid_vocab]).all(axis=-1)
+        made_B = jnp.where(is_finite_B, token_B, NOT_FINITE)
+        made_B = jnp.where(self.active_B, made_B, FINISHED)
         left_B = self.left_B - self.active_B
         stopped_B = (token_B[:, None] == self.stop_BJ).any(axis=1)
         state = dataclasses.replace(

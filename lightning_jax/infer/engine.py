@@ -14,9 +14,10 @@ import numpy as np
 from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.config import ModelConfig
+from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require
 from lightning_jax.infer.buckets import length_bucket, power_of_two
-from lightning_jax.infer.decode_state import FINISHED, DecodeState
+from lightning_jax.infer.decode_state import FINISHED, NOT_FINITE, DecodeState
 from lightning_jax.infer.sampling import Sampling
 from lightning_jax.ops.balance import RoutingStats
 from lightning_jax.runtime import compiler
@@ -226,7 +227,7 @@ class Engine:
         Raises:
           UserError: no prompt, an empty one, an id outside of the vocabulary, a prompt that leaves
             no room for `max_new_tokens` in `max_length`, or another number of `sampling` than of
-            prompts. Raised by the call itself.
+            prompts: raised by the call itself. Logits that are not finite: raised by the iterator.
         """
         self._check(prompts, max_new_tokens)
         sampling = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
@@ -273,12 +274,23 @@ class Engine:
             cache, state, next_B, next_goes_on, used = _decode(
                 self.config, self._weights, cache, state, valid_vocab=self.valid_vocab
             )
-            yield np.asarray(made_B)[: len(prompts)]
+            yield self._tokens(made_B, len(prompts))
             if not goes_on:
                 return
             self._experts_used += np.asarray(used, np.float64)
             made_B, goes_on = next_B, next_goes_on
-        yield np.asarray(made_B)[: len(prompts)]
+        yield self._tokens(made_B, len(prompts))
+
+    def _tokens(self, made_B: jax.Array, prompts: int) -> np.ndarray:
+        token_B = np.asarray(made_B)[:prompts]
+        if (token_B == NOT_FINITE).any():
+            lm.require_finite(self._weights, "generation")
+            row = int(np.argmax(token_B == NOT_FINITE))
+            raise UserError(
+                f"generation: the logits of prompt {row} are not finite, though all weights are: "
+                f"values beyond {self.config.compute_dtype}"
+            )
+        return token_B
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], state: DecodeState

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from lightning_jax import model as lm
 from lightning_jax.config import ModelConfig
+from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require
 from lightning_jax.infer.buckets import length_bucket
 
@@ -126,8 +128,8 @@ class Scorer:
           (0.0 for none), and whether each of them is the most probable one.
 
         Raises:
-          UserError: an empty context, an id outside of the vocabulary, or a continuation longer
-            than `max_length`.
+          UserError: an empty context, an id outside of the vocabulary, a continuation longer than
+            `max_length`, or a log-probability that is not finite.
         """
         for number, (context, continuation) in enumerate(pairs):
             self._check(number, context, continuation)
@@ -139,11 +141,27 @@ class Scorer:
             made = self._dispatch(batch, pairs)
             # The device works on the next batch while the last one is read.
             if pending:
-                advance(_collect(*pending, pairs, scores))
+                advance(self._collect(*pending, pairs, scores))
             pending = batch, made
         if pending:
-            advance(_collect(*pending, pairs, scores))
+            advance(self._collect(*pending, pairs, scores))
         return scores
+
+    def _collect(
+        self,
+        batch: Sequence[_Row],
+        made: tuple[jax.Array, jax.Array],
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        scores: list[tuple[float, bool]],
+    ) -> int:
+        """Writes the scores of a batch's pairs; returns how many."""
+        numbers = _collect(batch, made, pairs, scores)
+        for number in numbers:
+            if not math.isfinite(scores[number][0]):
+                _, params, router, _ = self._model
+                lm.require_finite({"params": params, "router": router}, "scoring")
+                raise UserError(f"scoring: the log-probability of pair {number} is not finite")
+        return len(numbers)
 
     def _check(self, number: int, context: Sequence[int], continuation: Sequence[int]) -> None:
         require(len(context) >= 1, f"pairs[{number}] context", list(context), "at least one id")
@@ -199,8 +217,8 @@ def _collect(
     made: tuple[jax.Array, jax.Array],
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     scores: list[tuple[float, bool]],
-) -> int:
-    """Writes the scores of a batch's pairs; returns how many."""
+) -> list[int]:
+    """Writes the scores of a batch's pairs; returns the pairs' numbers."""
     logprob_M, best_M = np.asarray(made[0], np.float64), np.asarray(made[1])
     start = 0
     numbers = [pair for row in batch for pair in row.pairs]
@@ -210,4 +228,4 @@ def _collect(
         greedy = bool((best_M[entries] == np.asarray(targets)).all())
         scores[number] = float(logprob_M[entries].sum()), greedy
         start += len(targets)
-    return len(numbers)
+    return numbers

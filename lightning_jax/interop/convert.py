@@ -100,7 +100,7 @@ def to_hugging_face(
       dtype: of the file; "bfloat16" rounds.
 
     Returns:
-      A summary of the model: model type, layers, parameters, step.
+      A summary of the model: model type, layers, parameters, step, weights ("params" or "ema").
     """
     if not is_run(workdir):
         raise UserError(f"workdir = {str(workdir)!r}: not the folder of a run")
@@ -117,7 +117,8 @@ def to_hugging_face(
     kept = Path(workdir) / "tokenizer"
     if kept.is_dir():
         shutil.copytree(kept, path, dirs_exist_ok=True)
-    return {"path": str(path), **_summary(model, model_type), "step": run.meta.step}
+    about = {"step": run.meta.step, "weights": run.weights}
+    return {"path": str(path), **_summary(model, model_type), **about}
 
 
 def _summary(model: ModelConfig, model_type: str) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import jax
 from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.config import ModelConfig, RunConfig
+from lightning_jax.config.fields import require
 from lightning_jax.data.sources import Sources
 from lightning_jax.interop.convert import describe, load_any
 from lightning_jax.interop.upcycle import is_exact, upcycle
-from lightning_jax.train.evaluation import ONE_DEVICE, Evaluator
+from lightning_jax.train.evaluation import ONE_DEVICE, Evaluator, require_finite
 from lightning_jax.train.plan import Plan
 from lightning_jax.train.resolve import resolve
 from lightning_jax.train.start import require_unused, write_start
@@ -48,6 +49,7 @@ def upcycle_run(
     Raises:
       UserError: a source that does not fit, or a folder that cannot be read or written.
     """
+    require(eval_tokens >= 0, "eval_tokens", eval_tokens, "0 (all) or more")
     with claim(workdir) as claimed:
         require_unused(claimed.path)
         result = _upcycle(source, claimed, config, pool=pool, eval_tokens=eval_tokens)
@@ -80,8 +82,10 @@ def _upcycle(
             seq_len=segment.seq_len,
             batch_size=segment.micro_batch,
             rope_base_global=model.attention.rope_base_global,
+            weights="params",
             max_tokens=eval_tokens,
         )
+        require_finite(results)
         return {name: row["loss"] for name, row in results.items()}
 
     before, after = losses(dense, params, router), losses(model, made, made_router)

@@ -113,8 +113,25 @@ def write_file(path: StrPath, content: str | bytes) -> None:
 
 
 def write_json(path: StrPath, value: Any) -> None:
-    """Writes a whole file of indented JSON. UserError: disk."""
-    write_file(path, json.dumps(value, indent=2) + "\n")
+    """Writes a whole file of indented JSON, of the `plain` value. UserError: disk."""
+    write_file(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """Returns a value as JSON can hold it, at every depth.
+
+    Scalars and arrays of numpy and jax become numbers and lists, tuples lists, keys strings; NaN
+    and infinities, which JSON does not have, become None.
+    """
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def parse_json(content: bytes, where: object) -> Any:

@@ -13,7 +13,6 @@ import glob
 import inspect
 import json
 import logging
-import math
 import os
 import re
 import sys
@@ -27,7 +26,7 @@ from ml_collections import config_flags
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build, suggest
-from lightning_jax.runtime.files import os_error_number
+from lightning_jax.runtime.files import os_error_number, plain
 from lightning_jax.runtime.huge_pages import restart_with_huge_pages
 
 # The flags defined here belong to the program that asks for them.
@@ -125,7 +124,7 @@ def emit_json(value: Any) -> None:
     Scalars and arrays of numpy and jax become numbers and lists; NaN and infinities, which JSON
     does not have, become null.
     """
-    emit_text(json.dumps(_plain(value), indent=2, allow_nan=False))
+    emit_text(json.dumps(plain(value), indent=2, allow_nan=False))
 
 
 def user_message(error: BaseException) -> str | None:
@@ -280,15 +279,3 @@ def _quiet_logging() -> None:
     """Shows our logs from INFO on, all others from WARNING on, on standard error."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("lightning_jax").setLevel(logging.INFO)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -17,7 +17,8 @@ from lightning_jax import sharding
 from lightning_jax.checkpoint import load_run
 from lightning_jax.config import MeshConfig, RunConfig, SourceConfig
 from lightning_jax.config.errors import UserError
-from lightning_jax.config.fields import require
+from lightning_jax.config.fields import LARGEST_COUNT, require
+from lightning_jax.config.kinds import LARGEST_INDEX
 from lightning_jax.data.batch import Batch
 from lightning_jax.data.mixture import EvalBatches, eval_batches
 from lightning_jax.data.sources import Sources
@@ -52,13 +53,17 @@ def position_buckets(seq_len: int) -> list[tuple[int, int]]:
 
 
 def evaluate_batches(
-    eval_step: Callable[[Batch], Any], batches: EvalBatches, mesh: Mesh
+    eval_step: Callable[[Batch], Any], batches: EvalBatches, mesh: Mesh, *, domain: str
 ) -> dict[str, Any]:
     """Evaluates one domain; `eval_step` maps a batch on the mesh to a result of `step.eval_step`.
 
     Returns `loss` (nats per token), `perplexity`, `bits_per_byte` (of the text's UTF-8 bytes; the
-    end-of-document tokens' cost is included), `tokens`, `bytes`, `loss_by_position` and, with
-    routed experts, `experts_per_token` (mean over layers) and `experts_by_layer`.
+    end-of-document tokens' cost is included; None for a text without bytes), `tokens`, `bytes`,
+    `loss_by_position` and, with routed experts, `experts_per_token` (mean over layers) and
+    `experts_by_layer`.
+
+    Raises:
+      UserError: there is no token to predict.
     """
     buckets = position_buckets(batches.seq_len)
     nll, tokens = np.zeros(len(buckets)), np.zeros(len(buckets), np.int64)
@@ -74,11 +79,13 @@ def evaluate_batches(
         if result["stats"] is not None:
             used.append(np.asarray(result["stats"].assigned_count_E, np.float64).sum(-1).ravel())
             seen.append(np.asarray(result["stats"].tokens, np.float64).ravel())
-    loss = nll.sum() / max(tokens.sum(), 1)
+    if not tokens.sum():
+        raise UserError(f"evaluation: nothing to measure: {domain!r} has no held-out tokens")
+    loss = nll.sum() / tokens.sum()
     row: dict[str, Any] = {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700)),
-        "bits_per_byte": nll.sum() / math.log(2) / max(batches.num_bytes, 1),
+        "bits_per_byte": nll.sum() / math.log(2) / batches.num_bytes if batches.num_bytes else None,
         "tokens": int(tokens.sum()),
         "bytes": batches.num_bytes,
         "loss_by_position": {
@@ -113,9 +120,13 @@ class Evaluator:
         seq_len: int,
         batch_size: int,
         rope_base_global: float,
+        weights: str,
         max_tokens: int = 0,
     ) -> dict[str, dict[str, Any]]:
-        """Returns `evaluate_batches` of each source, over `max_tokens` of its tokens (0: all)."""
+        """Returns `evaluate_batches` of each source, over `max_tokens` of its tokens (0: all).
+
+        Each result names its `weights`: "params", or "ema" if `params` are their average.
+        """
         shape = (seq_len, batch_size, max_tokens)
         if shape not in self._batches:
             self._batches[shape] = {
@@ -131,14 +142,21 @@ class Evaluator:
         base = np.float32(rope_base_global)
         eval_step = lambda batch: self._step(params, router, batch, base)  # noqa: E731
         return {
-            name: evaluate_batches(eval_step, batches, self._mesh)
+            name: {
+                "weights": weights,
+                **evaluate_batches(eval_step, batches, self._mesh, domain=name),
+            }
             for name, batches in self._batches[shape].items()
         }
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalOptions:
-    """Settings of a run that an evaluation replaces; None keeps the run's own."""
+    """Settings of a run that an evaluation replaces; None keeps the run's own.
+
+    Raises:
+      UserError: a number out of its range.
+    """
 
     data: str | None = None
     step: int | None = None
@@ -149,15 +167,30 @@ class EvalOptions:
     top_k: int | None = None
     top_p: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("seq_len", 1, LARGEST_INDEX),
+            ("batch_size", 1, LARGEST_INDEX),
+            ("max_tokens", 0, LARGEST_COUNT),
+            ("top_k", 1, LARGEST_INDEX),
+        ):
+            value = getattr(self, name)
+            fits = value is None or low <= value <= high
+            require(fits, f"eval.{name}", value, f"in [{low}, {high}]")
+        require(self.top_p is None or 0 < self.top_p <= 1, "eval.top_p", self.top_p, "in (0, 1]")
+        require(self.step is None or self.step >= 0, "step", self.step, "0 or more")
+
 
 def evaluate_run(workdir: str, options: EvalOptions) -> dict[str, Any]:
     """Evaluates a checkpoint of a run on its held-out text, or on the files of `options.data`.
 
     Returns:
-      `step`, `routing` and `domains`, which maps each domain to the result of `evaluate_batches`.
+      `step`, `weights` ("ema" where the run keeps an average, else "params"), `routing`, and
+      `domains`, which maps each domain to the result of `evaluate_batches`.
 
     Raises:
-      UserError: no such run, checkpoint or data, or an option that the run's model cannot take.
+      UserError: no such run, checkpoint or data, an option that the run's model cannot take, or a
+        loss that is not finite.
     """
     loaded = load_run(workdir, step=options.step)
     config, router = with_eval_routing(loaded.config, loaded.router, options)
@@ -175,13 +208,30 @@ def evaluate_run(workdir: str, options: EvalOptions) -> dict[str, Any]:
         seq_len=options.seq_len or segment.seq_len,
         batch_size=options.batch_size or segment.micro_batch,
         rope_base_global=segment.rope_base_global,
+        weights=loaded.weights,
         max_tokens=limit,
     )
+    require_finite(domains)
     moe = config.model.moe
     routing: dict[str, Any] = {"kind": moe.eval_routing if moe.num_experts else "dense MLP"}
     if moe.num_experts:
         routing |= {"top_k": moe.top_k, "top_p": float(router.top_p)}
-    return {"step": loaded.meta.step, "routing": routing, "domains": domains}
+    return {
+        "step": loaded.meta.step,
+        "weights": loaded.weights,
+        "routing": routing,
+        "domains": domains,
+    }
+
+
+def require_finite(results: dict[str, dict[str, Any]]) -> None:
+    """Raises a UserError that names the first domain whose loss is not finite."""
+    for name, row in results.items():
+        if not math.isfinite(row["loss"]):
+            raise UserError(
+                f"evaluation: the loss of {name!r} is {row['loss']}: with these weights "
+                f"({row['weights']}) the model computes numbers that are not finite"
+            )
 
 
 def with_eval_routing(
@@ -205,13 +255,15 @@ def with_eval_routing(
         if value is not None and kind != needs:
             raise UserError(f'eval.{name} = {value}: needs eval.routing="{needs}", it is "{kind}"')
     if options.top_p is not None:
-        require(0 < options.top_p <= 1, "eval.top_p", options.top_p, "in (0, 1]")
         router = dataclasses.replace(router, top_p=jnp.float32(options.top_p))
     return dataclasses.replace(config, model=model), router
 
 
 def one_line(results: dict[str, dict[str, Any]]) -> str:
-    """Returns the bits per byte of each domain as one line of text."""
+    """Returns the bits per byte of each domain as one line of text, in nats per token without."""
     return "held out: " + "  ".join(
-        f"{name} {row['bits_per_byte']:.3f} bits/byte" for name, row in results.items()
+        f"{name} {row['loss']:.3f} nats/token"
+        if row["bits_per_byte"] is None
+        else f"{name} {row['bits_per_byte']:.3f} bits/byte"
+        for name, row in results.items()
     )

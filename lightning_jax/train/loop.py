@@ -19,6 +19,7 @@ from lightning_jax.runtime import compiler, tables
 from lightning_jax.runtime.files import write_json
 from lightning_jax.train import placement
 from lightning_jax.train import workdir as folder
+from lightning_jax.train.evaluation import require_finite
 from lightning_jax.train.plan import Segment
 from lightning_jax.train.session import Sampler, Session, open_session
 from lightning_jax.train.start import Start, look
@@ -52,9 +53,11 @@ def run(
       The last evaluation by domain.
 
     Raises:
-      UserError: bad input of any kind, a loss that is not finite under `on_nan = "stop"`.
+      UserError: bad input of any kind, a loss that is not finite under `on_nan = "stop"` or in the
+        last evaluation; the state has been saved.
       Stopped: SIGTERM or SIGINT; the state has been saved.
     """
+    config.require_trainable()
     with folder.claim(workdir) as claim:
         start = look(config, claim.path, allow_changed_data=allow_changed_data)
         mesh = placement.make_mesh(start.plan)
@@ -83,6 +86,7 @@ def _run(
         state = _train(session)
         session.checkpointer.wait()
         results = session.evaluate(plan.segments[-1], state, config.final_eval_tokens)
+    require_finite(results)
     write_json(path / "evaluation.json", results)
     return results
 

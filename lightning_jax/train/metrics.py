@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,14 @@ import numpy as np
 
 from lightning_jax.config import kinds
 from lightning_jax.config.errors import UserError
-from lightning_jax.runtime.files import parse_json, write_file
+from lightning_jax.config.fields import LARGEST_COUNT
+from lightning_jax.runtime.files import parse_json, plain, write_file
 
 # What readers of `metrics.jsonl` take from a row; a loss that was not finite is null.
 _ROW = {
     "step": kinds.integer(0),
     "stage": kinds.TEXT,
-    "tokens": kinds.integer(0, 2**53),
+    "tokens": kinds.integer(0, LARGEST_COUNT),
     "loss": kinds.or_null(kinds.number()),
     "tokens_per_second": kinds.number(0),
     "eval": kinds.OBJECT,
@@ -34,17 +34,16 @@ _ROW = {
 def flatten(metrics: dict[str, Any]) -> dict[str, Any]:
     """Turns one step's metrics (arrays) into JSON values; router metrics `[U, R]` become lists.
 
-    A scalar that is not finite becomes `None`: JSON has no NaN.
+    A number that is not finite becomes `None`, at every depth: JSON has no NaN.
     """
     row: dict[str, Any] = {}
     for name, value in metrics.items():
         if name == "router":
             for key, per_layer in value.items():
                 array = np.asarray(per_layer)
-                row[key] = array.reshape(-1, *array.shape[2:]).tolist()
+                row[key] = plain(array.reshape(-1, *array.shape[2:]))
         else:
-            scalar = np.asarray(value).item()
-            row[name] = scalar if math.isfinite(scalar) else None
+            row[name] = plain(np.asarray(value))
     return row
 
 
@@ -63,16 +62,22 @@ class MetricsWriter:
         return _EventFile(self._directory, purge_step=self._purge_step)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Writes one row; it must have a `step`. The line is on disk when this returns."""
-        self._file.write(json.dumps(row) + "\n")
+        """Writes one row; it must have a `step`. The line is on disk when this returns.
+
+        Numbers that are not finite are written as null, at every depth.
+        """
+        row = plain(row)
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         step = row["step"]
         for name, value in _flat_scalars(row):
             self._events.scalar(name, value, step)
 
     def histogram(self, name: str, values: Any, step: int) -> None:
-        """Writes a TensorBoard histogram of an array."""
-        self._events.histogram(name, np.asarray(values).reshape(-1), step)
+        """Writes a TensorBoard histogram of the numbers of an array; None is left out."""
+        found = np.asarray(values, np.float64).reshape(-1)
+        if (found := found[np.isfinite(found)]).size:
+            self._events.histogram(name, found, step)
 
     def text(self, name: str, text: str, step: int) -> None:
         """Writes a TensorBoard text, shown as a code block."""
@@ -94,9 +99,11 @@ def _flat_scalars(row: dict[str, Any], prefix: str = "") -> list[tuple[str, floa
     for name, value in row.items():
         if isinstance(value, dict):
             scalars += _flat_scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, list) and np.ndim(value) == 1 and value:
-            for reduce in (np.mean, np.min, np.max):
-                scalars.append((f"router/{prefix}{name}/{reduce.__name__}", float(reduce(value))))
+        elif isinstance(value, list) and np.ndim(value) == 1:
+            numbers = [entry for entry in value if entry is not None]
+            for reduce in (np.mean, np.min, np.max) if numbers else ():
+                layers = f"router/{prefix}{name}/{reduce.__name__}"
+                scalars.append((layers, float(reduce(numbers))))
         elif isinstance(value, (int, float)) and name != "step":
             scalars.append((prefix + name, float(value)))
     return scalars

@@ -16,6 +16,7 @@ from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.config import RunConfig
 from lightning_jax.data.batch import Batch
+from lightning_jax.ops.attention import check_device
 from lightning_jax.runtime import compiler
 from lightning_jax.train import step
 from lightning_jax.train.optimizer import make_optimizer
@@ -26,9 +27,13 @@ def make_mesh(plan: Plan) -> Mesh:
     """Builds the mesh of a run.
 
     Raises:
-      UserError: as `sharding.make_mesh`, or the model or a micro-batch does not divide over it.
+      UserError: as `sharding.make_mesh`, the model or a micro-batch does not divide over it, or the
+        attention named does not run on its devices.
     """
     mesh = sharding.make_mesh(plan.config.mesh)
+    attention = plan.config.model.attention
+    platform = mesh.devices.flat[0].platform
+    check_device(attention.implementation, platform, attention.head_dim)
     for segment in plan.segments:
         field = f"stages.{segment.stage.name}.batch_size / accumulate"
         sharding.check_divisible(plan.config.model, segment.micro_batch, field, mesh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from types import TracebackType
 
@@ -67,15 +68,17 @@ class Progress:
         self._bar.update(self._task, stage=name)
 
     def advance(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Shows that `step` steps are done; the loss is smoothed over steps."""
-        before = loss if self._loss is None else self._loss
-        self._loss = _SMOOTHING * before + (1 - _SMOOTHING) * loss
-        self._bar.update(self._task, completed=step, loss=self._loss, speed=tokens_per_second)
+        """Shows that `step` steps are done; the loss is smoothed over steps where it is finite."""
+        if math.isfinite(loss):
+            before = loss if self._loss is None else self._loss
+            self._loss = _SMOOTHING * before + (1 - _SMOOTHING) * loss
+        shown = math.nan if self._loss is None else self._loss
+        self._bar.update(self._task, completed=step, loss=shown, speed=tokens_per_second)
         if not self._console.is_terminal and time.perf_counter() > self._line_due:
             self._line_due = time.perf_counter() + _LINE_SECONDS
             left = self._bar.tasks[0].time_remaining
             self.note(
-                f"step {step}/{self._total_steps}  loss {self._loss:.3f}  "
+                f"step {step}/{self._total_steps}  loss {shown:.3f}  "
                 f"{tokens_per_second:,.0f} tok/s" + (f"  {left:,.0f} s left" if left else "")
             )
 

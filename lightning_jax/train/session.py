@@ -20,7 +20,7 @@ from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import to_dict
 from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import Tokenizer
-from lightning_jax.train import evaluation, placement
+from lightning_jax.train import evaluation, placement, skipped
 from lightning_jax.train import workdir as folder
 from lightning_jax.train.metrics import MetricsWriter, flatten
 from lightning_jax.train.plan import Plan, Segment
@@ -63,6 +63,7 @@ class Session:
     stop: StopRequest
     trace: Trace
     sampler: Sampler | None
+    skipped: skipped.SkippedSteps = dataclasses.field(default_factory=skipped.SkippedSteps)
 
     def first_state(self) -> TrainState:
         """Returns the state before the first step, with the weights of checkpoint 0 if any."""
@@ -77,7 +78,11 @@ class Session:
     def restore(self, batches: Any) -> TrainState:
         """Returns the state of the checkpoint, and moves `batches` to its position."""
         items = placement.items_from_state(self.program.abstract_state)
-        return placement.state_from_items(self.checkpointer.restore(self.start, items, batches))
+        state = placement.state_from_items(self.checkpointer.restore(self.start, items, batches))
+        if self.plan.config.optimizer.on_nan == "stop":
+            # Any bad step ends the run: those that an earlier session skipped must not.
+            state = dataclasses.replace(state, bad_steps=state.bad_steps * 0)
+        return state
 
     def save(self, step: int, state: TrainState, batches: Any) -> None:
         """Saves, in the background, the state after `step` steps."""
@@ -88,12 +93,16 @@ class Session:
         """Fetches the metrics of the last of `step` steps, checks them, and logs them when due.
 
         Raises:
-          UserError: the loss is not finite and `on_nan` is "stop"; the state has been saved.
+          UserError: the loss is not finite and `on_nan` is "stop", or too many steps in a row were
+            skipped; the state has been saved.
         """
         config, segment = self.plan.config, self.plan.last_trained(step)
         first = jax.device_get({name: metrics[name] for name in ("loss", "bad_steps")})
         if first["bad_steps"] and config.optimizer.on_nan == "stop":
             self._halt(step, state, batches)
+        in_a_row = self.skipped.count(int(first["bad_steps"]), float(first["loss"]))
+        if in_a_row >= skipped.MOST_IN_A_ROW:
+            self._give_up(step, state, batches, in_a_row)
         self.throughput.count(segment.step_tokens)
         self.progress.advance(step, float(first["loss"]), self.throughput.tokens_per_second)
         if step % config.log_every and step not in self.plan.stage_ends:
@@ -120,8 +129,25 @@ class Session:
             '"skip" to leave such steps out'
         )
 
+    def _give_up(self, step: int, state: TrainState, batches: Any, in_a_row: int) -> None:
+        """Saves the state, which skipped steps did not change, and raises."""
+        # The device may be a step ahead; what is saved is its state and the data's position.
+        reached = int(state.step)
+        self.save(reached, state, batches)
+        self.checkpointer.wait()
+        stage, seed = self.plan.last_trained(step).stage.name, self.plan.config.seed
+        raise UserError(
+            f"{in_a_row} steps in a row up to step {step} (stage {stage!r}, seed {seed}) were "
+            f"skipped, for their loss or gradient was not finite: the state is checkpoint "
+            f"{reached}, but other batches will not mend its weights; start again in another "
+            "--workdir with a lower learning_rate"
+        )
+
     def evaluate(self, segment: Segment, state: TrainState, max_tokens: int) -> dict[str, Any]:
-        """Returns the held-out loss by source, of the averaged weights if any; writes a sample."""
+        """Returns the held-out loss by source, of the averaged weights if any; writes a sample.
+
+        Each result says its `weights` ("ema" or "params") and the run's `skipped_steps` so far.
+        """
         config, params = self.plan.config, state.ema or state.params
         results = self.evaluator(
             params,
@@ -129,13 +155,21 @@ class Session:
             seq_len=segment.seq_len,
             batch_size=segment.micro_batch,
             rope_base_global=segment.rope_base_global,
+            weights="ema" if state.ema else "params",
             max_tokens=max_tokens,
         )
+        bad_steps = int(state.bad_steps)
+        results = {name: {**row, "skipped_steps": bad_steps} for name, row in results.items()}
         self.progress.note(evaluation.one_line(results))
+        if bad_steps:
+            self.progress.note(skipped.summary(bad_steps, int(state.step)))
         if self.sampler is not None and config.sample_tokens:
-            text = self.sampler(
-                config, params, state.router, self.tokenizer, segment.rope_base_global
-            )
+            try:
+                text = self.sampler(
+                    config, params, state.router, self.tokenizer, segment.rope_base_global
+                )
+            except UserError as error:  # logits that are not finite: no sample ends a training
+                text = f"no sample: {error}"
             self.writer.text("sample", text, int(state.step))
         return results
 

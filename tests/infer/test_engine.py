@@ -17,6 +17,7 @@ from lightning_jax.infer import engine as engine_module
 from lightning_jax.infer.decode_state import DecodeState
 from lightning_jax.infer.engine import Engine
 from lightning_jax.infer.sampling import Sampling
+from tests.targets import TPU, products
 
 VOCAB, VALID, CHUNK, LENGTH, NEW = 48, 40, 4, 24, 10
 GREEDY, WARM = Sampling(temperature=0.0), Sampling(temperature=1.0, top_p=0.9)
@@ -276,3 +277,55 @@ def test_an_unresolved_vocabulary_is_refused():
     config = dataclasses.replace(CONFIG, vocab_size=0)
     with pytest.raises(UserError, match="^model.vocab_size = 0"):
         Engine(config, {}, lm.init_router(CONFIG), max_length=8)
+
+
+def _broken(value):
+    """The parameters with one wrong number."""
+    params = jax.tree.map(np.array, _params())
+    params["units"]["0_L"]["attention"]["query_DNH"][0, 3, 1, 2] = value
+    return params
+
+
+# Case D1
+@pytest.mark.parametrize("sampling", [GREEDY, WARM])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_is_named_and_no_token_comes(value, sampling):
+    options = dict(max_length=LENGTH, prefill_chunk=CHUNK, valid_vocab=VALID)
+    engine = Engine(CONFIG, _broken(value), lm.init_router(CONFIG), **options)
+    match = "generation: params/units/0_L/attention/query_DNH has values that are not finite"
+    with pytest.raises(UserError, match=match):
+        _generate(engine, sampling=sampling)
+
+
+# Case D1
+def test_finite_weights_whose_logits_overflow_are_no_token_either():
+    params = jax.tree.map(lambda leaf: leaf, _params())
+    params["final_norm"] = {"scale": params["final_norm"]["scale"] * 1e38}
+    options = dict(max_length=LENGTH, prefill_chunk=CHUNK, valid_vocab=VALID)
+    engine = Engine(CONFIG, params, lm.init_router(CONFIG), **options)
+    with pytest.raises(UserError, match="logits of prompt 0 are not finite, though all weights"):
+        _generate(engine)
+
+
+# Case D11
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_float32_products_of_a_decode_step_are_not_rounded_on_a_tpu(dtype):
+    attention = dataclasses.replace(CONFIG.attention, implementation="", output_gate=True)
+    moe = dataclasses.replace(CONFIG.moe, implementation="")
+    config = dataclasses.replace(CONFIG, compute_dtype=dtype, attention=attention, moe=moe)
+    used = lm.abstract_params(config)
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), used)
+
+    def decode(params, cache, tokens_BT, start_B):
+        model = lm.LightningLM(config)
+        out = model.apply({"params": params}, tokens_BT, cache=cache, start_B=start_B)
+        return out.logits(), out.cache
+
+    ids = np.zeros((2, 1), np.int32)
+    with jax.sharding.use_abstract_mesh(TPU):
+        cache = lm.abstract_cache(config, 2, 256)
+        program = jax.make_jaxpr(decode)(params, cache, ids, ids[:, 0])
+    found = list(products(program.jaxpr))
+    rounded = [str(name) for name, dtypes, exact in found if dtypes == {"float32"} and not exact]
+    assert not rounded and len(found) > 20
+    assert all(exact for *_, exact in found) == (dtype == "float32")

@@ -139,3 +139,18 @@ def test_bad_pairs_are_refused(pair, field):
 def test_bad_sizes_are_refused(field):
     with pytest.raises(UserError, match=f"^{field} = 0"):
         scorer(**{field: 0})
+
+
+# Case D1
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_scores_that_are_not_finite_are_an_error_that_names_the_weight(value):
+    broken = jax.tree.map(np.array, params())
+    broken["embed"]["table_VD"][5] = value
+    made = scorer()
+    made._model = (CONFIG, broken, *made._model[2:])
+    with pytest.raises(UserError, match="scoring: params/embed/table_VD has values that are not"):
+        made.score(PAIRS)
+    huge = {**params(), "final_norm": {"scale": params()["final_norm"]["scale"] * 1e38}}
+    made._model = (CONFIG, huge, *made._model[2:])
+    with pytest.raises(UserError, match="the log-probability of pair . is not finite"):
+        made.score(PAIRS)

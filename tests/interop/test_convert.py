@@ -59,6 +59,7 @@ def test_from_hugging_face_to_training_and_back(home, tmp_path):
 
     back = convert.to_hugging_face(tmp_path / "run", tmp_path / "back")
     assert back["model_type"] == "llama" and back["step"] == 0
+    assert back["weights"] == "params"
     jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "back").params, params)
 
     assert convert.describe(tmp_path / "run")[0] == config.model

@@ -1,9 +1,11 @@
 import errno
 import json
+import math
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from lightning_jax.config.errors import UserError
@@ -128,3 +130,11 @@ def test_errors_of_tensorstore_name_the_system_call():
         files.disk_errors("cannot save"),
     ):
         raise error
+
+
+# Case D3
+def test_json_of_ours_has_no_number_that_is_not_finite(tmp_path):
+    value = {1: (np.float32("nan"), [math.inf, {"a": -math.inf}]), "b": np.arange(2), "c": None}
+    files.write_json(tmp_path / "a.json", value)
+    read = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    assert read == {"1": [None, [None, {"a": None}]], "b": [0, 1], "c": None}

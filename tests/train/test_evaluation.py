@@ -10,7 +10,9 @@ import pytest
 
 from lightning_jax import model as lm
 from lightning_jax import sharding
+from lightning_jax.checkpoint import Checkpointer
 from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import to_dict
 from lightning_jax.data.batch import Batch
 from lightning_jax.data.mixture import eval_batches
 from lightning_jax.data.sources import Sources
@@ -18,6 +20,7 @@ from lightning_jax.data.tokenizer import ByteTokenizer
 from lightning_jax.ops.balance import RoutingStats
 from lightning_jax.train import evaluation
 from lightning_jax.train.evaluation import EvalOptions, Evaluator
+from lightning_jax.train.plan import Plan
 from lightning_jax.train.start import write_start
 from tests.tiny import tiny_run, write_corpus
 
@@ -64,7 +67,9 @@ def test_sums_are_those_of_targets_by_hand():
     stats = dataclasses.replace(
         stats, assigned_count_E=assigned_count_URE, tokens=np.full((2, 1), 5.0)
     )
-    row = evaluation.evaluate_batches(lambda _: {"nll_BT": nll_BT, "stats": stats}, batches, ONE)
+    row = evaluation.evaluate_batches(
+        lambda _: {"nll_BT": nll_BT, "stats": stats}, batches, ONE, domain="a"
+    )
     assert json.loads(json.dumps(row)) == row
     assert row["tokens"] == 10 and row["bytes"] == 10
     assert row["loss"] == pytest.approx(62 / 10)
@@ -77,7 +82,9 @@ def test_sums_are_those_of_targets_by_hand():
 def test_a_loss_beyond_floats_is_no_overflow():
     nll_BT = np.full((1, 2), 1e6)
     batches = Batches([batch([[0, 1]], [[1, 1]])])
-    row = evaluation.evaluate_batches(lambda _: {"nll_BT": nll_BT, "stats": None}, batches, ONE)
+    row = evaluation.evaluate_batches(
+        lambda _: {"nll_BT": nll_BT, "stats": None}, batches, ONE, domain="a"
+    )
     assert math.isfinite(row["perplexity"]) and "experts_per_token" not in row
 
 
@@ -110,12 +117,13 @@ def test_the_evaluator_agrees_with_the_logits_and_compiles_once(run, monkeypatch
     )
     evaluator = Evaluator(config, Sources.open(config.data), ByteTokenizer(), ONE)
     shape = dict(seq_len=32, batch_size=4, max_tokens=300)
+    options = dict(shape, weights="params")
     sources = Sources.open(config.data).eval
     batches = eval_batches(sources["a"], tokenizer=ByteTokenizer(), **shape)
     losses = []
     for base in BASES:
-        results = evaluator(params, router, rope_base_global=base, **shape)
-        assert set(results) == {"a", "b"}
+        results = evaluator(params, router, rope_base_global=base, **options)
+        assert set(results) == {"a", "b"} and results["b"]["weights"] == "params"
         losses.append(results["a"]["loss"])
         assert losses[-1] == pytest.approx(oracle(run, batches, base), rel=1e-5)
     assert losses[0] != losses[1] and len(traced) == 1
@@ -128,8 +136,8 @@ def test_a_folder_is_evaluated_at_its_own_stage_or_as_asked(run, tmp_path):
     found = evaluation.evaluate_run(str(tmp_path / "run"), EvalOptions(max_tokens=300))
     assert found["step"] == 0 and found["routing"] == {"kind": "dense MLP"}
     evaluator = Evaluator(config, Sources.open(config.data), ByteTokenizer(), ONE)
-    own = evaluator(params, router, seq_len=32, batch_size=4, max_tokens=300, rope_base_global=1e4)
-    assert found["domains"] == own
+    how = dict(seq_len=32, batch_size=4, max_tokens=300, rope_base_global=1e4, weights="params")
+    assert found["domains"] == evaluator(params, router, **how) and found["weights"] == "params"
 
     text = tmp_path / "other.txt"
     text.write_text("def f(): pass\n" * 20)
@@ -138,6 +146,70 @@ def test_a_folder_is_evaluated_at_its_own_stage_or_as_asked(run, tmp_path):
     # One prediction per byte, and the end of the document.
     assert other["bytes"] == 14 * 20 and other["tokens"] == other["bytes"] + 1
     assert list(other["loss_by_position"]) == ["0-15"]
+
+
+# Case D4
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(max_tokens=-4), r"eval.max_tokens = -4: must be in \[0, "),
+        (dict(max_tokens=2**60), "eval.max_tokens = 1152921504606846976: must be in"),
+        (dict(seq_len=2**31), "eval.seq_len = 2147483648: must be in"),
+        (dict(seq_len=0), r"eval.seq_len = 0: must be in \[1, "),
+        (dict(batch_size=0), "eval.batch_size = 0: must be in"),
+        (dict(batch_size=-1), "eval.batch_size = -1: must be in"),
+        (dict(top_k=0), "eval.top_k = 0: must be in"),
+        (dict(top_p=float("nan")), r"eval.top_p = nan: must be in \(0, 1\]"),
+        (dict(top_p=1.5), r"eval.top_p = 1.5: must be in \(0, 1\]"),
+        (dict(step=-1), "step = -1: must be 0 or more"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    EvalOptions(max_tokens=20_000_000_000)
+    with pytest.raises(UserError, match=message):
+        EvalOptions(**options)
+
+
+# Case D4
+@pytest.mark.parametrize("batches", [[], [batch([[0, 1]], [[0, 0]])]])
+def test_nothing_measured_is_an_error_and_no_perfect_score(batches):
+    step = lambda _: {"nll_BT": np.zeros((1, 2)), "stats": None}  # noqa: E731
+    with pytest.raises(UserError, match="nothing to measure: 'law' has no held-out tokens"):
+        evaluation.evaluate_batches(step, Batches(batches), ONE, domain="law")
+
+
+def test_a_text_without_bytes_has_no_bits_per_byte():
+    made = Batches([batch([[0]], [[1]])])
+    made.num_bytes = 0
+    step = lambda _: {"nll_BT": np.ones((1, 1)), "stats": None}  # noqa: E731
+    row = evaluation.evaluate_batches(step, made, ONE, domain="a")
+    assert row["bits_per_byte"] is None and row["loss"] == 1.0
+    assert evaluation.one_line({"a": row}) == "held out: a 1.000 nats/token"
+
+
+# Case D1
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_evaluation_that_is_not_finite_is_an_error(run, tmp_path, value):
+    config, params, router = run
+    row = {"loss": value, "weights": "ema"}
+    with pytest.raises(UserError, match="the loss of 'b' is .*with these weights .ema."):
+        evaluation.require_finite({"a": {**row, "loss": 1.0}, "b": row})
+    broken = jax.tree.map(np.copy, params)
+    broken["units"]["0_G"]["mlp"]["up_DF"][0, 3, 4] = value
+    write_start(tmp_path / "run", config, broken, router, origin={})
+    with pytest.raises(UserError, match="0: params/units/0_G/mlp/up_DF has values that are not"):
+        evaluation.evaluate_run(str(tmp_path / "run"), EvalOptions(max_tokens=300))
+
+
+# Case D7
+def test_an_evaluation_says_which_weights_it_measured(run, tmp_path):
+    config, params, router = run
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        items = {"params": params, "router": router, "ema": params}
+        checkpointer.save(0, items, None, to_dict(Plan.of(config).meta(0)))
+    found = evaluation.evaluate_run(str(tmp_path), EvalOptions(max_tokens=300))
+    assert found["weights"] == "ema" and found["domains"]["a"]["weights"] == "ema"
+    assert found["domains"]["a"]["tokens"] >= 300
 
 
 def test_routing_of_an_evaluation():
@@ -156,7 +228,6 @@ def test_routing_of_an_evaluation():
     [
         (EvalOptions(top_k=2), 'eval.top_k = 2: needs eval.routing="top_k", it is "top_p"'),
         (EvalOptions(routing="top_k", top_p=0.5), 'eval.top_p = 0.5: needs eval.routing="top_p"'),
-        (EvalOptions(top_p=1.5), r"eval.top_p = 1.5: must be in \(0, 1\]"),
         (EvalOptions(routing="top_q"), "model.moe.eval_routing = 'top_q'"),
     ],
 )

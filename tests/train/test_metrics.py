@@ -37,6 +37,25 @@ def test_flatten_makes_json_of_arrays():
     assert row["histogram"] == [[1.0] * 5] * 6
 
 
+# Case D3
+def test_what_is_not_finite_is_null_at_every_depth(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    router = {"mean_experts": np.array([[1.0, np.nan]]), "histogram": np.full((1, 2, 3), np.inf)}
+    row = flatten({"loss": np.float32(nan), "router": router})
+    assert row == {"loss": None, "mean_experts": [1.0, None], "histogram": [[None] * 3] * 2}
+    row |= {"step": 3, "eval": {"a": {"loss": nan, "by": {"0-15": inf}, "layers": [2.0, -inf]}}}
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
+        writer.write(row)
+        for key in ("mean_experts", "histogram"):
+            writer.histogram(f"router/{key}", row[key], 3)
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    [read] = read_rows(tmp_path / "metrics.jsonl")
+    assert read["eval"] == {"a": {"loss": None, "by": {"0-15": None}, "layers": [2.0, None]}}
+    [(_, value)] = tensors(tmp_path, "router/mean_experts/max")
+    assert value.float_val[0] == 1.0
+    assert "router/histogram" not in events(tmp_path).Tags()["tensors"]
+
+
 def test_each_row_is_on_disk_when_it_is_written(tmp_path):
     with MetricsWriter(tmp_path, resume_step=0) as writer:
         # What TensorBoard imports must not delay the first step.

@@ -18,6 +18,7 @@ from lightning_jax import sharding
 from lightning_jax.config import MeshConfig, RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build
+from lightning_jax.ops.attention import check_device
 from lightning_jax.train import placement, step
 from lightning_jax.train.plan import Plan
 from tests.tiny import random_batch, tiny_config, tiny_run
@@ -52,6 +53,25 @@ def test_a_mesh_that_batch_or_width_do_not_divide_over_is_refused():
         placement.make_mesh(plan)
     wide = dataclasses.replace(plan.config.stages[0], batch_size=16, accumulate=2)
     assert placement.make_mesh(Plan.of(dataclasses.replace(plan.config, stages=(wide,)))).size == 8
+
+
+# Case D5
+@pytest.mark.parametrize(
+    ("name", "platform", "message"),
+    [
+        ("pallas_tpu", "cpu", "runs on tpu, and this run's devices are cpu"),
+        ("pallas_gpu", "tpu", "runs on gpu, and this run's devices are tpu"),
+        ("pallas_gpu", "gpu", "needs a head_dim out of 16, 32, 64, 128, 256, not 8"),
+    ],
+)
+def test_attention_that_the_devices_do_not_have_is_refused(name, platform, message):
+    with pytest.raises(UserError, match=f"implementation = '{name}': {message}"):
+        check_device(name, platform, 8)
+    for fits in ("", "reference", "xla_banded"):
+        check_device(fits, platform, 8)
+    run = run_of(model__attention__implementation="pallas_tpu")
+    with pytest.raises(UserError, match="runs on tpu, and this run's devices are cpu"):
+        placement.make_mesh(Plan.of(run))
 
 
 def test_batches_lie_where_the_abstract_batch_says():

@@ -1,16 +1,25 @@
 """Segments tile the run; the rate is a function of tokens, exact at its corners; knobs by step."""
 
 import dataclasses
+import functools
+import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lightning_jax.config import RunConfig, StageConfig
-from lightning_jax.config.fields import build
+from lightning_jax import accounting
+from lightning_jax import model as lm
+from lightning_jax.config import CheckpointMeta, RunConfig, StageConfig
+from lightning_jax.config.fields import build, to_dict
+from lightning_jax.runtime.files import plain
+from lightning_jax.train.optimizer import make_optimizer
 from lightning_jax.train.plan import Plan, Segment
-from tests.tiny import tiny_config
+from lightning_jax.train.progress import Throughput
+from lightning_jax.train.step import init_state, train_step
+from tests.tiny import random_batch, tiny_config
 
 BASE = StageConfig(
     name="a",
@@ -238,3 +247,78 @@ def test_meta_says_where_in_the_run_a_checkpoint_is():
     assert [meta.seq_len for meta in metas] == [5, 5, 10, 10]
     assert [meta.rope_base_global for meta in metas] == [1e4, 1e4, 5e4, 5e4]
     assert all(meta.config is made.config for meta in metas)
+
+
+BILLIONS = 20_000_000_000
+
+
+def long_stages():
+    """Stages of 20 billion tokens, with a seam at no multiple of any power of two."""
+    shape = dict(batch_size=1000, seq_len=4096, tokens=BILLIONS + 1)
+    warm = dataclasses.replace(BASE, **shape, warmup_tokens=2**31 + 5)
+    cool = dataclasses.replace(DECAY, **shape, decay_tokens=BILLIONS // 2)
+    short = dict(shape, tokens=2**33, decay_tokens=2**32, warmup_tokens=2**32)
+    return warm, cool, dataclasses.replace(DECAY, name="c", **short)
+
+
+# Case D6
+@pytest.mark.parametrize("decay", ["linear", "cosine", "sqrt"])
+def test_stages_beyond_int32_are_counted_exactly(decay):
+    first, *rest = long_stages()
+    stages = (first, *(dataclasses.replace(stage, decay=decay) for stage in rest))
+    made = plan(stages)
+    step_tokens = 1000 * 4096
+    lengths = [-(-stage.tokens // step_tokens) for stage in stages]
+    ends = np.cumsum(lengths).tolist()
+    assert list(made.stage_ends) == ends
+    assert made.total_tokens == sum(lengths) * step_tokens > 2**35
+    corners = [0, 1, *ends, *(end - 1 for end in ends), *(end + 1 for end in ends)]
+    corners += [2**31 // step_tokens + i for i in range(-1, 3)]  # the end of the warm-up
+    for end, length in zip(ends, lengths, strict=True):
+        corners += [end - length // 2 + i for i in range(-1, 2)]
+    for step in corners:
+        tokens = made.tokens_at(step)
+        assert type(tokens) is int and tokens == step * step_tokens
+        rate = oracle(stages, tokens)
+        assert made.learning_rate(step) == pytest.approx(rate, rel=1e-12, abs=1e-12)
+        assert math.isfinite(rate) and made.knobs(step).learning_rate == np.float32(rate)
+        meta = to_dict(made.meta(step))
+        assert json.loads(json.dumps(meta["tokens"])) == tokens
+        assert CheckpointMeta.parse(meta).tokens == tokens
+
+
+# Case D6
+def test_what_counts_tokens_of_a_run_is_no_int32():
+    made = plan(long_stages())
+    throughput = Throughput()
+    for _ in range(3):
+        throughput.count(made.total_tokens)
+    lap = throughput.end_lap()
+    assert lap["tokens_per_second"] > 2**35
+    model = RUN.model
+    assert accounting.attention_pairs(BILLIONS) == BILLIONS * (BILLIONS + 1) // 2
+    assert accounting.kv_cache_bytes(model, BILLIONS) % model.attention.head_dim == 0
+    assert accounting.attention_flops(model, BILLIONS) > BILLIONS**2
+    row = {"step": made.total_steps, "tokens": made.total_tokens, **lap}
+    assert json.loads(json.dumps(plain(row))) == row
+
+
+# Case D6
+def test_devices_count_steps_and_the_tokens_of_one_step_in_int32_and_nothing_else():
+    run = dataclasses.replace(RUN, stages=RUN.stages[:1])
+    stage = dataclasses.replace(run.stages[0], batch_size=2, seq_len=16)
+    run = dataclasses.replace(run, stages=(stage,))
+    optimizer = make_optimizer(run.optimizer, lm.logical_axes(run.model))
+    train = functools.partial(train_step, run, optimizer, accumulate=1)
+    state = jax.eval_shape(lambda: init_state(run, optimizer))
+    batch = jax.tree.map(jnp.asarray, random_batch(2, 16, 64))
+    after, metrics = jax.eval_shape(train, state, batch, Plan.of(run).knobs(0))
+
+    def counters(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        whole = [path for path, leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.integer)]
+        return {jax.tree_util.keystr(path, simple=True, separator="/") for path in whole}
+
+    # The optimizer's count stops at the largest int32.
+    assert {name.split("/")[-1] for name in counters(after)} == {"step", "bad_steps", "count"}
+    assert counters(metrics) == {"bad_steps", "target_tokens"}

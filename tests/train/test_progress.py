@@ -48,6 +48,16 @@ def test_without_a_terminal_a_line_now_and_then(clock, capfd):
     assert note.startswith("held out: [a] 1.000") and note.endswith("x" * 200)
 
 
+# Case D2
+def test_the_loss_shown_is_smoothed_over_finite_losses(clock, capfd):
+    with Progress(total_steps=9, start=0) as shown:
+        for step, loss in enumerate([float("nan"), 2.0, float("nan"), float("inf"), 4.0]):
+            shown.advance(step, loss, 1.0)
+            clock[0] += 16
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert [line.split("loss ")[1].split()[0] for line in lines[1:]] == ["2.000"] * 3 + ["2.100"]
+
+
 def test_on_a_terminal_a_bar(monkeypatch):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100)

@@ -10,6 +10,7 @@ import pytest
 
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import to_dict
+from lightning_jax.train import skipped
 from lightning_jax.train.plan import Plan
 from lightning_jax.train.progress import Throughput
 from lightning_jax.train.session import Session, Stopped
@@ -119,6 +120,35 @@ def test_skipping_goes_on_after_a_loss_that_is_not_finite():
     assert row["loss"] is None and row["bad_steps"] == 1 and not session.checkpointer.calls
 
 
+# Case D2
+def test_many_skipped_steps_in_a_row_end_the_run_and_save_the_state(monkeypatch):
+    monkeypatch.setattr(skipped, "MOST_IN_A_ROW", 3)
+    session, _ = session_of(optimizer__on_nan="skip")
+    nan = jnp.float32(np.nan)
+    # One good step among five: never three in a row. The counter goes on from the checkpoint.
+    for step, (loss, bad_steps) in enumerate([(nan, 8), (nan, 9), (2.0, 9), (2.0, 10), (nan, 11)]):
+        metrics = {**METRICS, "loss": jnp.float32(loss), "bad_steps": jnp.int32(bad_steps)}
+        session.report(step + 1, metrics, STATE, "batches")
+    assert not session.checkpointer.calls
+    with pytest.raises(UserError, match="3 steps in a row up to step 6 .*checkpoint 9, but"):
+        session.report(6, {**METRICS, "loss": nan, "bad_steps": jnp.int32(12)}, STATE, "batches")
+    [(step, items, batches, meta)] = session.checkpointer.of("save")
+    # The device was ahead: its state is the one that belongs to the data's position.
+    assert (step, batches, meta["step"]) == (9, "batches", 9)
+    assert int(items["progress"]["step"]) == 9 and int(items["progress"]["bad_steps"]) == 1
+    assert session.checkpointer.calls[-1][0] == "wait"
+
+
+# Case D1
+def test_a_sample_of_a_model_that_is_not_finite_ends_no_training():
+    def sampler(*_):
+        raise UserError("generation: logits are not finite")
+
+    session, _ = session_of(sampler=sampler, sample_tokens=8)
+    session.evaluate(session.plan.segments[0], STATE, max_tokens=0)
+    assert session.writer.of("text")[0][1] == "no sample: generation: logits are not finite"
+
+
 def test_evaluation_takes_the_average_and_the_segment_and_writes_a_sample():
     asked = []
 
@@ -128,16 +158,19 @@ def test_evaluation_takes_the_average_and_the_segment_and_writes_a_sample():
 
     session, evaluations = session_of(sampler=sampler, sample_tokens=8)
     decay = session.plan.segments[1]
-    assert session.evaluate(decay, STATE, max_tokens=64) == {"a": {"bits_per_byte": 1.5}}
-    how = dict(seq_len=32, batch_size=2, rope_base_global=50_000.0, max_tokens=64)
+    row = {"bits_per_byte": 1.5, "skipped_steps": 1}
+    assert session.evaluate(decay, STATE, max_tokens=64) == {"a": row}
+    how = dict(seq_len=32, batch_size=2, rope_base_global=50_000.0, weights="params", max_tokens=64)
     assert evaluations == [(STATE.params, how)]
     assert asked == [(STATE.params, "tokenizer", 50_000.0)]
     assert session.writer.of("text") == [("sample", "a text", 9)]
-    assert session.progress.of("note") == [("held out: a 1.500 bits/byte",)]
+    skipped = "1 of 9 steps skipped: their loss or gradient was not finite"
+    assert session.progress.of("note") == [("held out: a 1.500 bits/byte",), (skipped,)]
 
     averaged = dataclasses.replace(STATE, ema={"w": jnp.zeros(2)})
     session.evaluate(decay, averaged, max_tokens=64)
     assert evaluations[1][0] is averaged.ema and asked[1][0] is averaged.ema
+    assert evaluations[1][1]["weights"] == "ema"
 
 
 def test_no_sample_without_its_length():
@@ -180,6 +213,16 @@ def test_a_resumed_state_is_that_of_its_checkpoint():
     [(step, _, batches)] = session.checkpointer.of("restore")
     assert (step, batches) == (6, "batches")
     assert (state.params, state.router, state.step, state.controller) == (1, 2, 6, 4)
+
+
+# Case D2
+@pytest.mark.parametrize(("on_nan", "bad_steps"), [("skip", 5), ("stop", 0)])
+def test_skipped_steps_are_counted_across_sessions_and_stop_no_later_one(on_nan, bad_steps):
+    progress = dict(step=6, bad_steps=5, controller=4)
+    items = {"params": 1, "router": 2, "optimizer": 3, "progress": progress}
+    program = SimpleNamespace(abstract_state=STATE)
+    session, _ = session_of(6, False, program=program, restored=items, optimizer__on_nan=on_nan)
+    assert session.restore("batches").bad_steps == bad_steps
 
 
 def test_stopping_waits_for_the_save_and_says_by_which_signal():

@@ -89,9 +89,9 @@ def load(
     with Reader(folder) as reader:
         _check(reader, tensors, config, folder)
         for tensor in tensors:
-            for part, value in zip(
-                tensor.parts, tensor.split(reader.read(tensor.name)), strict=True
-            ):
+            read = reader.read(tensor.name)
+            lm.require_finite({tensor.name: read}, folder)
+            for part, value in zip(tensor.parts, tensor.split(read), strict=True):
                 targets.put(part.path, part.index, value)
     leaves = targets.finish()
     router = lm.init_router(config)
@@ -195,6 +195,7 @@ def save(
     Raises:
       UserError: the layout cannot express a part of the model, or the disk refuses.
     """
+    lm.require_finite(params, path)
     router = lm.init_router(config) if router is None else router
     model_type = _first_that_fits(config, router) if model_type is None else model_type
     described = write_config(config, model_type)

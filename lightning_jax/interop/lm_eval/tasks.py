@@ -62,8 +62,9 @@ def evaluate_tasks(workdir: str | Path, options: TaskOptions) -> dict[str, Any]:
     """Evaluates a checkpoint of a run.
 
     Returns:
-      `step`, and from the result of `lm_eval.simple_evaluate` `results`, `groups`, `versions`,
-      `n-shot`, `n-samples`, `higher_is_better` (by task) and `lm_eval_version`.
+      `step`, `weights` ("ema" or "params"), and from the result of `lm_eval.simple_evaluate`
+      `results`, `groups`, `versions`, `n-shot`, `n-samples`, `higher_is_better` (by task) and
+      `lm_eval_version`.
 
     Raises:
       UserError: no such run or checkpoint, an unknown task, or one that cannot be loaded.
@@ -95,7 +96,8 @@ def evaluate_tasks(workdir: str | Path, options: TaskOptions) -> dict[str, Any]:
         torch_random_seed=options.seed,
         fewshot_random_seed=options.seed,
     )
-    return {"step": run.meta.step, **{key: found[key] for key in _KEPT if key in found}}
+    kept = {key: found[key] for key in _KEPT if key in found}
+    return {"step": run.meta.step, "weights": run.weights, **kept}
 
 
 def load_tasks(names: Sequence[str], include_path: str | None) -> tuple[Any, list[Any]]:

@@ -294,3 +294,20 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         hf.save(tmp_path / "file", config, params)
+
+
+# Case D1
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_tensor_that_is_not_finite_is_named(value, tmp_path):
+    config, params, _ = make(**LLAMA)
+    hf.save(tmp_path, config, params)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][2, 3] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    match = "model.layers.1.mlp.up_proj.weight has values that are not finite"
+    with pytest.raises(UserError, match=match):
+        hf.load(tmp_path)
+    params["embed"]["table_VD"] = params["embed"]["table_VD"].at[3].set(value)
+    with pytest.raises(UserError, match="embed/table_VD has values that are not finite"):
+        hf.save(tmp_path / "other", config, params)
+    assert not (tmp_path / "other").exists()
