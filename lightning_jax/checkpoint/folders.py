@@ -65,8 +65,9 @@ def publish(folder: Path, number: Path) -> None:
 
 
 def verify(folder: Path, items: Collection[str]) -> None:
-    """Compares the files of some items with their digests: Orbax would read flipped bits as other
-    numbers.
+    """Compares the files of some items with their digests.
+
+    Orbax would read flipped bits as other numbers.
 
     Raises:
       Damaged: the list or a file is missing, damaged, or of another checkpoint.

@@ -391,6 +391,16 @@ def test_all_of_a_checkpoint_is_synced_before_its_number_and_that_before_the_old
     assert ("fsync", str(folder)) in calls.calls[numbered:gone]
 
 
+def test_damage_in_older_checkpoints_does_not_stop_a_save(tmp_path):
+    save_one(tmp_path, step=1, params=make_params())
+    for path in (tmp_path / "checkpoints" / "1").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"[" * 9)
+    save_one(tmp_path, step=2, params=make_params())
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        assert_bitwise(checkpointer.restore(2, {"params": make_params()})["params"], make_params())
+
+
 # Case F13
 def test_leftovers_of_killed_writers_go_at_the_next_start(tmp_path):
     save_one(tmp_path, step=1, params=make_params())
