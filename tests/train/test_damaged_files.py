@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 
+from lightning_jax.ablation import page
 from lightning_jax.ablation.results import Run
 from lightning_jax.checkpoint import (
     Checkpointer,
@@ -110,8 +111,8 @@ def train(whole, root, monkeypatch):
 def test_a_damaged_file_is_one_line_or_finite(root, train, name, count):
     workdir = RUN.folder(root)
     readers = {
-        "config.json": [lambda: is_run(workdir), lambda: describe(workdir)],
-        "run.json": [train],
+        "config.json": [train, lambda: is_run(workdir), lambda: describe(workdir)],
+        "run.json": [train, lambda: page.origin([RUN], root)],
         "metrics.jsonl": [
             lambda: read_rows(workdir / name),
             lambda: MetricsWriter(workdir, resume_step=3).__exit__(),
