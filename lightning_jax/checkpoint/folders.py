@@ -43,17 +43,17 @@ def all_steps(directory: Path) -> list[int]:
 
 
 def seal(folder: Path) -> None:
-    """Writes the digest of every file, and waits until all of the folder is on disk.
+    """Writes the digest of every other file, and waits until all of the folder is on disk.
 
     Raises:
       OSError: the disk is full or fails.
     """
     digests = {}
     for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            path = Path(parent, name)
+        for path in (Path(parent, name) for name in names):
             digests[path.relative_to(folder).as_posix()] = _digest(path, sync=True)
         sync_folder(parent)
+    digests.pop(_DIGESTS, None)
     with replacing(folder / _DIGESTS) as file:
         file.write(json.dumps(dict(sorted(digests.items())), indent=2).encode())
 
@@ -75,19 +75,23 @@ def verify(folder: Path, items: Collection[str]) -> None:
       OSError: a file cannot be read.
     """
     digests = _digests(folder)
+    # Orbax reads what lies beside the items with each of them.
+    listed = {name for name in digests if "/" not in name}
+    there = {name for name in listed if (folder / name).is_file()}
     for item in items:
-        listed = {name for name in digests if name.startswith(f"{item}/")}
-        if not listed:
+        of_item = {name for name in digests if name.startswith(f"{item}/")}
+        if not of_item:
             raise UserError(f"it lacks {item}")
+        listed |= of_item
         paths = [path for path in (folder / item).rglob("*") if not path.is_dir()]
-        there = {path.relative_to(folder).as_posix() for path in paths}
-        for name in sorted(listed - there):
-            raise Damaged(f"{name} is missing")
-        for name in sorted(there - listed):
-            raise Damaged(f"{name} is not in its {_DIGESTS}")
-        for name in sorted(listed):
-            if _digest(folder / name) != digests[name]:
-                raise Damaged(f"{name} is damaged")
+        there |= {path.relative_to(folder).as_posix() for path in paths}
+    for name in sorted(listed - there):
+        raise Damaged(f"{name} is missing")
+    for name in sorted(there - listed):
+        raise Damaged(f"{name} is not in its {_DIGESTS}")
+    for name in sorted(listed):
+        if _digest(folder / name) != digests[name]:
+            raise Damaged(f"{name} is damaged")
 
 
 def stored_items(folder: Path) -> set[str]:

@@ -91,6 +91,23 @@ def test_a_missing_file_is_noticed(folder, name):
         folders.verify(folder, [name.split("/")[0]])
 
 
+def test_a_list_of_items_alone_is_enough(folder):
+    """As runs wrote it that did not list what lies beside the items."""
+    path = folder / "sha256.json"
+    listed = json.loads(path.read_text())
+    path.write_text(json.dumps({name: d for name, d in listed.items() if "/" in name}))
+    _flip(folder / "_CHECKPOINT_METADATA")
+    folders.verify(folder, ["params"])
+    assert folders.newest_good(folder.parent) == 30
+
+
+@pytest.mark.parametrize("hurt", [_cut, _flip, lambda path: path.unlink()])
+def test_what_lies_beside_the_items_belongs_to_each(folder, hurt):
+    hurt(folder / "_CHECKPOINT_METADATA")
+    with pytest.raises(folders.Damaged, match="^_CHECKPOINT_METADATA is (damaged|missing)$"):
+        folders.verify(folder, ["params"])
+
+
 def test_a_foreign_file_is_noticed(folder):
     (folder / "params" / "d" / "other").write_text("x")
     with pytest.raises(folders.Damaged, match="^params/d/other is not in its sha256.json$"):
@@ -111,6 +128,8 @@ def test_a_foreign_file_is_noticed(folder):
         (b"{}", "it lacks params"),
         (b'{"params/d/abc": NaN}', "not JSON"),
         (b'{"params/d/abc": 1}', "sha256.json is damaged"),
+        (b'{"..": "ab", "params/d/abc": "ab"}', ".. is missing"),
+        (b'{"params": "ab", "params/d/abc": "ab"}', "params is missing"),
         (b'{"params/../../x": "ab"}', "params/../../x is missing"),
         (b'{"params/d/abc": "ab"}', "params/_METADATA is not in its sha256.json"),
     ],

@@ -53,6 +53,10 @@ DAMAGES = {
         lambda folder: edit_json(folder / "meta/metadata", lambda m: m.update(step=11)),
         "meta/metadata is damaged",
     ),
+    "other step metadata": (
+        lambda folder: (folder / "_CHECKPOINT_METADATA").write_bytes(b"[" * 1000),
+        "_CHECKPOINT_METADATA is damaged",
+    ),
     "no item": (lambda folder: shutil.rmtree(folder / "params"), "params/.* is missing"),
     "no digests": (lambda folder: (folder / "sha256.json").unlink(), "sha256.json: no such file"),
 }
