@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from lightning_jax.ablation import page
-from lightning_jax.ablation.results import Run
+from lightning_jax.ablation.results import Run, run_row
 from lightning_jax.checkpoint import (
     Checkpointer,
     all_steps,
@@ -111,11 +111,18 @@ def train(whole, root, monkeypatch):
 def test_a_damaged_file_is_one_line_or_finite(root, train, name, count):
     workdir = RUN.folder(root)
     readers = {
-        "config.json": [train, lambda: is_run(workdir), lambda: describe(workdir)],
+        "config.json": [
+            train,
+            lambda: is_run(workdir),
+            lambda: describe(workdir),
+            lambda: run_row(RUN, workdir),
+        ],
         "run.json": [train, lambda: page.origin([RUN], root)],
         "metrics.jsonl": [
             lambda: read_rows(workdir / name),
             lambda: MetricsWriter(workdir, resume_step=3).__exit__(),
+            lambda: run_row(RUN, workdir),
+            lambda: page.curves([RUN], root),
         ],
     }
     texts = {path: path.read_bytes() for path in workdir.glob("*.json*")}
