@@ -89,11 +89,11 @@ def remove_leftovers(folder: StrPath) -> None:
     """
     for path in Path(folder).glob(".*.tmp"):
         found = _TEMPORARY.fullmatch(path.name)
-        if found and not _is_another(int(found["process"])):
+        if found and not is_another(int(found["process"])):
             path.unlink(missing_ok=True)
 
 
-def _is_another(process: int) -> bool:
+def is_another(process: int) -> bool:
     """Whether a process lives that is not this one (in containers numbers repeat)."""
     if process == os.getpid():
         return False
