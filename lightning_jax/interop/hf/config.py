@@ -6,15 +6,19 @@ other numbers. Writing is checked by reading back.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lightning_jax.config import ModelConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build, first_change, suggest, to_dict
+from lightning_jax.config.kinds import OBJECT, TEXT, check, number, shorten
 from lightning_jax.config.pattern import EXPERTS
-from lightning_jax.interop.hf.families import FAMILIES, FULL, SLIDING, Family, Json
+from lightning_jax.interop.hf.families import FAMILIES, Family, Json
+from lightning_jax.interop.hf.keys import FULL, KEYS, SLIDING
 from lightning_jax.interop.hf.rope import PLAIN, read_rope, write_rope
 from lightning_jax.interop.hf.stack import mlp_letters, stack, with_borrowers
 
@@ -23,13 +27,24 @@ MODEL_TYPES = (*FAMILIES, LIGHTNING)
 
 _DEFAULTS: Json = {
     "attention_bias": False,
+    "head_dim": None,
     "hidden_act": "silu",
+    "layer_types": None,
+    "num_key_value_heads": None,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0,
     "tie_word_embeddings": False,
 }
-# With any other value of these keys a layer would compute something else.
-_ONLY: Json = {"hidden_act": "silu"}
+_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+# With any other values of these keys a layer would compute something else.
+_ONLY = {"hidden_act": ("silu", "swish")}
+# Fields of ours whose checks compare several keys, and theirs.
+_THEIR_NAMES = {
+    "model.attention.num_kv_heads": "num_key_value_heads",
+    "model.attention.head_dim": "head_dim",
+    "model.attention.rope_scaling.": "rope_parameters: ",
+    "model.moe.top_k": "num_experts_per_tok",
+}
 
 # Fields of computation and training, which no published config has.
 _COMPUTE: Json = {
@@ -71,38 +86,101 @@ _NO_MOE: Json = {
 }
 
 
-def read_config(config: Json, kv_source: Sequence[int] | None = None) -> ModelConfig:
+def read_config(
+    config: Json, kv_source: Sequence[int] | None = None, *, where: object = "config.json"
+) -> ModelConfig:
     """Returns the model that a `config.json` describes.
 
     Args:
       config: its content.
       kv_source: for each layer the layer whose keys and values it reads, itself where it owns
         them; None: all own theirs.
+      where: what errors call the file.
 
     Raises:
-      UserError: an unknown model type, a missing key, or a setting that ours cannot express.
+      UserError: an unknown model type, a missing key, a value of the wrong type or out of range,
+        or a setting that ours cannot express.
     """
-    model_type = config.get("model_type")
+    if "stages" in config:
+        raise UserError(f"{where}: a run of this project; `load_run` reads its folder")
+    check(config, {"model_type": TEXT}, where, required=["model_type"])
+    model_type = config["model_type"]
     if model_type == LIGHTNING:
-        if kv_source is not None:
-            raise UserError("kv_source: a lightning config says itself who borrows from whom")
-        return build(ModelConfig, config["model"], path="model.")
+        check(config, {"model": OBJECT}, where, required=["model"])
+        with _in_file(where):
+            return _lightning(config, kv_source)
     if model_type not in FAMILIES:
-        raise UserError(
-            f"model_type = {model_type!r}: must be {suggest(str(model_type), MODEL_TYPES)}"
-        )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise UserError(f"quantization_config = {method!r}: save the weights dequantized first")
+        known = suggest(model_type, MODEL_TYPES)
+        raise UserError(f"{where}: model_type = {shorten(model_type)}: must be {known}")
     family = FAMILIES[model_type]
-    config = {**_DEFAULTS, **family.defaults, **config}
-    for key, value in {**_ONLY, **family.only}.items():
-        if config[key] != value:
-            raise UserError(f"{key} = {config[key]!r}: only {value!r} is supported ({model_type})")
-    try:
+    check(config, KEYS, where, required=_REQUIRED)
+    with _in_file(where):
+        config = _filled(config, family)
+        if family.dense_mlps:
+            _require_keys(config, ("intermediate_size",))
+        _refuse_others(config, model_type, family)
         return build(ModelConfig, _fields(config, family, kv_source), path="model.")
-    except KeyError as error:
-        raise UserError(f"config.json of type {model_type} lacks {error}") from error
+
+
+@contextlib.contextmanager
+def _in_file(where: object) -> Iterator[None]:
+    """Adds the file to the line of an error, and calls a field of ours by the file's key."""
+    try:
+        yield
+    except UserError as error:
+        line = str(error)
+        for ours, theirs in _THEIR_NAMES.items():
+            line = re.sub(f"^{re.escape(ours)}", theirs, line)
+        raise UserError(f"{where}: {line}") from error
+
+
+def _lightning(config: Json, kv_source: Sequence[int] | None) -> ModelConfig:
+    if kv_source is not None:
+        raise UserError("kv_source: a lightning config says itself who borrows from whom")
+    model = build(ModelConfig, config["model"], path="model.")
+    if not model.vocab_size:
+        raise UserError("model.vocab_size = 0: must be the size of the file's embedding")
+    return model
+
+
+def read_top_p(config: Json, where: object) -> float:
+    """Returns the router's p, which a `config.json` of the lightning layout holds."""
+    check(config, {"top_p": number(0, 1, above=True)}, where, required=["top_p"])
+    return config["top_p"]
+
+
+def _filled(config: Json, family: Family) -> Json:
+    """The config with the defaults of its type, and one name for each key."""
+    config = dict(config)
+    for alias, key in family.aliases.items():
+        value = config.pop(alias, None)
+        if value is not None and config.setdefault(key, value) != value:
+            raise UserError(f"{alias} = {value}: must be {key} = {config[key]}, another name of it")
+    return {**_DEFAULTS, **family.defaults, **config}
+
+
+def _require_keys(config: Json, keys: Sequence[str]) -> None:
+    for key in keys:
+        if config.get(key) is None:
+            raise UserError(f"lacks {key}, which a model of type {config['model_type']} needs")
+
+
+def _refuse_others(config: Json, model_type: str, family: Family) -> None:
+    """Refuses settings with which a layer would compute something else."""
+    if config.get("quantization_config"):
+        method = shorten(config["quantization_config"].get("quant_method", "unknown"))
+        raise UserError(f"quantization_config = {method}: save the weights dequantized first")
+    for key, values in {**_ONLY, **family.only}.items():
+        if config[key] not in values:
+            right = f"only {values[0]!r} is supported ({model_type})"
+            raise UserError(f"{key} = {shorten(config[key])}: {right}")
+    kinds = {"L": SLIDING, "G": FULL}
+    implied = [kinds[letter] for letter in family.kinds(config)]
+    if config["layer_types"] not in (None, implied):
+        types = shorten(config["layer_types"])
+        raise UserError(
+            f"layer_types = {types}: must be that of a {model_type} model, {implied[0]}"
+        )
 
 
 def _fields(config: Json, family: Family, kv_source: Sequence[int] | None) -> Json:
@@ -111,6 +189,7 @@ def _fields(config: Json, family: Family, kv_source: Sequence[int] | None) -> Js
     mlps = mlp_letters(routed)
     moe = {**_TRAINING, **_NO_MOE}
     if EXPERTS in mlps:
+        _require_keys(config, (*family.moe_keys, "num_experts_per_tok"))
         top_k = config["num_experts_per_tok"]
         moe |= family.moe(config) | {"top_k": top_k, "max_experts": top_k}
     return {
@@ -130,10 +209,10 @@ def _attention_fields(config: Json, family: Family, letters: str) -> Json:
     heads = config["num_attention_heads"]
     return {
         "num_heads": heads,
-        "num_kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "window": config["sliding_window"] if "L" in letters else 1,
-        **read_rope(config, config["rope_theta"]),
+        "num_kv_heads": config["num_key_value_heads"] or heads,
+        "head_dim": config["head_dim"] or config["hidden_size"] // heads,
+        "window": config["sliding_window"] if "L" in letters.upper() else 1,
+        **read_rope(config, family.rope),
         "global_rope": True,
         "qk_norm": family.qk_norm,
         "qkv_bias": config["attention_bias"],
@@ -156,12 +235,17 @@ def write_config(config: ModelConfig, model_type: str) -> Json:
     if model_type not in FAMILIES:
         raise UserError(f"model_type = {model_type!r}: must be {suggest(model_type, MODEL_TYPES)}")
     written = _written(config, model_type, FAMILIES[model_type])
-    changed = first_change(meaning(config), meaning(read_config(written)))
+    other = f"save with model_type = {LIGHTNING!r}"
+    try:
+        read = read_config(written)
+    except UserError as error:
+        raise UserError(f"the {model_type} layout has no such model ({error}); {other}") from error
+    changed = first_change(meaning(config), meaning(read))
     if changed:
         field, ours, theirs = changed
         raise UserError(
             f"model.{field} = {ours!r}: the {model_type} layout has no place for it (it would be "
-            f"read as {theirs!r}); save with model_type = {LIGHTNING!r}"
+            f"read as {theirs!r}); {other}"
         )
     return written
 

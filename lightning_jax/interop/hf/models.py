@@ -25,17 +25,21 @@ from lightning_jax import sharding
 from lightning_jax.config import ModelConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require_choice
+from lightning_jax.config.kinds import shorten
 from lightning_jax.config.model import COMPUTE_DTYPES
-from lightning_jax.interop.hf.config import LIGHTNING, read_config, write_config
+from lightning_jax.interop.hf.config import LIGHTNING, read_config, read_top_p, write_config
 from lightning_jax.interop.hf.families import FAMILIES
 from lightning_jax.interop.hf.safetensors_files import Reader, write_folder
 from lightning_jax.interop.hf.tensors import (
     SELECTION_BIAS,
     FileTensor,
+    Part,
     file_tensors,
     has_selection_bias,
+    known_name,
 )
-from lightning_jax.runtime.files import read_json, write_json
+from lightning_jax.runtime.files import disk_errors, read_json, write_json
+from lightning_jax.runtime.folders import new_folder
 
 logger = logging.getLogger(__name__)
 
@@ -77,52 +81,68 @@ def load(
 
     Raises:
       UserError: an unknown model type or setting, a missing, damaged or incomplete file, a tensor
-        that is missing, left over, or of another shape.
+        that is missing, left over, of another shape, no floats, or not finite.
     """
     require_choice("dtype", dtype, COMPUTE_DTYPES)
     folder = Path(path)
-    described = read_json(folder / "config.json")
-    config = read_config(described, kv_source)
+    file = folder / "config.json"
+    described = read_json(file)
+    config = read_config(described, kv_source, where=file)
     config = dataclasses.replace(config, compute_dtype=dtype)
-    tensors = file_tensors(config, described["model_type"])
-    targets = _Targets(config, dtype, mesh)
-    with Reader(folder) as reader:
-        _check(reader, tensors, config, folder)
-        for tensor in tensors:
-            read = reader.read(tensor.name)
-            lm.require_finite({tensor.name: read}, folder)
-            for part, value in zip(tensor.parts, tensor.split(read), strict=True):
-                targets.put(part.path, part.index, value)
-    leaves = targets.finish()
+    model_type = described["model_type"]
     router = lm.init_router(config)
+    if model_type == LIGHTNING:
+        router = dataclasses.replace(router, top_p=jnp.float32(read_top_p(described, file)))
+    with Reader(folder, functools.partial(known_name, model_type=model_type)) as reader:
+        tensors = _tensors(reader, config, model_type, folder)
+        targets = _Targets(config, dtype, mesh)
+        for name, tensor in tensors.items():
+            for part, value in zip(tensor.parts, tensor.split(reader.read(name)), strict=True):
+                lm.require_finite({name: targets.put(part, value)}, folder)
+    leaves = targets.finish()
     router = dataclasses.replace(router, bias_URE=leaves.pop(SELECTION_BIAS))
-    if described["model_type"] == LIGHTNING:
-        router = dataclasses.replace(router, top_p=jnp.float32(described["top_p"]))
     return Imported(config, traverse_util.unflatten_dict(leaves, sep="/"), router)
 
 
-def _check(reader: Reader, tensors: list[FileTensor], config: ModelConfig, folder: Path) -> None:
-    """Compares names and shapes with those that the config implies, before anything is read."""
-    wanted = {tensor.name: tensor.shape for tensor in tensors}
+def _tensors(
+    reader: Reader, config: ModelConfig, model_type: str, folder: Path
+) -> dict[str, FileTensor]:
+    """Returns the tensors by their names in the folder.
+
+    Names, types and shapes are compared with those that the config implies, before anything is
+    read.
+    """
     found = {name for name in reader.names if not name.endswith(_DERIVED)}
-    if config.tie_embeddings and _HEAD in found and _TIED_TO in found:
-        # Some writers repeat the embedding as the head; a head that differs is another model.
-        if not np.array_equal(reader.read(_HEAD), reader.read(_TIED_TO)):
-            raise UserError(f"{folder}: {_HEAD} differs from the embedding that it is tied to")
-        found.remove(_HEAD)
+    tensors = {tensor.name: tensor for tensor in file_tensors(config, model_type, found)}
+    if config.tie_embeddings and _HEAD in found:
+        if _TIED_TO in found:
+            _check_head(reader, folder)
+            found.remove(_HEAD)
+        else:
+            tensors = {_HEAD: tensors.pop(_TIED_TO), **tensors}
     for verb, names in (
-        ("lacks", sorted(set(wanted) - found)),
-        ("has, beyond what config.json says,", sorted(found - set(wanted))),
+        ("lacks", sorted(set(tensors) - found)),
+        ("has, beyond what config.json says,", sorted(found - set(tensors))),
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(f"{folder}: {verb} {', '.join(names[:3])}{more}")
-    for name, shape in wanted.items():
-        if reader.shape(name) != shape:
-            raise UserError(
-                f"{folder}: {name} has shape {list(reader.shape(name))}, "
-                f"config.json says {list(shape)}"
-            )
+            listed = ", ".join(shorten(name).strip("'") for name in names[:3])
+            raise UserError(f"{folder}: {verb} {listed}{more}")
+    for name, tensor in tensors.items():
+        shape = reader.shape(name)
+        if shape != tensor.shape:
+            says = f"config.json says {list(tensor.shape)}"
+            raise UserError(f"{folder}: {name} has shape {list(shape)}, {says}")
+    if any(tensor.form == "linears" for tensor in tensors.values()):
+        logger.info("%s: the experts of a layer are in one tensor, gate_up_proj", folder)
+    return tensors
+
+
+def _check_head(reader: Reader, folder: Path) -> None:
+    """Some writers repeat the embedding as the head; a head that differs is another model."""
+    same = reader.shape(_HEAD) == reader.shape(_TIED_TO)
+    if not same or not np.array_equal(reader.read(_HEAD), reader.read(_TIED_TO)):
+        raise UserError(f"{folder}: {_HEAD} differs from the embedding that it is tied to")
 
 
 class _Targets:
@@ -142,17 +162,20 @@ class _Targets:
         }
         self._arrays: dict[str, jax.Array] = {}
 
-    def put(self, path: str, index: tuple[int, ...], value: np.ndarray) -> None:
-        """Writes `value` to `parameter[index]`."""
-        value = value.astype(self._dtypes[path])
+    def put(self, part: Part, value: np.ndarray) -> np.ndarray:
+        """Writes `value` to its part of a parameter; returns it as it is there."""
+        path, index = part.path, part.index
+        with np.errstate(over="ignore"):  # said below
+            value = value.astype(self._dtypes[path])
         if not index:
             self._arrays[path] = jax.device_put(np.ascontiguousarray(value), self._placement[path])
-            return
+            return value
         if path not in self._arrays:
             self._arrays[path] = self._zeros(path)
         value = value.reshape((1,) * len(index) + value.shape)
         start = index + (0,) * (value.ndim - len(index))
         self._arrays[path] = _write(self._arrays[path], value, np.asarray(start, np.int32))
+        return value
 
     def _zeros(self, path: str) -> jax.Array:
         shape, dtype = self._shapes[path], self._dtypes[path]
@@ -182,7 +205,7 @@ def save(
     """Writes a model so that `load` gives the same bits.
 
     Args:
-      path: the folder; made if it is not there.
+      path: the folder to make; it must not exist, or be empty.
       config, params: the model.
       router: its selection bias and top-p; None: those at the start of training.
       model_type: one of `families.FAMILIES`, or "lightning"; None: the first family that can
@@ -193,10 +216,12 @@ def save(
       The model type.
 
     Raises:
-      UserError: the layout cannot express a part of the model, or the disk refuses.
+      UserError: the layout cannot express a part of the model, a parameter is not finite, the
+        folder has files, or the disk refuses. Nothing is left of it then.
     """
     lm.require_finite(params, path)
     router = lm.init_router(config) if router is None else router
+    lm.require_finite({"router": router}, path)
     model_type = _first_that_fits(config, router) if model_type is None else model_type
     described = write_config(config, model_type)
     _check_router(router, model_type)
@@ -204,17 +229,10 @@ def save(
         described["top_p"] = float(router.top_p)
     leaves = traverse_util.flatten_dict(params, sep="/")
     leaves[SELECTION_BIAS] = router.bias_URE
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_folder(
-            folder,
-            _file_values(file_tensors(config, model_type), leaves),
-            max_shard_bytes=max_shard_bytes,
-        )
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
-    write_json(folder / "config.json", described)
+    values = _file_values(file_tensors(config, model_type), leaves)
+    with new_folder(path, "path") as folder, disk_errors(f"cannot write {path}"):
+        write_folder(folder, values, max_shard_bytes=max_shard_bytes)
+        write_json(folder / "config.json", described)
     return model_type
 
 

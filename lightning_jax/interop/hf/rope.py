@@ -13,7 +13,8 @@ from typing import Any
 from lightning_jax.config import AttentionConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require, suggest
-from lightning_jax.interop.hf.families import FULL, SLIDING
+from lightning_jax.config.kinds import check, shorten
+from lightning_jax.interop.hf.keys import FULL, ROPE_KEYS, SLIDING
 from lightning_jax.ops.rope import yarn_attention_factor
 
 Json = dict[str, Any]
@@ -45,56 +46,87 @@ _KEYS = {
         "mscale_all_dim",
     },
 }
+_REQUIRED = {"factor", "low_freq_factor", "high_freq_factor"}
 _LENGTH = "original_max_position_embeddings"
 
 
-def read_rope(config: Json, default_theta: float) -> Json:
+def read_rope(config: Json, default: Json | None = None) -> Json:
     """Returns `rope_base_local`, `rope_base_global`, `rope_scaling` of an `AttentionConfig`.
 
+    Args:
+      config: a `config.json` whose values are of the kinds in `keys.KEYS`.
+      default: the settings of a config that has none.
+
     Raises:
-      UserError: an unknown kind of scaling, a key of it that would be ignored, rotation of a part
-        of the head only, or layer types that are scaled differently.
+      UserError: an unknown kind of scaling, a value of the wrong type or out of range, a missing
+        key, a key that would be ignored, rotation of a part of the head only, or layer types that
+        are scaled differently.
     """
-    theta = float(config.get("rope_theta") or default_theta)
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    by_type = {SLIDING: given, FULL: given}
-    if set(given) & set(by_type):
-        by_type = {name: given.get(name) or {} for name in by_type}
-    scalings = {name: _scaling(entry, config) for name, entry in by_type.items()}
-    if scalings[SLIDING] != scalings[FULL]:
-        raise UserError(f"rope_parameters = {given!r}: {SLIDING} and {FULL} must be scaled alike")
-    bases = {name: float(entry.get("rope_theta", theta)) for name, entry in by_type.items()}
+    # In the order in which the reference library looks for them.
+    for where in ("rope_scaling", "rope_parameters"):
+        given = config.get(where)
+        if given:
+            break
+    if given is None:
+        given = default or {}
+    check(given, ROPE_KEYS, where, required=[])
+    by_type = {name: given[name] for name in (SLIDING, FULL) if name in given}
+    if by_type and len(by_type) < len(given):
+        raise UserError(f"{where} = {shorten(given)}: must be of one kind, or by kind of layer")
+    by_type = by_type or {FULL: given}
+    scalings = {name: _scaling(entry, config, where) for name, entry in by_type.items()}
+    bases = {name: _base(entry, config, where) for name, entry in by_type.items()}
+    one, other = scalings.get(FULL, scalings.get(SLIDING)), scalings.get(SLIDING)
+    if other not in (None, one):
+        raise UserError(f"{where} = {shorten(given)}: {SLIDING} and {FULL} must be scaled alike")
     return {
-        "rope_base_local": bases[SLIDING],
-        "rope_base_global": bases[FULL],
-        "rope_scaling": scalings[FULL],
+        "rope_base_local": bases.get(SLIDING, bases.get(FULL)),
+        "rope_base_global": bases.get(FULL, bases.get(SLIDING)),
+        "rope_scaling": one,
     }
 
 
-def _scaling(given: Json, config: Json) -> Json:
+def _base(given: Json, config: Json, where: str) -> float:
+    theta = given.get("rope_theta", config["rope_theta"])
+    if theta is None:
+        raise UserError(f"{where}: rope_theta = None: must be a number")
+    return float(theta)
+
+
+def _scaling(given: Json, config: Json, where: str) -> Json:
+    check(given, ROPE_KEYS, where, required=[])
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in _KINDS:
-        raise UserError(f"rope_type = {kind!r}: must be {suggest(str(kind), _KINDS)}")
-    rotated = given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    require(rotated == 1.0, "partial_rotary_factor", rotated, "1: whole heads are rotated")
+        raise UserError(f"{where}: rope_type = {shorten(kind)}: must be {suggest(kind, _KINDS)}")
+    for rotated in (given.get("partial_rotary_factor"), config.get("partial_rotary_factor")):
+        right = "1: whole heads are rotated"
+        require(rotated in (None, 1), "partial_rotary_factor", rotated, right)
     known = _KEYS[kind] | {"rope_type", "type", "rope_theta", "partial_rotary_factor", _LENGTH}
     for key in given:
         if key not in known and given[key] is not None:
             right = suggest(key, sorted(known))
-            raise UserError(f"rope scaling {kind!r} has an unknown key {key!r}: must be {right}")
+            raise UserError(f"{where} {kind!r} has an unknown key {key!r}: must be {right}")
     if kind == "default":
         return PLAIN
-    scaling = {**PLAIN, "kind": kind, "factor": float(given["factor"])}
-    length = given.get(_LENGTH) or config.get(_LENGTH) or config.get("max_position_embeddings")
+    check(given, {}, where, required=sorted(_KEYS[kind] & _REQUIRED))
+    scaling = {**PLAIN, "kind": kind}
     if kind != "linear":
-        scaling["original_length"] = int(length)
-    for name in _KEYS[kind] & {"low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"}:
+        scaling["original_length"] = _original_length(given, config, where)
+    for name in _KEYS[kind] & {*_REQUIRED, "beta_fast", "beta_slow"}:
         if given.get(name) is not None:
             scaling[name] = float(given[name])
     if kind == "yarn":
-        scaling["truncate"] = bool(given.get("truncate", True))
+        scaling["truncate"] = given.get("truncate", True)
         scaling["attention_factor"] = _attention_factor(given)
     return scaling
+
+
+def _original_length(given: Json, config: Json, where: str) -> int:
+    """Tokens of the training before the stretching, by default all that the model is made for."""
+    for length in (config.get(_LENGTH), given.get(_LENGTH), config.get("max_position_embeddings")):
+        if length is not None:
+            return length
+    raise UserError(f"{where}: lacks {_LENGTH}")
 
 
 def _attention_factor(given: Mapping[str, Any]) -> float:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,26 +12,37 @@ from typing import Any
 import numpy as np
 
 from lightning_jax.config.errors import UserError
+from lightning_jax.config.kinds import TEXT, check, map_of, shorten
 from lightning_jax.data.files import optional_import
-from lightning_jax.runtime.files import write_json
+from lightning_jax.runtime.files import read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What weights may be stored as; integers and 8 bits need a scale, which lies elsewhere.
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Reader:
     """Tensors of a folder by name; each is read when it is asked for.
 
+    Names may be written in several ways: `known_name` maps those of the files to those asked for.
+
     Raises:
-      UserError: no safetensors in the folder, a missing or damaged file, a tensor in two files, or
-        an index that names a tensor which its file does not have.
+      UserError: no safetensors in the folder, a missing or damaged file, a tensor in two files or
+        under two names, or an index that names a file outside of the folder or a tensor which its
+        file does not have.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, known_name: Callable[[str], str] = lambda name: name):
         self._folder = folder
+        self._written: dict[str, str] = {}
         self._stack = contextlib.ExitStack()
         self._files: dict[str, Any] = {}
         with contextlib.ExitStack() as opened:
             self._where = self._locate(opened)
+            for name in self._where:
+                other = self._written.setdefault(known_name(name), name)
+                if other != name:
+                    raise UserError(f"{folder}: {other} and {name} are names of the same tensor")
             self._stack = opened.pop_all()
 
     def __enter__(self) -> Reader:
@@ -49,15 +59,26 @@ class Reader:
     @property
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self._where)
+        return set(self._written)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the header of its file."""
-        return tuple(self._files[self._where[name]].get_slice(name).get_shape())
+        """Returns the shape of a tensor, from the header of its file.
+
+        Raises:
+          UserError: its entries are no floats of 16 bits or more.
+        """
+        written = self._written[name]
+        header = self._files[self._where[written]].get_slice(written)
+        if header.get_dtype() not in _FLOATS:
+            path = self._folder / self._where[written]
+            right = f"weights are one of {', '.join(_FLOATS)}; save them dequantized first"
+            raise UserError(f"{path}: {written} is {header.get_dtype()}: {right}")
+        return tuple(header.get_shape())
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor."""
-        return self._files[self._where[name]].get_tensor(name)
+        written = self._written[name]
+        return self._files[self._where[written]].get_tensor(written)
 
     def _locate(self, opened: contextlib.ExitStack) -> dict[str, str]:
         index = self._folder / INDEX
@@ -65,10 +86,13 @@ class Reader:
             if not (self._folder / SINGLE).exists():
                 raise UserError(f"{self._folder}: has neither {SINGLE} nor {INDEX}")
             return dict.fromkeys(self._open(SINGLE, opened), SINGLE)
-        try:
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{index}: not an index of safetensors files ({error})") from error
+        described = read_json(index)
+        check(described, {"weight_map": map_of(TEXT)}, index, required=["weight_map"])
+        listed = described["weight_map"]
+        for name, file in listed.items():
+            if not _is_name(file):
+                right = "the name of a file in this folder"
+                raise UserError(f"{index}: weight_map: {name} = {shorten(file)}: must be {right}")
         where: dict[str, str] = {}
         for file in sorted(set(listed.values())):
             for name in self._open(file, opened):
@@ -77,19 +101,29 @@ class Reader:
                 where[name] = file
         for name, file in listed.items():
             if where.get(name) != file:
-                raise UserError(f"{self._folder / file}: lacks {name}, which {INDEX} says it has")
+                lacks = f"lacks {shorten(name)}, which {INDEX} says it has"
+                raise UserError(f"{self._folder / file}: {lacks}")
+        if SINGLE not in listed.values() and (self._folder / SINGLE).exists():
+            raise UserError(f"{self._folder}: has {SINGLE}, and {INDEX} of other files; remove one")
         return where
 
     def _open(self, file: str, opened: contextlib.ExitStack) -> list[str]:
         path = self._folder / file
         safetensors = optional_import("safetensors", extra="interop")
-        if not path.is_file():
-            raise UserError(f"{path}: no such file, though {INDEX} names it")
         try:
+            if not path.is_file():
+                raise UserError(f"{path}: no such file, though {INDEX} names it")
             self._files[file] = opened.enter_context(safetensors.safe_open(str(path), "numpy"))
         except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: not a whole safetensors file ({reason})") from error
         return list(self._files[file].keys())
+
+
+def _is_name(file: str) -> bool:
+    """A link may lead elsewhere, as in a cache of downloaded models, but a path may not."""
+    is_part = file not in ("", ".", "..") and not set(file) & set("/\\")
+    return is_part and file.isprintable() and len(os.fsencode(file)) <= 255
 
 
 def write_folder(
@@ -97,22 +131,29 @@ def write_folder(
 ) -> None:
     """Writes tensors to `model.safetensors`, or to numbered files of at most `max_shard_bytes`.
 
-    Files get their names when all are written, so a folder never holds half a model; host memory
-    holds the tensors of one file. A single tensor may be larger than `max_shard_bytes`.
+    The folder is new. Host memory holds the tensors of one file. A single tensor may be larger
+    than `max_shard_bytes`.
     """
     safetensors = optional_import("safetensors.numpy", extra="interop")
     shards: list[tuple[Path, list[str]]] = []
     total = 0
-    try:
-        for shard in _shards(tensors, max_shard_bytes):
-            path = folder / f".{SINGLE}.{len(shards)}.tmp"
-            shards.append((path, list(shard)))
-            safetensors.save_file(shard, str(path), metadata={"format": "pt"})
-            total += sum(value.nbytes for value in shard.values())
-        _publish(folder, shards, total)
-    finally:
-        for path, _ in shards:
-            path.unlink(missing_ok=True)
+    for shard in _shards(tensors, max_shard_bytes):
+        # How many files there will be is known at the end.
+        path = folder / f"{len(shards)}.tmp"
+        shards.append((path, list(shard)))
+        path.touch()
+        mode = path.stat().st_mode
+        safetensors.save_file(shard, str(path), metadata={"format": "pt"})
+        path.chmod(mode)  # safetensors lets nobody but the owner read
+        total += sum(value.nbytes for value in shard.values())
+    count = len(shards)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    where = {}
+    for (path, tensors), name in zip(shards, names if count > 1 else [SINGLE], strict=True):
+        os.replace(path, folder / name)
+        where |= dict.fromkeys(tensors, name)
+    if count > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def _shards(
@@ -127,20 +168,3 @@ def _shards(
         shard[name] = value
         size += value.nbytes
     yield shard
-
-
-def _publish(folder: Path, shards: list[tuple[Path, list[str]]], total: int) -> None:
-    count = len(shards)
-    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    names = names if count > 1 else [SINGLE]
-    where = {}
-    for (path, tensors), name in zip(shards, names, strict=True):
-        os.replace(path, folder / name)
-        where |= dict.fromkeys(tensors, name)
-    if count > 1:
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-    else:
-        (folder / INDEX).unlink(missing_ok=True)
-    for old in folder.glob("model*.safetensors"):
-        if old.name not in names:
-            old.unlink()

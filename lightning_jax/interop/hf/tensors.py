@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -36,8 +36,9 @@ class FileTensor:
     """A tensor of the file, by name and shape, and the parts of parameters that it holds.
 
     Forms: "as_is" reshapes; "linear" is a torch Linear, [out, in], where ours is [in, out] with
-    its axes split into heads; "interleaved" holds two parts, one in the even and one in the odd
-    entries of its last axis.
+    its axes split into heads; "linears" is a stack of them, [..., out, in], which may hold two
+    parts one after the other in `out`; "interleaved" holds two parts, one in the even and one in
+    the odd entries of its last axis.
     """
 
     name: str
@@ -49,6 +50,8 @@ class FileTensor:
         """Returns the parts' values, one per entry of `parts`."""
         if self.form == "interleaved":
             return [tensor[..., start::2] for start in range(2)]
+        if self.form == "linears":
+            return np.split(tensor.swapaxes(-1, -2), len(self.parts), axis=-1)
         if self.form == "linear":
             tensor = tensor.T
         return [tensor.reshape(self.parts[0].shape)]
@@ -57,6 +60,8 @@ class FileTensor:
         """The inverse of `split`, contiguous."""
         if self.form == "interleaved":
             return np.stack(values, axis=-1).reshape(self.shape)
+        if self.form == "linears":
+            return np.ascontiguousarray(np.concatenate(values, axis=-1).swapaxes(-1, -2))
         if self.form == "linear":
             return np.ascontiguousarray(values[0].reshape(self.shape[::-1]).T)
         return np.ascontiguousarray(values[0].reshape(self.shape))
@@ -71,18 +76,27 @@ def _linear(name: str, part: Part, inputs: int) -> FileTensor:
     return FileTensor(f"{name}.weight", shape, (part,), "linear")
 
 
+def _linears(name: str, *parts: Part) -> FileTensor:
+    *batch, inputs, outputs = parts[0].shape
+    return FileTensor(name, (*batch, len(parts) * outputs, inputs), parts, "linears")
+
+
 def _interleaved(name: str, one: Part, other: Part) -> FileTensor:
     return FileTensor(name, (*one.shape[:-1], 2 * one.shape[-1]), (one, other), "interleaved")
 
 
 @dataclasses.dataclass(frozen=True)
 class _MoeNames:
-    """Names of a family's routers and experts, below `model.layers.<i>.`."""
+    """Names of a family's routers and experts, below `model.layers.<i>.`.
+
+    `interleaved`: all experts are in one tensor, with gate and up in turn. Files of other families
+    have a tensor for each expert, or all in one, gate before up.
+    """
 
     router: str = "mlp.gate"
     experts: str = "mlp.experts"
     gate_up_down: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    fused: bool = False
+    interleaved: bool = False
     selection_bias: bool = False
 
 
@@ -93,20 +107,23 @@ _MOE_NAMES = {
         gate_up_down=("w1", "w3", "w2"),
     ),
     "dots1": _MoeNames(selection_bias=True),
-    "gpt_oss": _MoeNames(router="mlp.router", fused=True),
-    LIGHTNING: _MoeNames(selection_bias=True, fused=True),
+    "gpt_oss": _MoeNames(router="mlp.router", interleaved=True),
+    LIGHTNING: _MoeNames(selection_bias=True, interleaved=True),
 }
 
 
-def file_tensors(config: ModelConfig, model_type: str) -> list[FileTensor]:
+def file_tensors(
+    config: ModelConfig, model_type: str, found: Collection[str] = ()
+) -> list[FileTensor]:
     """Returns the tensors of a file of this family, in the order of the layers.
 
     Together they hold every parameter, and the router's selection bias where the family has one.
+    `found` are the names in a file that is there: they decide where a family has two layouts.
     """
     shapes = _shapes(config)
     tensors = [
         _as_is("model.embed_tokens.weight", _whole("embed/table_VD", shapes)),
-        *_layers(config, model_type, shapes),
+        *_layers(config, model_type, shapes, found),
         _as_is("model.norm.weight", _whole("final_norm/scale", shapes)),
     ]
     if not config.tie_embeddings:
@@ -115,6 +132,18 @@ def file_tensors(config: ModelConfig, model_type: str) -> list[FileTensor]:
     missing = set(shapes) - held - {SELECTION_BIAS}
     assert not missing, f"no tensor holds {sorted(missing)}"
     return tensors
+
+
+def known_name(name: str, model_type: str) -> str:
+    """Returns the name in our tables of a tensor that the reference library reads as well.
+
+    Base models have no "model." before their tensors, and newer Mixtral files say "mlp".
+    """
+    if model_type == LIGHTNING:
+        return name
+    if not name.startswith(("model.", "lm_head.")):
+        name = f"model.{name}"
+    return name.replace(".mlp.", ".block_sparse_moe.") if model_type == "mixtral" else name
 
 
 def has_selection_bias(model_type: str) -> bool:
@@ -137,18 +166,21 @@ def _whole(path: str, shapes: dict[str, tuple[int, ...]]) -> Part:
 
 
 def _layers(
-    config: ModelConfig, model_type: str, shapes: dict[str, tuple[int, ...]]
+    config: ModelConfig,
+    model_type: str,
+    shapes: dict[str, tuple[int, ...]],
+    found: Collection[str],
 ) -> Iterator[FileTensor]:
     for index, spec in enumerate(config.prefix_layers):
         layer = _Layer(config, spec, f"model.layers.{index}.", f"prefix/{spec.key}", (), shapes)
-        yield from layer.tensors(model_type, 0)
+        yield from layer.tensors(model_type, 0, found)
     index = len(config.prefix_layers)
     for unit in range(config.num_units):
         routed = 0
         for spec in config.unit_layers:
             path = f"units/{spec.key}"
             layer = _Layer(config, spec, f"model.layers.{index}.", path, (unit,), shapes)
-            yield from layer.tensors(model_type, routed)
+            yield from layer.tensors(model_type, routed, found)
             index, routed = index + 1, routed + spec.routed
 
 
@@ -163,7 +195,9 @@ class _Layer:
     at: tuple[int, ...]
     shapes: dict[str, tuple[int, ...]]
 
-    def tensors(self, model_type: str, routed_before: int) -> Iterator[FileTensor]:
+    def tensors(
+        self, model_type: str, routed_before: int, found: Collection[str]
+    ) -> Iterator[FileTensor]:
         """All tensors of the layer; `routed_before` counts the unit's routed layers before it."""
         yield self._same("input_layernorm.weight", "attention_norm/scale")
         yield from self._attention()
@@ -175,7 +209,12 @@ class _Layer:
         yield from self._router(names, routed_before)
         if self.config.moe.num_shared_experts:
             yield from self._gated_mlp("mlp.shared_experts", "moe/shared")
-        yield from (self._fused_experts(names) if names.fused else self._experts(names))
+        if names.interleaved:
+            yield from self._interleaved_experts(names)
+        elif f"{self.name}{names.experts}.gate_up_proj" in found:
+            yield from self._stacked_experts(names)
+        else:
+            yield from self._experts(names)
 
     def _attention(self) -> Iterator[FileTensor]:
         attention, width = self.config.attention, self.config.model_dim
@@ -222,7 +261,13 @@ class _Layer:
                 inputs = moe.expert_dim if leaf == "down_EFD" else width
                 yield self._linear(name, f"moe/{leaf}", inputs, (expert,))
 
-    def _fused_experts(self, names: _MoeNames) -> Iterator[FileTensor]:
+    def _stacked_experts(self, names: _MoeNames) -> Iterator[FileTensor]:
+        base = f"{self.name}{names.experts}"
+        gate, up = self._part("moe/gate_EDF"), self._part("moe/up_EDF")
+        yield _linears(f"{base}.gate_up_proj", gate, up)
+        yield _linears(f"{base}.down_proj", self._part("moe/down_EFD"))
+
+    def _interleaved_experts(self, names: _MoeNames) -> Iterator[FileTensor]:
         base = f"{self.name}{names.experts}"
         gate, up = self._part("moe/gate_EDF"), self._part("moe/up_EDF")
         yield _interleaved(f"{base}.gate_up_proj", gate, up)

@@ -1,6 +1,7 @@
 """Reading and writing model folders: exact round trips, meshes, and one line for what is wrong."""
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -96,16 +97,13 @@ def test_round_trip_keeps_every_bit(model_type, dtype, tmp_path):
     ]
 
 
-def test_many_files_and_a_smaller_second_save(tmp_path):
+def test_many_files(tmp_path):
     config, params, _ = make(**LLAMA)
     hf.save(tmp_path, config, params, max_shard_bytes=8_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) > 3 and set(index["weight_map"].values()) == set(files)
     assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    assert_same_bits(hf.load(tmp_path).params, params)
-    hf.save(tmp_path, config, params)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     assert_same_bits(hf.load(tmp_path).params, params)
 
 
@@ -176,8 +174,8 @@ DAMAGE = {
     ),
     "layers": (lambda f: edit_config(f, num_hidden_layers=4), "lacks model.layers.3"),
     "type": (lambda f: edit_config(f, model_type="lama"), 'did you mean "llama"'),
-    "no type": (lambda f: edit_config(f, model_type="drop"), "model_type = None"),
-    "no key": (lambda f: edit_config(f, hidden_size="drop"), "lacks 'hidden_size'"),
+    "no type": (lambda f: edit_config(f, model_type="drop"), "config.json: lacks model_type"),
+    "no key": (lambda f: edit_config(f, hidden_size="drop"), "config.json: lacks hidden_size"),
     "rope": (
         lambda f: edit_config(f, rope_parameters={"rope_type": "longrope", "factor": 2.0}),
         "rope_type = 'longrope': must be one of default, linear, llama3, yarn",
@@ -285,6 +283,8 @@ def test_a_repeated_tied_head_must_be_the_embedding(tmp_path):
 def test_files_say_that_they_hold_torch_layouts(tmp_path):
     config, params, _ = make(**LLAMA)
     hf.save(tmp_path, config, params)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
     with safe_open(tmp_path / "model.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -294,6 +294,49 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         hf.save(tmp_path / "file", config, params)
+
+
+# Case A13
+def test_a_refused_save_leaves_no_trace(tmp_path):
+    config, params, router = make(**LLAMA)
+    broken = jax.tree.map(lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.nan), params)
+    with pytest.raises(UserError, match="b: .*/.* has values that are not finite"):
+        hf.save(tmp_path / "a" / "b", config, broken, router)
+    with pytest.raises(UserError, match="no place for a selection bias"):
+        hf.save(
+            tmp_path / "a" / "b",
+            *make(**GPT_OSS)[:2],
+            with_bias(make(**GPT_OSS)[2]),
+            model_type="gpt_oss",
+        )
+    assert not list(tmp_path.iterdir())
+    assert hf.save(tmp_path / "a" / "b", config, params, router) == "llama"
+    before = (tmp_path / "a" / "b" / "model.safetensors").stat()
+    with pytest.raises(UserError, match="is not empty"):
+        hf.save(tmp_path / "a" / "b", config, params, router)
+    assert (tmp_path / "a" / "b" / "model.safetensors").stat() == before
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+
+
+def test_a_save_that_the_disk_ends_leaves_no_trace(tmp_path, monkeypatch):
+    config, params, _ = make(**LLAMA)
+    real, calls = os.replace, []
+
+    def fail_at(number):
+        def replace(*args):
+            calls.append(args)
+            if len(calls) == number:
+                raise OSError(28, "No space left on device")
+            return real(*args)
+
+        return replace
+
+    for number in (1, 3, 6):
+        calls.clear()
+        monkeypatch.setattr(os, "replace", fail_at(number))
+        with pytest.raises(UserError, match="No space left on device"):
+            hf.save(tmp_path / "a", config, params, max_shard_bytes=8_000)
+        assert not list(tmp_path.iterdir())
 
 
 # Case D1
