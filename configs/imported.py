@@ -1,6 +1,7 @@
 """The model of a folder (a run's, or Hugging Face's) under this project's data and stages.
 
-Training continues from the weights of a run's folder (which `experiments.convert` makes).
+Training continues from the weights of a run's folder (which `experiments.convert` makes). The model
+of a run is that of its newest checkpoint, with the RoPE base that the weights were trained with.
 
     python -m experiments.convert --from=hf --path=FOLDER --workdir=runs/imported
     python -m experiments.train --config=configs/imported.py:runs/imported --workdir=runs/imported

@@ -3,8 +3,9 @@
     python -m experiments.convert --from=hf --path=FOLDER --workdir=runs/a [--kv_source=0,0,2,2]
     python -m experiments.convert --to=hf --path=FOLDER --workdir=runs/a [--model_type=llama]
 
-Prints a summary of the model as JSON. A folder made from Hugging Face can be evaluated and generate
-text at once; to train it further, use --config=configs/imported.py:runs/a.
+Prints a summary of the model as JSON. The folder to make must be new or empty. One made from
+Hugging Face can be evaluated and generate text at once; to train it further, use
+--config=configs/imported.py:runs/a.
 """
 
 from absl import flags

@@ -1,8 +1,8 @@
 """lightning_jax: a research framework for language models that are cheap to train and serve.
 
     config, params, router = lightning_jax.load("folder")      # a Hugging Face folder
-    run = lightning_jax.load_run("runs/a")                      # a run's config, parameters, router
-    engine = lightning_jax.Engine(run.config.model, run.params, run.router, max_length=512)
+    run = lightning_jax.load_run("runs/a")                      # a run's model, parameters, router
+    engine = lightning_jax.Engine(run.model, run.params, run.router, max_length=512)
     lightning_jax.run(config, "runs/b")                         # trains, or resumes, a RunConfig
 
 Each name is imported when it is first used.

@@ -19,7 +19,7 @@ from lightning_jax import sharding
 from lightning_jax.checkpoint import folders, trees
 from lightning_jax.checkpoint.folders import all_steps, checkpoints_dir
 from lightning_jax.checkpoint.library import orbax
-from lightning_jax.config import CheckpointMeta, RunConfig
+from lightning_jax.config import CheckpointMeta, ModelConfig, RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require
 from lightning_jax.runtime.files import StrPath
@@ -31,7 +31,10 @@ Advice = Callable[[Path, int], str]
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """The parts of a run that inference needs; `weights` says which: "params" or "ema"."""
+    """The parts of a run that inference needs; `weights` says which: "params" or "ema".
+
+    `model`, `params` and `router` belong together.
+    """
 
     meta: CheckpointMeta
     params: Any
@@ -41,6 +44,11 @@ class LoadedRun:
     @property
     def config(self) -> RunConfig:
         return self.meta.config
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model of these weights; `config.model` has the RoPE base before any stage."""
+        return self.meta.model
 
 
 def load_run(

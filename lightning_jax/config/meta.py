@@ -9,6 +9,7 @@ from typing import Any
 from lightning_jax.config.errors import UserError, suggest
 from lightning_jax.config.fields import Count, build, require
 from lightning_jax.config.kinds import check, integer, number
+from lightning_jax.config.model import ModelConfig
 from lightning_jax.config.run import RunConfig
 
 _KINDS = {
@@ -27,7 +28,8 @@ class CheckpointMeta:
       step: optimizer steps taken.
       tokens: positions consumed by them, padding included.
       stage: the stage of the last step; the first stage before any step.
-      seq_len, rope_base_global: tokens per sequence, and RoPE base of global layers, of that step.
+      seq_len, rope_base_global: tokens per sequence, and RoPE base of global layers, of that step;
+        before any step the base is the model's.
     """
 
     config: RunConfig
@@ -41,6 +43,13 @@ class CheckpointMeta:
         check(vars(self), _KINDS, "meta", required=())
         stages = [stage.name for stage in self.config.stages]
         require(self.stage in stages, "meta: stage", self.stage, suggest(self.stage, stages))
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model that the weights were trained as: stages may change the RoPE base."""
+        model = self.config.model
+        attention = dataclasses.replace(model.attention, rope_base_global=self.rope_base_global)
+        return dataclasses.replace(model, attention=attention)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> CheckpointMeta:

@@ -146,7 +146,6 @@ class Engine:
         router: lm.Router,
         *,
         max_length: int,
-        rope_base_global: float | None = None,
         valid_vocab: int | None = None,
         prefill_chunk: int = 128,
     ):
@@ -155,7 +154,6 @@ class Engine:
             training and is not read: with a cache, attention is chosen by shape.
           params, router: of that model.
           max_length: tokens of a prompt and its continuation for which the cache has room.
-          rope_base_global: RoPE base of global layers; default: the config's.
           valid_vocab: only ids below it are generated; default: the whole vocabulary.
           prefill_chunk: prompt tokens per row that one step of the prefill takes.
 
@@ -163,7 +161,6 @@ class Engine:
           UserError: a number out of its range.
         """
         valid_vocab = config.vocab_size if valid_vocab is None else valid_vocab
-        base = config.attention.rope_base_global if rope_base_global is None else rope_base_global
         require(config.vocab_size >= 1, "model.vocab_size", config.vocab_size, "resolved, above 0")
         require(
             1 <= valid_vocab <= config.vocab_size,
@@ -173,11 +170,13 @@ class Engine:
         )
         require(max_length >= 2, "max_length", max_length, "at least 2")
         require(prefill_chunk >= 1, "prefill_chunk", prefill_chunk, "at least 1")
-        require(base > 1, "rope_base_global", base, "above 1")
-        attention = dataclasses.replace(config.attention, implementation="")
-        self.config = dataclasses.replace(config, attention=attention)
+        self.config = config
+        # The base is an argument of the compiled functions, so stages with other bases share them.
+        attention = dataclasses.replace(config.attention, implementation="", rope_base_global=2.0)
+        self._compiled_for = dataclasses.replace(config, attention=attention)
+        base = jnp.float32(config.attention.rope_base_global)
         self.max_length, self.valid_vocab = max_length, valid_vocab
-        self._weights = Weights(_cast(self.config, params), router, jnp.float32(base))
+        self._weights = Weights(_cast(self._compiled_for, params), router, base)
         self._chunk = min(prefill_chunk, length_bucket(max_length))
         self._experts_used = np.zeros(2)
 
@@ -272,7 +271,7 @@ class Engine:
         for _ in range(1, max_new_tokens):
             # Dispatched before the last tokens are fetched: the device never waits for the reader.
             cache, state, next_B, next_goes_on, used = _decode(
-                self.config, self._weights, cache, state, valid_vocab=self.valid_vocab
+                self._compiled_for, self._weights, cache, state, valid_vocab=self.valid_vocab
             )
             yield self._tokens(made_B, len(prompts))
             if not goes_on:
@@ -303,12 +302,12 @@ class Engine:
             tokens_BT[row, : len(prompt)] = prompt
             length_B[row] = len(prompt)
         mesh = jax.sharding.get_mesh() if sharding.is_split() else None
-        cache = _make_cache(self.config, batch, length_bucket(self.max_length), mesh)()
+        cache = _make_cache(self._compiled_for, batch, length_bucket(self.max_length), mesh)()
         logits_BV = jnp.zeros((batch, self.config.vocab_size), jnp.float32)
         counts = []
         for start in range(0, padded, chunk):
             cache, logits_BV, used = _prefill_chunk(
-                self.config,
+                self._compiled_for,
                 self._weights,
                 cache,
                 logits_BV,

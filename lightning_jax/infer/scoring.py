@@ -27,7 +27,6 @@ def _score(
     config: ModelConfig,
     params: Any,
     router: lm.Router,
-    rope_base_global: jax.Array,
     tokens_BT: jax.Array,
     length_B: jax.Array,
     index_M: jax.Array,
@@ -44,7 +43,6 @@ def _score(
         tokens_BT,
         segment_ids_BT=valid_BT.astype(jnp.int32),
         router=router,
-        rope_base_global=rope_base_global,
     )
     hidden_MD = output.hidden_BTD.reshape(-1, output.hidden_BTD.shape[-1])
     chunk = min(config.head_chunk, len(index_M))
@@ -88,14 +86,12 @@ class Scorer:
         params: Any,
         router: lm.Router,
         *,
-        rope_base_global: float,
         max_length: int,
         batch_size: int,
     ):
         """Args:
           config: with its vocabulary resolved (not 0).
           params, router: of that model.
-          rope_base_global: RoPE base of global layers.
           max_length: most tokens that the model reads; longer contexts lose their beginning.
           batch_size: rows per forward pass.
 
@@ -105,7 +101,7 @@ class Scorer:
         require(config.vocab_size > 0, "model.vocab_size", config.vocab_size, "resolved, above 0")
         require(max_length >= 1, "max_length", max_length, "at least 1")
         require(batch_size >= 1, "batch_size", batch_size, "at least 1")
-        self._model = (config, params, router, jnp.float32(rope_base_global))
+        self._model = (config, params, router)
         self._vocab_size = config.vocab_size
         self.max_length, self.batch_size = max_length, batch_size
 
@@ -158,7 +154,7 @@ class Scorer:
         numbers = _collect(batch, made, pairs, scores)
         for number in numbers:
             if not math.isfinite(scores[number][0]):
-                _, params, router, _ = self._model
+                _, params, router = self._model
                 lm.require_finite({"params": params, "router": router}, "scoring")
                 raise UserError(f"scoring: the log-probability of pair {number} is not finite")
         return len(numbers)

@@ -126,11 +126,10 @@ def generate_run(
     tokenizer = resolve_tokenizer(Sources.open(run.config.data), workdir)
     prompt = (encode_chat if options.chat else encode_prompt)(tokenizer, options.prompt)
     engine = Engine(
-        run.config.model,
+        run.model,
         run.params,
-        with_top_p(run.config.model, run.router, options.routing_top_p),
+        with_top_p(run.model, run.router, options.routing_top_p),
         max_length=len(prompt) + options.max_new_tokens,
-        rope_base_global=run.meta.rope_base_global,
         valid_vocab=tokenizer.vocab_size,
     )
     for index in range(options.num_samples):
@@ -156,16 +155,20 @@ def sample(
 ) -> str:
     """Returns `config.sample_prompt` continued by `config.sample_tokens` tokens.
 
+    `rope_base_global` is that of the stage, in place of the config's.
+
     Works under the ambient mesh of a training run; the same weights give the same text.
     """
     mesh = jax.sharding.get_abstract_mesh()
     prompt = encode_prompt(tokenizer, config.sample_prompt)
+    attention = dataclasses.replace(
+        config.model.attention, rope_base_global=float(rope_base_global)
+    )
     engine = Engine(
-        config.model,
+        dataclasses.replace(config.model, attention=attention),
         params,
         router,
         max_length=len(prompt) + config.sample_tokens,
-        rope_base_global=rope_base_global,
         valid_vocab=tokenizer.vocab_size,
     )
     pieces = stream_text(

@@ -12,13 +12,14 @@ from typing import Any
 import jax
 
 from lightning_jax import accounting
-from lightning_jax.checkpoint import load_run
+from lightning_jax.checkpoint import all_steps, checkpoints_dir, load_run, read_meta
 from lightning_jax.config import ModelConfig, RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.data.tokenizer_folder import VOCABULARIES
 from lightning_jax.interop import hf
 from lightning_jax.interop.hf.config import read_config
 from lightning_jax.runtime.files import read_json
+from lightning_jax.runtime.folders import new_folder
 from lightning_jax.train.start import write_start
 
 StrPath = str | os.PathLike[str]
@@ -32,24 +33,28 @@ def is_run(path: StrPath) -> bool:
 def describe(path: StrPath) -> tuple[ModelConfig, str | None]:
     """Returns the model of a run's or a Hugging Face folder, and where its tokenizer is (or None).
 
+    The model of a run is that of its newest checkpoint's weights.
+
     Raises:
-      UserError: no such folder, or a config that cannot be read.
+      UserError: no such folder, or a config or checkpoint that cannot be read.
     """
     folder = Path(path)
-    config = read_json(folder / "config.json")
+    file = folder / "config.json"
+    config = read_json(file)
     if "stages" in config:
-        run = RunConfig.parse(config, folder / "config.json")
-        return run.model, run.data.tokenizer
+        run = RunConfig.parse(config, file)
+        trained = bool(all_steps(checkpoints_dir(folder)))
+        return read_meta(folder).model if trained else run.model, run.data.tokenizer
     has_tokenizer = any((folder / name).exists() for name in VOCABULARIES)
-    return read_config(config), str(folder) if has_tokenizer else None
+    return read_config(config, where=file), str(folder) if has_tokenizer else None
 
 
 def load_any(path: StrPath, *, step: int | None = None) -> hf.Imported:
-    """Reads the float32 weights of a run's or a Hugging Face folder."""
+    """Reads the float32 weights of a run's or a Hugging Face folder, all of them finite."""
     if not is_run(path):
         return hf.load(path)
     run = load_run(path, step=step)
-    return hf.Imported(run.config.model, run.params, run.router)
+    return hf.Imported(run.model, run.params, run.router)
 
 
 def from_hugging_face(
@@ -70,14 +75,19 @@ def from_hugging_face(
 
     Returns:
       A summary of the model: model type, layers, parameters, tokenizer.
+
+    Raises:
+      UserError: a folder that cannot be read, or a workdir that has files or cannot be written.
+        Nothing is left of it then.
     """
     _, tokenizer = describe(path)
-    loaded = hf.load(path, kv_source=kv_source)
-    data = dataclasses.replace(config.data, tokenizer=tokenizer or config.data.tokenizer)
-    run = dataclasses.replace(config, model=loaded.config, data=data)
-    model_type = read_json(Path(path) / "config.json")["model_type"]
-    origin = {"path": str(Path(path).absolute()), "model_type": model_type}
-    write_start(workdir, run, loaded.params, loaded.router, origin=origin)
+    with new_folder(workdir, "workdir") as folder:
+        loaded = hf.load(path, kv_source=kv_source)
+        data = dataclasses.replace(config.data, tokenizer=tokenizer or config.data.tokenizer)
+        run = dataclasses.replace(config, model=loaded.config, data=data)
+        model_type = read_json(Path(path) / "config.json")["model_type"]
+        origin = {"path": str(Path(path).absolute()), "model_type": model_type}
+        write_start(folder, run, loaded.params, loaded.router, origin=origin)
     return {"workdir": str(workdir), **_summary(loaded.config, model_type), "tokenizer": tokenizer}
 
 
@@ -101,22 +111,24 @@ def to_hugging_face(
 
     Returns:
       A summary of the model: model type, layers, parameters, step, weights ("params" or "ema").
+
+    Raises:
+      UserError: a workdir that is no run's, weights that the layout cannot express or that are not
+        finite, or a path that has files or cannot be written. Nothing is left of it then.
     """
     if not is_run(workdir):
         raise UserError(f"workdir = {str(workdir)!r}: not the folder of a run")
-    run = load_run(workdir, step=step, weights=weights)
-    # The stage's RoPE base is the one that the weights were trained with.
-    base = run.meta.rope_base_global
-    attention = dataclasses.replace(run.config.model.attention, rope_base_global=base)
-    model = dataclasses.replace(run.config.model, attention=attention, compute_dtype=dtype)
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), run.params)
-    model_type = hf.save(path, model, params, run.router, model_type=model_type)
-    for name in VOCABULARIES:
-        if (Path(workdir) / name).is_file():
-            shutil.copyfile(Path(workdir) / name, Path(path) / name)
-    kept = Path(workdir) / "tokenizer"
-    if kept.is_dir():
-        shutil.copytree(kept, path, dirs_exist_ok=True)
+    with new_folder(path, "path") as folder:
+        run = load_run(workdir, step=step, weights=weights)
+        model = dataclasses.replace(run.model, compute_dtype=dtype)
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), run.params)
+        model_type = hf.save(folder, model, params, run.router, model_type=model_type)
+        for name in VOCABULARIES:
+            if (Path(workdir) / name).is_file():
+                shutil.copyfile(Path(workdir) / name, folder / name)
+        kept = Path(workdir) / "tokenizer"
+        if kept.is_dir():
+            shutil.copytree(kept, folder, dirs_exist_ok=True)
     about = {"step": run.meta.step, "weights": run.weights}
     return {"path": str(path), **_summary(model, model_type), **about}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,11 +17,13 @@ from lightning_jax.config.fields import require
 from lightning_jax.data.sources import Sources
 from lightning_jax.interop.convert import describe, load_any
 from lightning_jax.interop.upcycle import is_exact, upcycle
+from lightning_jax.runtime.folders import new_folder
 from lightning_jax.train.evaluation import ONE_DEVICE, Evaluator, require_finite
 from lightning_jax.train.plan import Plan
 from lightning_jax.train.resolve import resolve
-from lightning_jax.train.start import require_unused, write_start
-from lightning_jax.train.workdir import Claim, claim
+from lightning_jax.train.start import write_start
+
+logger = logging.getLogger(__name__)
 
 StrPath = str | os.PathLike[str]
 
@@ -47,30 +51,32 @@ def upcycle_run(
       their difference, in nats per token.
 
     Raises:
-      UserError: a source that does not fit, or a folder that cannot be read or written.
+      UserError: a source that does not fit, or a folder that cannot be read, has files or cannot
+        be written. Nothing is left of it then.
     """
     require(eval_tokens >= 0, "eval_tokens", eval_tokens, "0 (all) or more")
-    with claim(workdir) as claimed:
-        require_unused(claimed.path)
-        result = _upcycle(source, claimed, config, pool=pool, eval_tokens=eval_tokens)
+    with new_folder(workdir, "workdir") as path:
+        result = _upcycle(source, path, config, pool=pool, eval_tokens=eval_tokens)
     return {"workdir": str(workdir), **result}
 
 
 def _upcycle(
-    source: StrPath, claimed: Claim, config: RunConfig, *, pool: str, eval_tokens: int
+    source: StrPath, path: Path, config: RunConfig, *, pool: str, eval_tokens: int
 ) -> dict[str, Any]:
     _, tokenizer = describe(source)
     dense, params, router = load_any(source)
     model = dataclasses.replace(
         config.model, vocab_size=config.model.vocab_size or dense.vocab_size
     )
+    _warn_of_another_base(dense, model)
     data = dataclasses.replace(config.data, tokenizer=tokenizer or config.data.tokenizer)
     sources = Sources.open(data)
     config = dataclasses.replace(config, model=model, data=data)
     resolved = resolve(config, sources=sources)
     config, tokenizer = resolved.config, resolved.tokenizer
     made, made_router = upcycle(dense, params, model, jax.random.key(config.seed), pool=pool)
-    write_start(claimed, config, made, made_router, origin={"path": str(source), "pool": pool})
+    origin = {"path": str(Path(source).absolute()), "pool": pool}
+    write_start(path, config, made, made_router, origin=origin)
     segment = Plan.of(config).segments[0]
 
     def losses(model: ModelConfig, params: Any, router: lm.Router) -> dict[str, float]:
@@ -96,3 +102,10 @@ def _upcycle(
             for name in before
         },
     }
+
+
+def _warn_of_another_base(dense: ModelConfig, model: ModelConfig) -> None:
+    theirs, ours = dense.attention.rope_base_global, model.attention.rope_base_global
+    if ours != theirs:
+        field = f"model.attention.rope_base_global = {ours:g}"
+        logger.warning("%s: the source was trained with %g", field, theirs)

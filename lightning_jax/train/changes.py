@@ -14,6 +14,7 @@ ALWAYS = "always"
 CURRENT = "in the stage of the newest checkpoint and in later ones"
 LATER = "in stages that have not begun"
 SAME_TEXT = "while the text stays the same"
+SAME_BASES = "where every stage keeps its RoPE base"
 UNTRAINED = "before the first step"
 
 
@@ -72,6 +73,11 @@ MAY_CHANGE = (
         "A fingerprint tells whether it is the same text, wherever it lies.",
     ),
     Rule(
+        ("model.*.rope_base_global",),
+        SAME_BASES,
+        "It is the base of stages without their own; configs/imported.py reads the newest one.",
+    ),
+    Rule(
         ("seed", "optimizer.*", "stages", "stages.*", "data.*"),
         UNTRAINED,
         "Imported weights depend on the model and on data.tokenizer alone.",
@@ -100,11 +106,13 @@ def check(
     stage = saved.stage if saved else next(iter(before["stages"]))
     begun = [*before["stages"]][: [*before["stages"]].index(stage) + 1]
     is_untrained = saved is not None and saved.step == 0
+    old, new = _bases(before), _bases(now)
+    same_bases = all(old[name] == new[name] for name in old.keys() & new.keys())
     if not is_untrained:
         _check_stages(begun, [*now["stages"]], saved)
     made = list(changes(before, now))
     for field, old, new in made:
-        if not _is_allowed(field, begun, is_untrained):
+        if not _is_allowed(field, begun, is_untrained, same_bases):
             raise UserError(
                 f"{field} = {new!r}: this workdir's run has {old!r}; use another --workdir "
                 "or the run's own value"
@@ -125,8 +133,14 @@ def _check_stages(begun: list[str], now: list[str], saved: CheckpointMeta | None
         )
 
 
-def _is_allowed(field: str, begun: list[str], is_untrained: bool) -> bool:
-    times = {ALWAYS, SAME_TEXT}
+def _bases(run: dict[str, Any]) -> dict[str, float]:
+    """RoPE base of global layers by stage."""
+    model = run["model"]["attention"]["rope_base_global"]
+    return {name: stage["rope_base_global"] or model for name, stage in run["stages"].items()}
+
+
+def _is_allowed(field: str, begun: list[str], is_untrained: bool, same_bases: bool) -> bool:
+    times = {ALWAYS, SAME_TEXT} | ({SAME_BASES} if same_bases and not is_untrained else set())
     if is_untrained and field not in _FIXED_BY_WEIGHTS:
         times.add(UNTRAINED)
     section, _, rest = field.partition(".")

@@ -207,7 +207,7 @@ def evaluate_run(workdir: str, options: EvalOptions) -> dict[str, Any]:
         router,
         seq_len=options.seq_len or segment.seq_len,
         batch_size=options.batch_size or segment.micro_batch,
-        rope_base_global=segment.rope_base_global,
+        rope_base_global=loaded.model.attention.rope_base_global,
         weights=loaded.weights,
         max_tokens=limit,
     )

@@ -165,13 +165,15 @@ class Plan:
     def meta(self, steps: int) -> CheckpointMeta:
         """Returns the description of the checkpoint after `steps` steps."""
         segment = self.last_trained(steps)
+        # Imported weights have had no step: their RoPE base is the model's, not the first stage's.
+        untrained = self.config.model.attention.rope_base_global
         return CheckpointMeta(
             config=self.config,
             step=steps,
             tokens=self.tokens_at(steps),
             stage=segment.stage.name,
             seq_len=segment.seq_len,
-            rope_base_global=segment.rope_base_global,
+            rope_base_global=segment.rope_base_global if steps else untrained,
         )
 
 

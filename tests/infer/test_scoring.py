@@ -13,8 +13,10 @@ from lightning_jax.infer.scoring import Scorer
 from tests import tiny
 
 # The head's chunk is no divisor of any bucket, and smaller than what is scored.
-CONFIG = tiny.tiny_model(64, head_chunk=7, compute_dtype="float32")
-MAX_LENGTH, ROPE_BASE = 40, 500.0
+CONFIG = tiny.tiny_model(
+    64, head_chunk=7, compute_dtype="float32", attention__rope_base_global=500.0
+)
+MAX_LENGTH = 40
 
 
 @functools.cache
@@ -29,16 +31,13 @@ def params():
 
 
 def scorer(batch_size=3, **changes):
-    options = dict(rope_base_global=ROPE_BASE, max_length=MAX_LENGTH, batch_size=batch_size)
+    options = dict(max_length=MAX_LENGTH, batch_size=batch_size)
     return Scorer(CONFIG, params(), lm.init_router(CONFIG), **(options | changes))
 
 
 @jax.jit
 def forward(weights, tokens_BT):
-    output = lm.LightningLM(CONFIG).apply(
-        {"params": weights}, tokens_BT, rope_base_global=ROPE_BASE
-    )
-    return output.logits()
+    return lm.LightningLM(CONFIG).apply({"params": weights}, tokens_BT).logits()
 
 
 def plain(ids):

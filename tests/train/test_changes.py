@@ -50,6 +50,7 @@ SECOND = (False, False, False, True, True)
         ("model.unit", "G", ALWAYS),
         ("model.vocab_size", 288, ALWAYS),
         ("model.compute_dtype", "bfloat16", ALWAYS),
+        ("model.attention.rope_base_global", 40_000.0, ALWAYS),  # a stage has no base of its own
         ("model.moe.z_weight", 0.5, ALWAYS),
         ("optimizer.clip_norm", 2.0, ALWAYS),
         ("optimizer.weight_decay", 0.5, ALWAYS),
@@ -119,6 +120,19 @@ def test_every_field_is_fixed_but_those_of_the_table(field):
     else:
         with pytest.raises(UserError, match=f"^{re.escape(field)} = 'another'"):
             changes.check(to_dict(CONFIG), values, saved)
+
+
+@pytest.mark.parametrize("steps", CASES)
+def test_the_base_of_a_model_whose_stages_have_their_own(steps):
+    """A model read from the newest checkpoint (configs/imported.py) has the base of its stage."""
+    stages = tuple(dataclasses.replace(stage, rope_base_global=5e4) for stage in CONFIG.stages)
+    before = to_dict(dataclasses.replace(CONFIG, stages=stages))
+    now = to_dict(
+        dataclasses.replace(changed("model.attention.rope_base_global", 5e4), stages=stages)
+    )
+    saved = None if steps is None else Plan.of(CONFIG).meta(steps)
+    field = "model.attention.rope_base_global"
+    assert changes.check(before, now, saved) == [(field, 1e4, 5e4)]
 
 
 def test_stages_that_have_not_begun_come_and_go():

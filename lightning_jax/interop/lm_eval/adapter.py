@@ -139,10 +139,9 @@ class LightningAdapter(LM):
         self._run, self._tokenizer, self._seed = run, tokenizer, seed
         self.max_length = run.meta.seq_len if max_length is None else max_length
         self._scorer = Scorer(
-            run.config.model,
+            run.model,
             run.params,
             run.router,
-            rope_base_global=run.meta.rope_base_global,
             max_length=self.max_length,
             batch_size=batch_size,
         )
@@ -239,11 +238,10 @@ class LightningAdapter(LM):
     ) -> None:
         tokenizer, run = self._tokenizer, self._run
         engine = Engine(
-            run.config.model,
+            run.model,
             run.params,
             run.router,
             max_length=length_bucket(max(map(len, prompts)) + max_new_tokens),
-            rope_base_global=run.meta.rope_base_global,
             valid_vocab=tokenizer.vocab_size,
         )
         # Every batch has the same number of rows, so that no other shape compiles.

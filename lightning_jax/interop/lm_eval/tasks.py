@@ -71,7 +71,7 @@ def evaluate_tasks(workdir: str | Path, options: TaskOptions) -> dict[str, Any]:
     """
     manager, tasks = load_tasks(options.tasks, options.include_path)
     run = load_run(workdir, step=options.step)
-    router = with_top_p(run.config.model, run.router, options.routing_top_p)
+    router = with_top_p(run.model, run.router, options.routing_top_p)
     adapter = LightningAdapter(
         dataclasses.replace(run, router=router),
         resolve_tokenizer(Sources.open(run.config.data), workdir),

@@ -71,8 +71,7 @@ def instances(kind, arguments):
 
 @jax.jit
 def forward(params, tokens_BT):
-    model = lm.LightningLM(loaded().config.model)
-    return model.apply({"params": params}, tokens_BT, rope_base_global=ROPE_BASE).logits()
+    return lm.LightningLM(loaded().model).apply({"params": params}, tokens_BT).logits()
 
 
 def oracle(context, continuation):
@@ -169,11 +168,10 @@ NEW = 12
 def engine_says(tokenizer, prompt, *stop_ids):
     run = loaded()
     engine = Engine(
-        run.config.model,
+        run.model,
         run.params,
         run.router,
         max_length=length_bucket(len(tokenizer.encode(LONGEST)) + 1 + NEW),
-        rope_base_global=ROPE_BASE,
         valid_vocab=tokenizer.vocab_size,
     )
     key = jax.random.key(0)
