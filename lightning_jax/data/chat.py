@@ -1,24 +1,23 @@
 """Chat templates: from a list of messages to the one text that a model was taught to answer.
 
-A template is a Jinja program in a tokenizer's folder. It runs in Jinja's sandbox, with the names
-that `transformers` provides: `raise_exception`, `strftime_now`, `tojson`, loop controls, the
-`generation` block (whose marks are dropped) and the spelling of every special token.
+A template is a Jinja program in a tokenizer's folder. It runs in Jinja's sandbox, within limits of
+time and memory (`templates`), with the names that `transformers` provides: `raise_exception`,
+`strftime_now`, `tojson`, loop controls, the `generation` block (whose marks are dropped) and the
+spelling of every special token.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import functools
-import importlib
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import suggest
+from lightning_jax.config.kinds import Kind, check, choice, either, or_null
+from lightning_jax.data import templates
 from lightning_jax.runtime.files import read_json
 
 Message = Mapping[str, Any]
@@ -29,6 +28,17 @@ TEMPLATE_FILE, TEMPLATE_JSON, TEMPLATE_FOLDER = (
     "chat_template.json",
     "chat_templates",
 )
+# A token's spelling; in a config it may be an object with this `content` and how to match it.
+SPELLING = Kind("a string of Unicode characters, at least one", lambda value: _is_spelling(value))
+TOKEN = either(
+    SPELLING,
+    Kind(
+        "an object with such a content",
+        lambda value: type(value) is dict and _is_spelling(value.get("content")),
+    ),
+)
+_NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_TOKENS = {f"{name}_token": or_null(either(TOKEN, choice([""]))) for name in _NAMED}
 # Private characters around a special token spelled in a message, and where a message is cut.
 _OPEN, _CLOSE, _CUT = "\U000f0000", "\U000f0001", "\U000f0002"
 
@@ -75,8 +85,9 @@ class ChatTemplate:
         """
         if name is None:
             name = TOOL_USE if tools and TOOL_USE in self.templates else DEFAULT
+        known = [given[:40] for given in self.templates]
         if name not in self.templates:
-            raise UserError(f"chat template {name!r}: must be {suggest(name, [*self.templates])}")
+            raise UserError(f"chat template {name!r}: must be {suggest(name, known)}")
         return self.templates[name]
 
     def render(
@@ -108,15 +119,10 @@ class ChatTemplate:
         plain = [{k: v for k, v in message.items() if v is not None} for message in messages]
         if continue_final:
             plain[-1] = _left_open(plain[-1])
-        program = _compiled(self.source(template, tools=bool(extra.get("tools"))))
-        values: dict[str, Any] = {"tools": None, "documents": None, **self.variables, **extra}
-        try:
-            text = program.render(
-                messages=plain, add_generation_prompt=add_generation_prompt, **values
-            )
-        except Exception as error:  # The template or its input causes whatever goes wrong inside.
-            reason = " ".join(str(error).split())
-            raise UserError(f"chat template: {type(error).__name__}: {reason}") from error
+        source = self.source(template, tools=bool(extra.get("tools")))
+        values = {"tools": None, "documents": None, **self.variables, **extra}
+        values |= {"messages": plain, "add_generation_prompt": add_generation_prompt}
+        text = templates.render(source, values)
         return _cut_open(text) if continue_final else text
 
     def encode(
@@ -144,17 +150,33 @@ def token_spellings(folder: Path) -> dict[str, str]:
 
     As in `transformers`, `special_tokens_map.json` counts only beside a `tokenizer_config.json`
     without `added_tokens_decoder`, and then it goes first.
+
+    Raises:
+      UserError: a file that cannot be read, or a token that has no spelling.
     """
-    found = read_json(folder / "tokenizer_config.json", missing_ok=True)
+    path = folder / "tokenizer_config.json"
+    found = read_json(path, missing_ok=True)
+    check(found, _TOKENS, path, required=())
     if "added_tokens_decoder" not in found:
-        found = {**found, **read_json(folder / "special_tokens_map.json", missing_ok=True)}
-    spellings = {}
-    for key, value in found.items():
-        # An entry is a string, or an object with its `content` and how to match it.
-        content = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(content, str):
-            spellings[key] = content
-    return spellings
+        path = folder / "special_tokens_map.json"
+        first = read_json(path, missing_ok=True)
+        check(first, _TOKENS, path, required=())
+        found = {**found, **first}
+    return {
+        key: spelling(value)
+        for key, value in found.items()
+        if key.endswith("_token") and TOKEN.accepts(value)
+    }
+
+
+def spelling(token: str | Mapping[str, Any]) -> str:
+    """Returns the text of a `TOKEN`."""
+    return token if isinstance(token, str) else token["content"]
+
+
+def _is_spelling(value: Any) -> bool:
+    # JSON can spell half of a surrogate pair, which is no character.
+    return type(value) is str and value != "" and not re.search("[\ud800-\udfff]", value)
 
 
 def encode_inside(tokenizer: _SpecialEncoder, text: str, *, specials: bool) -> list[int]:
@@ -185,13 +207,15 @@ def _named(config: Mapping[str, Any], path: Path) -> dict[str, str]:
         return {}
     if isinstance(value, str):
         return {DEFAULT: value}
-    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
-        value = {entry.get("name"): entry.get("template") for entry in value}
-    if not isinstance(value, dict) or not all(
-        isinstance(part, str) for pair in value.items() for part in pair
-    ):
+    if isinstance(value, dict):
+        pairs = [*value.items()]
+    elif isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        pairs = [(entry.get("name"), entry.get("template")) for entry in value]
+    else:
+        pairs = [(None, None)]
+    if not all(isinstance(part, str) for pair in pairs for part in pair):
         raise UserError(f"{path}: chat_template must be a string, or strings by name")
-    return value
+    return dict(pairs)
 
 
 def _left_open(message: Message) -> Message:
@@ -219,68 +243,3 @@ def _marked(value: Any, special: str) -> Any:
     if isinstance(value, (list, tuple)):
         return [_marked(entry, special) for entry in value]
     return value
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            "package jinja2, which chat templates need, is missing: "
-            "pip install lightning_jax[interop]"
-        ) from error
-
-
-@functools.cache
-def _environment() -> Any:
-    jinja2, sandbox = _import("jinja2"), _import("jinja2.sandbox")
-    extension, nodes = _import("jinja2.ext"), _import("jinja2.nodes")
-
-    class Generation(extension.Extension):
-        """`{% generation %}...{% endgeneration %}` marks the assistant's words, which are kept."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(style: str) -> str:
-        return datetime.datetime.now().strftime(style)
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, extension.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter would escape `<`, `>`, `&` and quotes for HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-@functools.lru_cache(maxsize=32)
-def _compiled(source: str) -> Any:
-    compile_template: Callable[[str], Any] = _environment().from_string
-    try:
-        return compile_template(source)
-    except _import("jinja2").TemplateSyntaxError as error:
-        raise UserError(f"chat template, line {error.lineno}: {error.message}") from error

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from lightning_jax.config.errors import UserError
-from lightning_jax.data.chat import ChatTemplate, _environment
+from lightning_jax.data import templates
+from lightning_jax.data.chat import ChatTemplate
 from lightning_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from tests.data import hf_folders
 
@@ -87,10 +88,10 @@ def test_templates_by_name():
 
 
 def test_without_jinja_one_line_says_how_to_get_it(monkeypatch):
-    _environment.cache_clear()
+    templates._worker.close()
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(UserError, match=r"^package jinja2.*pip install .*\[interop\]$"):
-        template("not compiled before").render(user("x"))
+        template("any").render(user("x"))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,10 @@ def test_where_a_folder_keeps_its_template(tmp_path):
     assert ChatTemplate.load(tmp_path).templates == {"default": "caf\u00e9", "rag": "file"}
 
 
-@pytest.mark.parametrize("value", [3, {"default": 1}, [{"name": "default"}], [1]])
+@pytest.mark.parametrize(
+    "value",
+    [3, {"default": 1}, [{"name": "default"}], [1], [{"name": {}, "template": "x"}]],
+)
 def test_a_template_must_be_text(value, tmp_path):
     hf_folders.write_json(tmp_path / "tokenizer_config.json", {"chat_template": value})
     with pytest.raises(UserError, match="chat_template must be a string"):
