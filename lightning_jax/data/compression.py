@@ -32,17 +32,18 @@ def compressed_bits_per_byte(texts: Iterable[str]) -> dict[str, float]:
 
 
 def compression_rows(
-    sources: Sources, models: Mapping[str, Mapping[str, float]]
+    sources: Sources, models: Mapping[str, Mapping[str, float | None]]
 ) -> list[list[Any]]:
     """Returns a table: a row per domain, with its bytes, each model's and each compressor's bits.
 
     Args:
       sources: their held-out text is compressed, each domain as one file.
-      models: bits per byte by domain, by the model's name.
+      models: bits per byte by domain, by the model's name; None where there are none.
     """
     rows: list[list[Any]] = [["held out", "bytes", *models, *COMPRESSORS]]
     for name, source in sources.eval.items():
-        ours = [f"{bits[name]:.3f}" for bits in models.values()]
+        measured = [bits[name] for bits in models.values()]
+        ours = ["none" if bits is None else f"{bits:.3f}" for bits in measured]
         theirs = [f"{bits:.3f}" for bits in compressed_bits_per_byte(source.texts()).values()]
         rows.append([name, f"{source.num_bytes:,}", *ours, *theirs])
     return rows

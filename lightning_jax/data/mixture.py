@@ -18,6 +18,7 @@ import numpy as np
 
 from lightning_jax.config import DataConfig, StageConfig
 from lightning_jax.config.fields import require
+from lightning_jax.data import round_trip
 from lightning_jax.data.batch import Batch
 from lightning_jax.data.packing import Documents, PackDataset, document_tokens
 from lightning_jax.data.sources import Source, Sources
@@ -158,11 +159,13 @@ class EvalBatches:
       documents: numbers of the source's documents, in order.
       num_bytes: UTF-8 bytes of their text, over all processes: bits per byte is the summed loss
         of all targets in bits over this.
+      lost_bytes: those of documents that do not come back from their tokens; see `round_trip`.
       num_targets: predictions over all processes: one per token, and one eos per document.
     """
 
     documents: tuple[int, ...]
     num_bytes: int
+    lost_bytes: int
     num_targets: int
     tokens: tuple[np.ndarray, ...]
     seq_len: int
@@ -205,19 +208,23 @@ def eval_batches(
         f"a multiple of the {process_count} processes",
     )
     tokens: dict[int, np.ndarray] = {}
-    num_targets = num_bytes = 0
+    num_targets = num_bytes = lost_bytes = 0
     for document in source.hash_order():
         if max_tokens and num_targets >= max_tokens:
             break
         text = source[document]["text"]
         tokens[document] = document_tokens(text, tokenizer)
         num_targets += len(tokens[document]) - 1
-        num_bytes += len(text.encode("utf-8"))
+        size = len(text.encode("utf-8"))
+        num_bytes += size
+        if not round_trip.keeps(tokenizer, text, tokens[document][1:-1].tolist()):
+            lost_bytes += size
     local = batch_size // process_count
     documents = tuple(sorted(tokens))
     return EvalBatches(
         documents=documents,
         num_bytes=num_bytes,
+        lost_bytes=lost_bytes,
         num_targets=num_targets,
         tokens=tuple(tokens[document] for document in documents),
         seq_len=seq_len,

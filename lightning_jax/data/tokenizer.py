@@ -7,26 +7,23 @@ only one of them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lightning_jax.config.errors import UserError
-from lightning_jax.data import tokenizer_folder
+from lightning_jax.data import round_trip, tokenizer_folder
+from lightning_jax.data.ends import BOS, EOS
 from lightning_jax.data.files import optional_import
 from lightning_jax.data.sources import Sources
+from lightning_jax.data.tokenizer_files import load_hugging_face, load_sentencepiece, quiet
 from lightning_jax.data.tokenizer_folder import Settings
-from lightning_jax.data.tokenizer_kinds import (
-    BOS,
-    EOS,
-    ByteTokenizer,
-    Tokenizer,
-    load_hugging_face,
-    load_sentencepiece,
-)
+from lightning_jax.data.tokenizer_kinds import ByteTokenizer, Tokenizer, too_small
 from lightning_jax.runtime.files import write_file
 
 _LOADERS = {".json": load_hugging_face, ".model": load_sentencepiece}
 _SMALLEST_BPE = 256 + 2
+_log = logging.getLogger(__name__)
 _SAMPLE_BYTES = 16 * 2**20
 
 
@@ -52,7 +49,17 @@ def load_tokenizer(spec: str) -> Tokenizer:
         )
     if not path.is_file():
         raise UserError(f"data.tokenizer = {spec!r}: no such file")
-    return _LOADERS[path.suffix](path, settings)
+    tokenizer = _LOADERS[path.suffix](path, settings)
+    with quiet():
+        lost = round_trip.lost_share(tokenizer)
+    if lost:
+        _log.warning(
+            "data.tokenizer = %r: loses %.1f%% of the bytes of a sample text; text of which it "
+            "loses anything has no bits per byte",
+            spec,
+            100 * lost,
+        )
+    return tokenizer
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
@@ -95,8 +102,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokeni
     return load_tokenizer(str(path))
 
 
-def resolve_tokenizer(sources: Sources, workdir: str | Path) -> Tokenizer:
+def resolve_tokenizer(sources: Sources, workdir: str | Path, *, rows: int = 0) -> Tokenizer:
     """Returns the run's tokenizer, and keeps it in `workdir` so that the folder is complete.
+
+    `rows` are those of the model's embedding, 0 if they follow from the tokenizer. Ids beyond them
+    are never encoded or generated; see `Tokenizer.within`. Nothing is kept of a tokenizer that does
+    not fit.
 
     `bpe:<size>` is trained once on at most 16 MB of the train split, an equal part from each
     source, its documents in hash order; the result is `workdir/tokenizer.json`. A file is copied to
@@ -104,41 +115,49 @@ def resolve_tokenizer(sources: Sources, workdir: str | Path) -> Tokenizer:
     `workdir/tokenizer/`. A later call reuses these files and opens no source.
 
     Raises:
-      UserError: as `load_tokenizer` and `train_bpe`, and where `workdir` holds another tokenizer.
+      UserError: as `load_tokenizer` and `train_bpe`, where `workdir` holds another tokenizer, and
+        where the model has too few rows.
     """
     spec = sources.data.tokenizer
     if spec == "bytes":
-        return ByteTokenizer()
+        return _fitted(ByteTokenizer(), rows)
     if spec.startswith("bpe:"):
-        return _resolve_bpe(sources, Path(workdir) / "tokenizer.json")
+        return _resolve_bpe(sources, Path(workdir) / "tokenizer.json", rows)
     given = Path(spec).expanduser()
     is_file = given.suffix in _LOADERS and not given.is_dir()
     kept = Path(workdir) / (f"tokenizer{given.suffix}" if is_file else "tokenizer")
     if not kept.exists():
-        load_tokenizer(spec)
+        tokenizer = _fitted(load_tokenizer(spec), rows)
         if is_file:
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_file(kept, given.read_bytes())
         else:
             tokenizer_folder.copy(given, kept)
-    elif given.exists() and _contents(given) != _contents(kept):
+        return tokenizer
+    if given.exists() and _contents(given) != _contents(kept):
         raise UserError(
             f"data.tokenizer = {spec!r}: differs from {kept}, which this run was started with"
         )
-    return load_tokenizer(str(kept))
+    return _fitted(load_tokenizer(str(kept)), rows)
+
+
+def _fitted(tokenizer: Tokenizer, rows: int) -> Tokenizer:
+    return tokenizer.within(rows) if rows else tokenizer
 
 
 def _contents(path: Path) -> dict[str, bytes]:
     return tokenizer_folder.files(path) if path.is_dir() else {"": path.read_bytes()}
 
 
-def _resolve_bpe(sources: Sources, path: Path) -> Tokenizer:
+def _resolve_bpe(sources: Sources, path: Path, rows: int) -> Tokenizer:
     spec = sources.data.tokenizer
     size = spec.removeprefix("bpe:")
     if not size.isdecimal() or int(size) < _SMALLEST_BPE:
         raise UserError(
             f"data.tokenizer = {spec!r}: must be bpe:<size> with a size of at least {_SMALLEST_BPE}"
         )
+    if rows and int(size) > rows:
+        raise too_small(rows, int(size))
     if not path.exists():
         return train_bpe(_sample(sources), int(size), path)
     tokenizer = load_tokenizer(str(path))

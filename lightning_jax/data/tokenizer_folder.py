@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -12,12 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from lightning_jax.config.errors import UserError
+from lightning_jax.config.kinds import (
+    FLAG,
+    OBJECT,
+    TEXT,
+    Kind,
+    check,
+    either,
+    integer,
+    list_of,
+    map_of,
+    or_null,
+    shorten,
+)
 from lightning_jax.data import chat
 from lightning_jax.data.chat import ChatTemplate
-from lightning_jax.runtime.files import read_json
+from lightning_jax.runtime.files import disk_errors, read_json
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model")
-_MODEL_CONFIGS = ("generation_config.json", "config.json")
+GENERATION_CONFIG = "generation_config.json"
+_MODEL_CONFIGS = (GENERATION_CONFIG, "config.json")
 _FILES = (
     *VOCABULARIES,
     "tokenizer_config.json",
@@ -27,15 +42,31 @@ _FILES = (
     chat.TEMPLATE_JSON,
 )
 
+_IDS = {
+    "bos_token_id": or_null(integer(0)),
+    "eos_token_id": or_null(either(integer(0), list_of(integer(0)))),
+    "stop_strings": or_null(either(TEXT, list_of(TEXT))),
+    "_from_model_config": or_null(FLAG),
+}
+_CONFIG = {
+    "add_bos_token": or_null(FLAG),
+    "legacy": or_null(FLAG),
+    "added_tokens_decoder": or_null(map_of(OBJECT)),
+    "additional_special_tokens": or_null(list_of(chat.TOKEN)),
+}
+_ADDED = {"content": chat.SPELLING, "special": or_null(FLAG)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Settings of a tokenizer; the defaults are those of a vocabulary file without a folder.
 
     `bos_token` and `eos_token` are spellings; `bos_id` and `eos_ids` come from the configs of the
-    model, if these name them. `adds_bos` is None if no config tells. `added` maps the spelling of
-    tokens beyond the vocabulary file to their id and whether they are special. `prefix_each` is
-    True if text after a special token is tokenized as if it began a text (`legacy`).
+    model, if these name them, and `named_ids` are all of them with file and key. `eos_ids_are_sure`
+    is False if they may be no more than the defaults of a config class. `adds_bos` is None if no
+    config tells. `added` maps the spelling of tokens beyond the vocabulary file to their id and
+    whether they are special. `prefix_each` is True if text after a special token is tokenized as if
+    it began a text (`legacy`). What follows from them is decided in `ends`.
     """
 
     alone: bool = True
@@ -43,6 +74,9 @@ class Settings:
     eos_token: str | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    eos_ids_are_sure: bool = False
+    named_ids: tuple[tuple[str, int], ...] = ()
+    stop_strings: tuple[str, ...] = ()
     adds_bos: bool | None = None
     added: Mapping[str, tuple[int, bool]] = dataclasses.field(default_factory=dict)
     prefix_each: bool = False
@@ -53,47 +87,77 @@ class Settings:
         """Reads the configs of a folder; none of them has to exist.
 
         Raises:
-          UserError: one of them cannot be read.
+          UserError: one of them cannot be read, or has a value that it must not have.
         """
-        config = read_json(folder / "tokenizer_config.json", missing_ok=True)
+        config = _read(folder / "tokenizer_config.json", _CONFIG)
         spelled = chat.token_spellings(folder)
-        models = [read_json(folder / name, missing_ok=True) for name in _MODEL_CONFIGS]
-        adds_bos = config.get("add_bos_token")
+        models = {name: _read(folder / name, _IDS) for name in _MODEL_CONFIGS}
+        bos_name, bos_ids = _first(models, "bos_token_id")
+        eos_name, eos_ids = _first(models, "eos_token_id")
+        generation = models[GENERATION_CONFIG]
+        is_generation = eos_name == GENERATION_CONFIG
         return cls(
             alone=False,
             bos_token=spelled.get("bos_token"),
             eos_token=spelled.get("eos_token"),
-            bos_id=next(iter(_ids(models, "bos_token_id")), None),
-            eos_ids=_ids(models, "eos_token_id"),
-            adds_bos=adds_bos if isinstance(adds_bos, bool) else None,
-            added=_added(config, read_json(folder / "added_tokens.json", missing_ok=True), spelled),
+            bos_id=next(iter(bos_ids), None),
+            eos_ids=eos_ids,
+            eos_ids_are_sure=is_generation and generation.get("_from_model_config") is not True,
+            named_ids=(
+                *((f"{folder / bos_name}: bos_token_id", index) for index in bos_ids),
+                *((f"{folder / eos_name}: eos_token_id", index) for index in eos_ids),
+            ),
+            stop_strings=tuple(filter(None, _listed(generation.get("stop_strings")))),
+            adds_bos=config.get("add_bos_token"),
+            added=_added(folder, config, spelled),
             prefix_each=config.get("legacy") is True,
             chat_template=ChatTemplate.load(folder),
         )
 
 
-def _ids(models: list[dict[str, Any]], key: str) -> tuple[int, ...]:
-    """An id, or a list of them, from the first config that has one."""
-    for model in models:
-        value = model.get(key)
-        ids = value if isinstance(value, list) else [value]
-        if value is not None and ids and all(type(i) is int for i in ids):
-            return tuple(ids)
-    return ()
+def _read(path: Path, kinds: Mapping[str, Kind]) -> dict[str, Any]:
+    values = read_json(path, missing_ok=True)
+    check(values, kinds, path, required=())
+    return values
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    """One value, several or null as a tuple."""
+    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
+
+
+def _first(models: Mapping[str, Mapping[str, Any]], key: str) -> tuple[str, tuple[int, ...]]:
+    """The first config that has ids under `key`, and these."""
+    found = ((name, _listed(model.get(key))) for name, model in models.items())
+    return next(((name, ids) for name, ids in found if ids), ("", ()))
 
 
 def _added(
-    config: Mapping[str, Any], legacy: Mapping[str, Any], spelled: Mapping[str, str]
+    folder: Path, config: Mapping[str, Any], spelled: Mapping[str, str]
 ) -> dict[str, tuple[int, bool]]:
     """From `added_tokens_decoder`, else `added_tokens.json`: the tokens that configs name."""
+    path = folder / "tokenizer_config.json"
     decoder = config.get("added_tokens_decoder")
-    if isinstance(decoder, dict):
-        return {
-            entry["content"]: (int(index), bool(entry.get("special")))
-            for index, entry in decoder.items()
-        }
-    special = {*spelled.values(), *(config.get("additional_special_tokens") or ())}
-    return {content: (int(index), content in special) for content, index in legacy.items()}
+    if decoder is not None:
+        added = {}
+        for key, entry in decoder.items():
+            where = f"{path}: added_tokens_decoder[{shorten(key)}]"
+            check(entry, _ADDED, where, required=("content",))
+            # As long as the largest id at the most, so that no digits are too many to read.
+            index = int(key) if re.fullmatch("[0-9]{1,10}", key) else -1
+            if not integer(0).accepts(index):
+                raise UserError(f"{where}: its key must be the id, {integer(0).right}")
+            added[entry["content"]] = (index, bool(entry.get("special")))
+        return added
+    path = folder / "added_tokens.json"
+    legacy = read_json(path, missing_ok=True)
+    check(legacy, dict.fromkeys(legacy, integer(0)), path, required=())
+    for content in legacy:
+        if not chat.SPELLING.accepts(content):
+            raise UserError(f"{path}: {shorten(content)}: must be {chat.SPELLING.right}")
+    extra = map(chat.spelling, config.get("additional_special_tokens") or ())
+    special = {*spelled.values(), *extra}
+    return {content: (index, content in special) for content, index in legacy.items()}
 
 
 def vocabulary_file(folder: Path) -> Path:
@@ -120,14 +184,25 @@ def files(folder: Path) -> dict[str, bytes]:
 def copy(source: Path, target: Path) -> None:
     """Copies the tokenizer of one folder to a new one, which appears whole or not at all.
 
-    Of the model's configs only the ids are copied, into a `generation_config.json`: the new folder
-    describes no model, and may be laid over the folder of another model.
+    Of the model's configs only what begins and ends a text is copied, into a
+    `generation_config.json`: the new folder describes no model, and may be laid over the folder of
+    another model.
     """
     settings, contents = Settings.load(source), files(source)
-    ids = {"bos_token_id": settings.bos_id, "eos_token_id": [*settings.eos_ids] or None}
+    ids = {
+        "bos_token_id": settings.bos_id,
+        "eos_token_id": [*settings.eos_ids] or None,
+        "stop_strings": [*settings.stop_strings] or None,
+        "_from_model_config": True if settings.eos_ids and not settings.eos_ids_are_sure else None,
+    }
     ids = {name: value for name, value in ids.items() if value is not None}
     if ids:
-        contents[_MODEL_CONFIGS[0]] = (json.dumps(ids, indent=2) + "\n").encode("utf-8")
+        contents[GENERATION_CONFIG] = (json.dumps(ids, indent=2) + "\n").encode("utf-8")
+    with disk_errors(f"cannot write {target}"):
+        _write(target, contents)
+
+
+def _write(target: Path, contents: Mapping[str, bytes]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:

@@ -16,6 +16,7 @@ from lightning_jax import model as lm
 from lightning_jax.config import ModelConfig, RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require
+from lightning_jax.data.ends import Answer
 from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
 from lightning_jax.infer.engine import Engine
@@ -84,9 +85,9 @@ def stream_text(
 
     There is one string per token (complete characters, possibly empty), then a final flush.
     `answer=True` decodes as the start of a new text. `rows` repeats the prompt so that the batch
-    divides over the mesh; row 0 is decoded.
+    divides over the mesh; row 0 is decoded. The text ends as `data.ends` says.
     """
-    decoder = tokenizer.stream_decoder(() if answer else prompt)
+    text = Answer(tokenizer, () if answer else prompt)
     for token_B in engine.stream(
         [prompt] * rows,
         sampling,
@@ -94,14 +95,10 @@ def stream_text(
         key=key,
         stop_ids=tokenizer.stop_ids,
     ):
-        token = int(token_B[0])
-        if token < 0:
+        yield text.push(int(token_B[0]))
+        if text.is_done:
             break
-        if token in tokenizer.stop_ids:
-            yield ""
-            break
-        yield decoder.push(token)
-    yield decoder.flush()
+    yield text.end()
 
 
 def generate_run(
@@ -123,7 +120,8 @@ def generate_run(
       UserError: no such run or checkpoint, or options that do not fit its model or tokenizer.
     """
     run = checkpoint.load_run(workdir, step=options.step)
-    tokenizer = resolve_tokenizer(Sources.open(run.config.data), workdir)
+    rows = run.config.model.vocab_size
+    tokenizer = resolve_tokenizer(Sources.open(run.config.data), workdir, rows=rows)
     prompt = (encode_chat if options.chat else encode_prompt)(tokenizer, options.prompt)
     engine = Engine(
         run.model,

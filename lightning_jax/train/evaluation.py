@@ -19,6 +19,7 @@ from lightning_jax.config import MeshConfig, RunConfig, SourceConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import LARGEST_COUNT, require
 from lightning_jax.config.kinds import LARGEST_INDEX
+from lightning_jax.data import round_trip
 from lightning_jax.data.batch import Batch
 from lightning_jax.data.mixture import EvalBatches, eval_batches
 from lightning_jax.data.sources import Sources
@@ -58,7 +59,8 @@ def evaluate_batches(
     """Evaluates one domain; `eval_step` maps a batch on the mesh to a result of `step.eval_step`.
 
     Returns `loss` (nats per token), `perplexity`, `bits_per_byte` (of the text's UTF-8 bytes; the
-    end-of-document tokens' cost is included; None for a text without bytes), `tokens`, `bytes`,
+    end-of-document tokens' cost is included; None for a text without bytes, and for one that the
+    tokenizer changes, then with the reason in `no_bits_per_byte`), `tokens`, `bytes`,
     `loss_by_position` and, with routed experts, `experts_per_token` (mean over layers) and
     `experts_by_layer`.
 
@@ -82,10 +84,11 @@ def evaluate_batches(
     if not tokens.sum():
         raise UserError(f"evaluation: nothing to measure: {domain!r} has no held-out tokens")
     loss = nll.sum() / tokens.sum()
+    is_comparable = batches.num_bytes > 0 and not batches.lost_bytes
     row: dict[str, Any] = {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700)),
-        "bits_per_byte": nll.sum() / math.log(2) / batches.num_bytes if batches.num_bytes else None,
+        "bits_per_byte": nll.sum() / math.log(2) / batches.num_bytes if is_comparable else None,
         "tokens": int(tokens.sum()),
         "bytes": batches.num_bytes,
         "loss_by_position": {
@@ -94,6 +97,8 @@ def evaluate_batches(
             if tokens[i]
         },
     }
+    if batches.lost_bytes:
+        row["no_bits_per_byte"] = round_trip.reason(batches.lost_bytes, batches.num_bytes)
     if used:
         by_layer = np.sum(used, axis=0) / np.maximum(np.sum(seen, axis=0), 1)
         row["experts_per_token"] = float(by_layer.mean())
@@ -198,7 +203,8 @@ def evaluate_run(workdir: str, options: EvalOptions) -> dict[str, Any]:
     if options.data:
         source = SourceConfig(name="data", path=options.data, eval_path=options.data)
         data = dataclasses.replace(data, sources=(source,))
-    tokenizer = resolve_tokenizer(Sources.open(config.data), workdir)
+    rows = config.model.vocab_size
+    tokenizer = resolve_tokenizer(Sources.open(config.data), workdir, rows=rows)
     mesh = sharding.make_mesh(ONE_DEVICE, jax.devices()[:1])
     segment = Plan.of(config).last_trained(loaded.meta.step)
     limit = config.final_eval_tokens if options.max_tokens is None else options.max_tokens
@@ -263,6 +269,7 @@ def one_line(results: dict[str, dict[str, Any]]) -> str:
     """Returns the bits per byte of each domain as one line of text, in nats per token without."""
     return "held out: " + "  ".join(
         f"{name} {row['loss']:.3f} nats/token"
+        + (f" ({row['no_bits_per_byte']})" if "no_bits_per_byte" in row else "")
         if row["bits_per_byte"] is None
         else f"{name} {row['bits_per_byte']:.3f} bits/byte"
         for name, row in results.items()

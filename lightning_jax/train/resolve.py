@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lightning_jax.config import RunConfig
-from lightning_jax.config.errors import UserError
 from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
 from lightning_jax.runtime.files import disk_errors, write_file
@@ -94,17 +93,12 @@ def resolve(
     Raises:
       UserError: a vocabulary smaller than the tokenizer's, or as `resolve_tokenizer`.
     """
-    sources = sources or Sources.open(config.data)
+    sources, rows = sources or Sources.open(config.data), config.model.vocab_size
     with tempfile.TemporaryDirectory(prefix="lightning_jax_") as temporary:
         is_kept = workdir is not None and bool(kept_files(Path(workdir)))
         folder = Path(workdir if is_kept else temporary)
-        tokenizer = resolve_tokenizer(sources, folder)
+        tokenizer = resolve_tokenizer(sources, folder, rows=rows)
         files = kept_files(folder)
-    needed = tokenizer.vocab_size
-    size = config.model.vocab_size or -(-needed // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
-    if size < needed:
-        raise UserError(
-            f"model.vocab_size = {size}: the tokenizer has {needed} ids (0: take those)"
-        )
+    size = rows or -(-tokenizer.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
     model = dataclasses.replace(config.model, vocab_size=size)
     return Resolved(dataclasses.replace(config, model=model), tokenizer, files)

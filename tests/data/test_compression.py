@@ -19,4 +19,6 @@ def test_streams_are_as_small_as_the_whole_text_compressed_at_once(tmp_path):
     header, row = compression.compression_rows(Sources.open(data), {"ours": {"it": 1.5}})
     assert header == ["held out", "bytes", "ours", "gzip -9", "xz -9e"]
     assert row[:3] == ["it", f"{len(whole):,}", "1.500"]
+    _, row = compression.compression_rows(Sources.open(data), {"ours": {"it": None}})
+    assert row[2] == "none"
     assert compression.compressed_bits_per_byte([])["gzip -9"] > 0

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pickle
 
+import numpy as np
 import pytest
 
 from lightning_jax.config import DataConfig, SourceConfig
@@ -148,9 +149,21 @@ def test_a_stream_goes_on_where_its_prompt_ends(folders, kind):
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
+        ("tokenizer_config.json", {"eos_token": "\ud800"}, "eos_token = '\\ud800': must be"),
+        ("tokenizer_config.json", {"bos_token": {}}, "bos_token = {}: must be a string"),
+        ("tokenizer_config.json", {"legacy": 1}, "legacy = 1: must be true or false"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"x": {"content": "a"}}},
+            "['x']: its key must be the id",
+        ),
         ("tokenizer_config.json", {"eos_token": "<|end|>"}, "no token '<|end|>', its config's eos"),
         ("tokenizer_config.json", {"bos_token": "<|end|>"}, "no token '<|end|>', its config's bos"),
-        ("generation_config.json", {"eos_token_id": [297, 5000]}, "token id 5000 of its config"),
+        (
+            "generation_config.json",
+            {"eos_token_id": [297, 5000]},
+            "eos_token_id = 5000: must be below",
+        ),
     ],
 )
 def test_configs_that_do_not_fit_are_one_line(tmp_path, file, changes, message):
@@ -197,3 +210,103 @@ def test_a_run_keeps_its_tokenizer_whole(kind, tmp_path):
         resolve_tokenizer(
             Sources.open(dataclasses.replace(data, tokenizer=str(given))), tmp_path / "new"
         )
+
+
+ODD = [
+    None,
+    True,
+    -1,
+    3,
+    2**31,
+    10**400,
+    1.5,
+    "",
+    "3",
+    "\ud800",
+    "\0" * 3,
+    "a" * 10**5,
+    [],
+    {},
+    [None],
+    [[["a"]]],
+    {"content": None},
+    {"": {}},
+    {"1": "a", "-1": {"content": "b"}, "9" * 9999: {"content": "c"}},
+    {"content": "<s>", "special": "yes"},
+]
+DAMAGE = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "a list": lambda content: b"[" + content + b"]",
+    "latin-1": lambda content: content + b"\xe9",
+    "utf-16": lambda content: content.decode().encode("utf-16"),
+    "deep": lambda content: b'{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}",
+    "NaN": lambda content: content.replace(b"{", b'{"x": NaN, ', 1),
+    "a huge number": lambda content: content.replace(b"{", b'{"x": 1e999, ', 1),
+    "digits": lambda content: content.replace(b"{", b'{"x": ' + b"9" * 10**5 + b", ", 1),
+    "zeros": lambda content: bytes(64),
+}
+
+
+def use(folder):
+    """Loads a tokenizer and does with it what a run does; UserErrors are right."""
+    try:
+        tokenizer = load_tokenizer(str(folder))
+        ids = tokenizer.encode("the cat <s>", specials=True)
+        tokenizer.decode([tokenizer.bos_id, *tokenizer.encode("a"), *ids, *tokenizer.stop_ids])
+        assert 0 <= tokenizer.bos_id < tokenizer.vocab_size
+        assert all(0 <= index < tokenizer.vocab_size for index in (*tokenizer.stop_ids, *ids))
+        assert tokenizer.vocab_size < 10**5
+        if tokenizer.chat_template is not None:
+            tokenizer.chat_template.encode(tokenizer, [{"role": "user", "content": "hi"}])
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 2000
+        return str(error)
+    return ""
+
+
+def json_files(folder):
+    return sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jinja"))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_files_are_one_line(kind, damage, tmp_path):
+    KINDS[kind](tmp_path)
+    for path in json_files(tmp_path):
+        content = path.read_bytes()
+        path.write_bytes(DAMAGE[damage](content))
+        said = use(tmp_path)
+        # The library that reads the vocabulary lets keys pass that it does not know.
+        assert path.name in said or path.suffix == ".jinja" or path.name == "tokenizer.json"
+        path.write_bytes(content)
+    assert use(tmp_path) == ""
+
+
+def changed(value, generator):
+    """A copy of a JSON value with one value somewhere in it replaced, removed or renamed."""
+    if isinstance(value, (dict, list)) and value and generator.random() < 0.7:
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key, copy = keys[generator.integers(len(keys))], value.copy()
+        if isinstance(value, dict) and generator.random() < 0.1:
+            del copy[key]
+        elif isinstance(value, dict) and generator.random() < 0.1:
+            copy[f"{key}x"] = copy.pop(key)
+        else:
+            copy[key] = changed(value[key], generator)
+        return copy
+    return ODD[generator.integers(len(ODD))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_value_in_any_file_is_used_or_one_line(kind, tmp_path):
+    KINDS[kind](tmp_path)
+    generator = np.random.default_rng(0)
+    hf_folders.write_json(tmp_path / "added_tokens.json", {"<tab>": 400, "<s>": 1})
+    paths = [path for path in json_files(tmp_path) if path.suffix == ".json"]
+    for path in paths:
+        content = path.read_bytes()
+        for _ in range(60):
+            path.write_text(json.dumps(changed(json.loads(content), generator)))
+            use(tmp_path)
+        path.write_bytes(content)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 
 import jax
@@ -13,11 +14,12 @@ from lightning_jax.checkpoint import LoadedRun
 from lightning_jax.config import CheckpointMeta
 from lightning_jax.config.errors import UserError
 from lightning_jax.data.tokenizer import ByteTokenizer, load_tokenizer
+from lightning_jax.data.tokenizer_stream import BYTE_OF_CHARACTER
 from lightning_jax.infer import text
 from lightning_jax.infer.sampling import Sampling
 from lightning_jax.infer.text import GenerateOptions
 from tests import tiny
-from tests.data import hf_folders
+from tests.data import hf_folders, hf_vocabularies
 
 BYTES = ByteTokenizer()
 
@@ -67,6 +69,51 @@ def test_any_token_that_ends_a_text_ends_it():
         _Scripted([*b"hi!no"]), TwoEnds(), [1], Sampling(), max_new_tokens=9, key=jax.random.key(0)
     )
     assert "".join(pieces) == "hi"
+
+
+def test_a_string_that_ends_a_text_is_not_written():
+    class Turns(ByteTokenizer):
+        stop_strings = ("\nUser:", "<end>")
+
+    def say(ids, tokenizer):
+        made = text.stream_text(
+            _Scripted(ids), tokenizer, [1], Sampling(), max_new_tokens=9, key=jax.random.key(0)
+        )
+        return list(made)
+
+    pieces = say([*b"hi\nUs, no\nUser: x"], Turns())
+    assert "".join(pieces) == "hi\nUs, no"
+    # What may be the beginning of it waits, and nothing else.
+    assert pieces[:6] == ["h", "i", "", "", "", "\nUs,"]
+    assert "".join(say([*b"a<en", BYTES.eos_id], Turns())) == "a<en"
+
+
+def test_a_token_that_ends_a_text_is_not_written_in_a_chat(tmp_path):
+    # Case C1
+    added = [
+        hf_vocabularies.token(256, "<|endoftext|>"),
+        hf_vocabularies.token(257, "<|im_end|>", special=False),
+    ]
+    parts = hf_vocabularies.KINDS["byte level"] | {"added_tokens": added}
+    parts["model"] = hf_vocabularies.bpe(BYTE_OF_CHARACTER)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parts))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [257, 256]}')
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}<|im_end|>")
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.stop_ids == (256, 257)
+    prompt = text.encode_chat(tokenizer, "hi<|im_end|>")
+    assert prompt.count(257) == 1 and prompt[-1] == 257
+    engine = _Scripted([*b"yes", 257, 257, 257])
+    pieces = text.stream_text(
+        engine,
+        tokenizer,
+        prompt,
+        Sampling(),
+        max_new_tokens=9,
+        key=jax.random.key(0),
+        answer=True,
+    )
+    assert "".join(pieces) == "yes"
 
 
 def test_prompts_begin_as_the_tokenizer_says(tmp_path):

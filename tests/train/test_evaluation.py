@@ -44,7 +44,7 @@ def run(tmp_path_factory):
 class Batches(list):
     """Batches with the attributes of `EvalBatches`."""
 
-    seq_len, num_bytes = 20, 10
+    seq_len, num_bytes, lost_bytes = 20, 10, 0
 
 
 def batch(positions, mask):
@@ -86,6 +86,21 @@ def test_a_loss_beyond_floats_is_no_overflow():
         lambda _: {"nll_BT": nll_BT, "stats": None}, batches, ONE, domain="a"
     )
     assert math.isfinite(row["perplexity"]) and "experts_per_token" not in row
+
+
+def test_a_text_that_the_tokenizer_changes_has_no_bits_per_byte():
+    # Case D12
+    batches = Batches([batch([[0, 1]], [[1, 1]])])
+    batches.lost_bytes = 4
+    nll_BT = np.ones((1, 2))
+    row = evaluation.evaluate_batches(
+        lambda _: {"nll_BT": nll_BT, "stats": None}, batches, ONE, domain="a"
+    )
+    assert row["bits_per_byte"] is None and row["loss"] == 1.0
+    reason = "no bits/byte: the tokenizer changes texts with 40.0% of the bytes"
+    assert row["no_bits_per_byte"] == reason
+    line = evaluation.one_line({"a": row, "b": {"bits_per_byte": 0.5}})
+    assert line == f"held out: a 1.000 nats/token ({reason})  b 0.500 bits/byte"
 
 
 def oracle(run, batches, base):

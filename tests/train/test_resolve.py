@@ -7,6 +7,7 @@ import pytest
 from lightning_jax.config.errors import UserError
 from lightning_jax.data.tokenizer import load_tokenizer
 from lightning_jax.train.resolve import digest, kept_files, resolve
+from tests.data import hf_folders
 from tests.tiny import tiny_run, write_corpus
 
 
@@ -26,6 +27,18 @@ def test_a_larger_vocabulary_stays_and_a_smaller_one_is_refused():
         resolve(tiny_run("unread", model__vocab_size=257))
     # Its advice.
     assert resolve(tiny_run("unread", model__vocab_size=0)).config.model.vocab_size == 272
+
+
+def test_a_padding_token_beyond_the_embedding_is_accepted(tmp_path, caplog):
+    # Case C4
+    hf_folders.byte_level(tmp_path / "hf", ["<s>", "</s>", "[PAD]"])
+    rows = load_tokenizer(str(tmp_path / "hf")).vocab_size - 1
+    spec = dict(data__tokenizer=str(tmp_path / "hf"))
+    resolved = resolve(tiny_run("unread", model__vocab_size=rows, **spec))
+    assert resolved.config.model.vocab_size == resolved.tokenizer.vocab_size == rows
+    assert "[PAD]: beyond" in caplog.text
+    with pytest.raises(UserError, match=f"^model.vocab_size = {rows - 1}: the tokenizer has"):
+        resolve(tiny_run("unread", model__vocab_size=rows - 1, **spec))
 
 
 def test_a_trained_tokenizer_is_kept_when_asked_for_and_then_read(tmp_path):

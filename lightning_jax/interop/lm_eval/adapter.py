@@ -23,7 +23,11 @@ import jax
 from lightning_jax.checkpoint import LoadedRun
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require
+from lightning_jax.config.kinds import FLAG, TEXT, check, either, integer, list_of, or_null
+from lightning_jax.config.kinds import number as number_in
+from lightning_jax.data import round_trip
 from lightning_jax.data.chat import encode_inside
+from lightning_jax.data.ends import Answer
 from lightning_jax.data.tokenizer import Tokenizer
 from lightning_jax.infer.buckets import length_bucket
 from lightning_jax.infer.engine import Engine
@@ -42,6 +46,14 @@ except ImportError as error:
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _DEFAULT_MAX_GEN_TOKS = 256
+_KINDS = {
+    "until": or_null(either(TEXT, list_of(TEXT))),
+    "temperature": or_null(number_in(0)),
+    "do_sample": or_null(FLAG),
+    "top_k": integer(0),
+    "top_p": number_in(0, 1),
+    **dict.fromkeys(_LENGTHS, or_null(integer(1))),
+}
 _log = logging.getLogger(__name__)
 
 
@@ -60,11 +72,12 @@ class Generation:
         Raises:
           UserError: a setting that we do not support.
         """
+        check(kwargs, _KINDS, "generation_kwargs", required=())
         left = dict(kwargs)
         until = left.pop("until", None) or ()
         lengths = [left.pop(name, None) for name in _LENGTHS]
         temperature, do_sample = left.pop("temperature", None), left.pop("do_sample", None)
-        top_k, top_p = int(left.pop("top_k", 0)), float(left.pop("top_p", 1.0))
+        top_k, top_p = left.pop("top_k", 0), float(left.pop("top_p", 1.0))
         if left.get("num_beams") == 1:
             del left["num_beams"]
         if left:
@@ -78,38 +91,8 @@ class Generation:
             sampling = Sampling(1.0 if temperature is None else float(temperature), top_k, top_p)
         else:
             sampling = Sampling(temperature=0.0)
-        length = next((int(value) for value in lengths if value is not None), default_length)
+        length = next((value for value in lengths if value is not None), default_length)
         return cls(sampling, length, (until,) if isinstance(until, str) else tuple(until))
-
-
-class _Answer:
-    """The text of one row, up to a string that ends it."""
-
-    def __init__(self, tokenizer: Tokenizer, until: Sequence[str]) -> None:
-        self._decoder, self._stop_ids = tokenizer.stream_decoder(), tokenizer.stop_ids
-        self._until = [text for text in until if text]
-        self._text, self.is_done = "", False
-
-    def push(self, token: int) -> None:
-        if not self.is_done:
-            if token < 0 or token in self._stop_ids:
-                self.text()
-            else:
-                self._append(self._decoder.push(token))
-
-    def text(self) -> str:
-        """Ends the answer, and returns it."""
-        if not self.is_done:
-            self._append(self._decoder.flush())
-            self.is_done = True
-        return self._text
-
-    def _append(self, piece: str) -> None:
-        old, self._text = len(self._text), self._text + piece
-        found = [self._text.find(end, max(0, old - len(end) + 1)) for end in self._until]
-        found = [position for position in found if position >= 0]
-        if found:
-            self._text, self.is_done = self._text[: min(found)], True
 
 
 class LightningAdapter(LM):
@@ -146,6 +129,8 @@ class LightningAdapter(LM):
             batch_size=batch_size,
         )
         self._generations = 0
+        # By task, bytes of rolling texts: in texts that the tokenizer changes, and in all.
+        self.lost_bytes: dict[str | None, tuple[int, int]] = {}
 
     @property
     def batch_size(self) -> int:
@@ -172,6 +157,7 @@ class LightningAdapter(LM):
         pairs, owners = [], []
         for owner, request in enumerate(requests):
             ids = self._tokenizer.encode(request.args[0], specials=True)
+            self._note_loss(request)
             ids = ids[1:] if ids[:1] == [self._tokenizer.bos_id] else ids
             windows = get_rolling_token_windows(
                 ids, prefix_token=self._tokenizer.bos_id, max_seq_len=self.max_length, context_len=1
@@ -184,6 +170,14 @@ class LightningAdapter(LM):
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
+
+    def _note_loss(self, request: Instance) -> None:
+        """Counts the bytes of a text, and whether the tokenizer loses any of it."""
+        text, tokenizer = request.args[0], self._tokenizer
+        size = len(text.encode("utf-8"))
+        is_kept = round_trip.keeps(tokenizer, text, tokenizer.encode(text))
+        lost, total = self.lost_bytes.get(request.task_name, (0, 0))
+        self.lost_bytes[request.task_name] = (lost + size * (not is_kept), total + size)
 
     def _scored(self, pairs: Sequence[Any], disable_tqdm: bool) -> list[tuple[float, bool]]:
         cut = sum(len(pair[0]) + len(pair[1]) > self.max_length + 1 for pair in pairs)
@@ -220,10 +214,10 @@ class LightningAdapter(LM):
                 numbers.sort(key=lambda number: -len(prompts[number]))
                 for start in range(0, len(numbers), self.batch_size):
                     batch = numbers[start : start + self.batch_size]
-                    answers = [_Answer(self._tokenizer, asked[n].until) for n in batch]
-                    self._generate([prompts[n] for n in batch], answers, sampling, length)
-                    for number, answer in zip(batch, answers, strict=True):
-                        texts[number] = answer.text()
+                    answers = [Answer(self._tokenizer, until=asked[n].until) for n in batch]
+                    made = self._generate([prompts[n] for n in batch], answers, sampling, length)
+                    for number, text in zip(batch, made, strict=True):
+                        texts[number] = text
                     progress.update(len(batch))
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
@@ -232,10 +226,10 @@ class LightningAdapter(LM):
     def _generate(
         self,
         prompts: list[list[int]],
-        answers: Sequence[_Answer],
+        answers: Sequence[Answer],
         sampling: Sampling,
         max_new_tokens: int,
-    ) -> None:
+    ) -> list[str]:
         tokenizer, run = self._tokenizer, self._run
         engine = Engine(
             run.model,
@@ -248,6 +242,7 @@ class LightningAdapter(LM):
         filler = [[tokenizer.bos_id]] * (self.batch_size - len(prompts))
         key = jax.random.fold_in(jax.random.key(self._seed), self._generations)
         self._generations += 1
+        texts = [""] * len(answers)
         for token_B in engine.stream(
             prompts + filler,
             sampling,
@@ -255,10 +250,11 @@ class LightningAdapter(LM):
             key=key,
             stop_ids=tokenizer.stop_ids,
         ):
-            for answer, token in zip(answers, token_B.tolist(), strict=False):
-                answer.push(token)
+            for row, token in enumerate(token_B.tolist()[: len(answers)]):
+                texts[row] += answers[row].push(token)
             if all(answer.is_done for answer in answers):
-                return
+                break
+        return [text + answer.end() for text, answer in zip(texts, answers, strict=True)]
 
     def encode_context(self, text: str) -> list[int]:
         """Returns the ids of a text with bos before it where the model expects one, never empty."""

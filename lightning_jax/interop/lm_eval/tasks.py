@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_jax.checkpoint import load_run
 from lightning_jax.config.errors import UserError, did_you_mean
 from lightning_jax.config.fields import require
+from lightning_jax.data import round_trip
 from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import resolve_tokenizer
 from lightning_jax.infer.text import with_top_p
@@ -25,6 +26,8 @@ _KEPT = (
     "higher_is_better",
     "lm_eval_version",
 )
+# Metrics of a text's probability by the size of the text.
+_PER_TEXT = ("bits_per_byte", "byte_perplexity", "word_perplexity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +77,7 @@ def evaluate_tasks(workdir: str | Path, options: TaskOptions) -> dict[str, Any]:
     router = with_top_p(run.model, run.router, options.routing_top_p)
     adapter = LightningAdapter(
         dataclasses.replace(run, router=router),
-        resolve_tokenizer(Sources.open(run.config.data), workdir),
+        resolve_tokenizer(Sources.open(run.config.data), workdir, rows=run.config.model.vocab_size),
         max_length=options.max_length,
         batch_size=options.batch_size,
         seed=options.seed,
@@ -97,7 +100,39 @@ def evaluate_tasks(workdir: str | Path, options: TaskOptions) -> dict[str, Any]:
         fewshot_random_seed=options.seed,
     )
     kept = {key: found[key] for key in _KEPT if key in found}
+    without_lost(kept, adapter.lost_bytes, found.get("group_subtasks", {}))
     return {"step": run.meta.step, "weights": run.weights, **kept}
+
+
+def without_lost(
+    found: Mapping[str, Any],
+    lost_bytes: Mapping[str | None, tuple[int, int]],
+    subtasks: Mapping[str, Sequence[str]],
+) -> None:
+    """Puts null for metrics of bytes and words of texts that the tokenizer changes, and says why.
+
+    Args:
+      found: has metrics by task in `results`, and those of groups in `groups`; they are changed.
+      lost_bytes: of `LightningAdapter`.
+      subtasks: of each group, tasks and other groups.
+    """
+
+    def lost_in(task: str) -> tuple[int, int]:
+        inside = [lost_in(name) for name in subtasks.get(task, ())]
+        return tuple(map(sum, zip(lost_bytes.get(task, (0, 0)), *inside, strict=True)))
+
+    for rows in (found.get("results", {}), found.get("groups", {})):
+        for task, row in rows.items():
+            lost, total = lost_in(task)
+            per_text = [name for name in row if _metric(name) in _PER_TEXT]
+            if lost and per_text:
+                row |= dict.fromkeys(per_text)
+                row["no_bits_per_byte"] = round_trip.reason(lost, total)
+
+
+def _metric(name: str) -> str:
+    """The metric of a name of the harness, such as `bits_per_byte_stderr,none`."""
+    return name.split(",")[0].removesuffix("_stderr")
 
 
 def load_tasks(names: Sequence[str], include_path: str | None) -> tuple[Any, list[Any]]:

@@ -16,7 +16,7 @@ from lightning_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from lightning_jax.infer.engine import Engine
 from lightning_jax.infer.sampling import Sampling
 from tests import tiny
-from tests.data import hf_folders
+from tests.data import hf_folders, hf_vocabularies
 
 pytest.importorskip("lm_eval", reason="needs the lm-eval extra")
 
@@ -24,6 +24,7 @@ from lm_eval.api.instance import Instance
 
 from lightning_jax.infer.buckets import length_bucket
 from lightning_jax.interop.lm_eval.adapter import Generation, LightningAdapter
+from lightning_jax.interop.lm_eval.tasks import without_lost
 
 VOCAB, MAX_LENGTH, ROPE_BASE = 304, 40, 500.0
 GREEDY = Sampling(temperature=0.0)
@@ -243,7 +244,10 @@ def test_generation_kwargs(kwargs, expected):
     [
         ({"num_beams": 4}, "generation_kwargs = {'num_beams': 4}"),
         ({"repetition_penalty": 1.1}, "generation_kwargs = {'repetition_penalty': 1.1}"),
-        ({"temperature": -1}, "temperature = -1.0"),
+        ({"temperature": -1}, "temperature = -1: must be a finite number in [0, inf]"),
+        ({"until": [3]}, "generation_kwargs: until = [3]: must be a string"),
+        ({"top_k": "5"}, "generation_kwargs: top_k = '5': must be a whole number"),
+        ({"max_gen_toks": True}, "max_gen_toks = True: must be a whole number"),
         ({"max_gen_toks": MAX_LENGTH}, f"max_gen_toks = {MAX_LENGTH}: must be below max_length"),
     ],
 )
@@ -256,6 +260,38 @@ def test_what_we_cannot_do_is_refused(kwargs, message):
 def test_the_stage_of_the_checkpoint_gives_the_length():
     assert adapter(ByteTokenizer(), max_length=None).max_length == 32
     assert adapter(ByteTokenizer(), max_length=None).batch_size == 3
+
+
+def test_bytes_of_texts_that_the_tokenizer_changes_are_counted(tmp_path, monkeypatch):
+    # Case D12
+    path = hf_vocabularies.write_kind(tmp_path / "t.json", "unigram")
+    ours = adapter(load_tokenizer(str(path)))
+    monkeypatch.setattr(ours, "_scored", lambda pairs, disable_tqdm: [(0.0, True)] * len(pairs))
+    asked = instances("loglikelihood_rolling", [("the cat",), ("The dog",)])
+    for request, task in zip(asked, ("kept", "changed"), strict=True):
+        request.task_name = task
+    ours.loglikelihood_rolling(asked, True)
+    assert ours.lost_bytes == {"kept": (0, 7), "changed": (7, 7)}
+    results, groups = (
+        {
+            name: {"bits_per_byte,none": 0.1, "word_perplexity_stderr,none": 2.0, "acc,none": 1.0}
+            for name in names
+        }
+        for names in (("kept", "changed"), ("all", "some"))
+    )
+    inside = {"all": ["some"], "some": ["kept", "changed"]}
+    without_lost({"results": results, "groups": groups}, ours.lost_bytes, inside)
+    for row in groups.values():
+        assert row["bits_per_byte,none"] is None and "50.0%" in row["no_bits_per_byte"]
+    assert (
+        results["kept"]["bits_per_byte,none"] == 0.1 and "no_bits_per_byte" not in results["kept"]
+    )
+    assert results["changed"] == {
+        "bits_per_byte,none": None,
+        "word_perplexity_stderr,none": None,
+        "acc,none": 1.0,
+        "no_bits_per_byte": "no bits/byte: the tokenizer changes texts with 100.0% of the bytes",
+    }
 
 
 CHAT = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]

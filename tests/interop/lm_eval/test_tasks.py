@@ -77,7 +77,7 @@ def test_local_tasks(tasks, folder, monkeypatch):
     from tests.interop.lm_eval.test_adapter import instances, loaded
 
     monkeypatch.setattr(tasks, "load_run", lambda workdir, *, step: loaded())
-    monkeypatch.setattr(tasks, "resolve_tokenizer", lambda sources, workdir: ByteTokenizer())
+    monkeypatch.setattr(tasks, "resolve_tokenizer", lambda *_, rows: ByteTokenizer())
     found = tasks.evaluate_tasks(folder, options(tasks, folder))
     json.dumps(found)
     assert found["step"] == 3 and set(found["results"]) == {f"words_{kind}" for kind in KINDS}
@@ -98,6 +98,17 @@ def test_local_tasks(tasks, folder, monkeypatch):
     bits = -sum(nats) / sum(map(len, texts)) / 0.6931471805599453
     measured = found["results"]["words_loglikelihood_rolling"]["bits_per_byte,none"]
     assert measured == pytest.approx(bits, rel=1e-6)
+
+    # Case D12
+    class Lossy(ByteTokenizer):
+        def encode(self, text, *, specials=False):
+            return super().encode(text.replace("e", ""), specials=specials)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(tasks, "resolve_tokenizer", lambda *_, rows: Lossy())
+        only = options(tasks, folder, tasks=("words_loglikelihood_rolling",))
+        row = tasks.evaluate_tasks(folder, only)["results"]["words_loglikelihood_rolling"]
+    assert row["bits_per_byte,none"] is None and row["no_bits_per_byte"].startswith("no bits")
 
     only = options(tasks, folder, tasks=("words_multiple_choice",), limit=2, num_fewshot=1)
     found = tasks.evaluate_tasks(folder, only)
