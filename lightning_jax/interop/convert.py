@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,12 @@ from lightning_jax import accounting
 from lightning_jax.checkpoint import all_steps, checkpoints_dir, load_run, read_meta
 from lightning_jax.config import ModelConfig, RunConfig
 from lightning_jax.config.errors import UserError
+from lightning_jax.data.sources import Sources
+from lightning_jax.data.tokenizer import resolve_tokenizer
 from lightning_jax.data.tokenizer_folder import VOCABULARIES
 from lightning_jax.interop import hf
 from lightning_jax.interop.hf.config import read_config
+from lightning_jax.interop.tokenizer_export import export_tokenizer
 from lightning_jax.runtime.files import read_json
 from lightning_jax.runtime.folders import new_folder
 from lightning_jax.train.start import write_start
@@ -110,7 +112,8 @@ def to_hugging_face(
       dtype: of the file; "bfloat16" rounds.
 
     Returns:
-      A summary of the model: model type, layers, parameters, step, weights ("params" or "ema").
+      A summary of the model: model type, layers, parameters, step, weights ("params" or "ema"),
+      tokenizer (what other readers get of it).
 
     Raises:
       UserError: a workdir that is no run's, weights that the layout cannot express or that are not
@@ -121,15 +124,12 @@ def to_hugging_face(
     with new_folder(path, "path") as folder:
         run = load_run(workdir, step=step, weights=weights)
         model = dataclasses.replace(run.model, compute_dtype=dtype)
+        rows = model.vocab_size
+        tokenizer = resolve_tokenizer(Sources.open(run.config.data), workdir, rows=rows)
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), run.params)
         model_type = hf.save(folder, model, params, run.router, model_type=model_type)
-        for name in VOCABULARIES:
-            if (Path(workdir) / name).is_file():
-                shutil.copyfile(Path(workdir) / name, folder / name)
-        kept = Path(workdir) / "tokenizer"
-        if kept.is_dir():
-            shutil.copytree(kept, folder, dirs_exist_ok=True)
-    about = {"step": run.meta.step, "weights": run.weights}
+        exported = export_tokenizer(tokenizer, workdir, folder, rows=rows)
+    about = {"step": run.meta.step, "weights": run.weights, "tokenizer": exported}
     return {"path": str(path), **_summary(model, model_type), **about}
 
 

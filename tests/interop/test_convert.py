@@ -60,7 +60,8 @@ def test_from_hugging_face_to_training_and_back(home, tmp_path):
 
     back = convert.to_hugging_face(tmp_path / "run", tmp_path / "back")
     assert back["model_type"] == "llama" and back["step"] == 0
-    assert back["weights"] == "params"
+    assert back["weights"] == "params" and back["tokenizer"].startswith("tokenizer.json: bytes")
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text())["eos_token_id"]
     jax.tree.map(np.testing.assert_array_equal, hf.load(tmp_path / "back").params, params)
 
     assert convert.describe(tmp_path / "run")[0] == config.model
@@ -100,6 +101,11 @@ def test_bfloat16_files_are_half_as_large(home, tmp_path):
         (path / "model.safetensors").stat().st_size for path in (folder / "hf", tmp_path / "half")
     ]
     assert sizes[1] < 0.6 * sizes[0]
+    own = convert.to_hugging_face(tmp_path / "run", tmp_path / "own", model_type="lightning")
+    assert own["model_type"] == "lightning"
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "own" / name).read_bytes() == (tmp_path / "half" / name).read_bytes()
+    assert hf.load(tmp_path / "own").config.unit == "G"
     with pytest.raises(UserError, match="not the folder of a run"):
         convert.to_hugging_face(tmp_path / "half", tmp_path / "x")
 
