@@ -43,15 +43,18 @@ class Options:
       only: rows whose name holds one of these strings; empty: all.
       config: the run that the suites `train` and `startup` time.
       profile: of `attention`, `moe` and `train`: also trace a call of our code, once it is timed.
+      asked: names of all rows that the suite could measure, as it asks for them.
     """
 
     rounds: int = 5
     only: tuple[str, ...] = ()
     config: RunConfig | None = None
     profile: bool = False
+    asked: set[str] = dataclasses.field(default_factory=set, compare=False)
 
     def wants(self, name: str) -> bool:
         """True if the row `name` was asked for."""
+        self.asked.add(name)
         return not self.only or any(part in name for part in self.only)
 
 

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import jax
 
 from benchmarks.measure import Options
-from lightning_jax.config.errors import UserError
+from lightning_jax.config.errors import UserError, suggest
 from lightning_jax.config.fields import require_choice
 from lightning_jax.runtime import files, huge_pages, tables
 
@@ -42,7 +42,7 @@ def run_suite(name: str, options: Options) -> dict[str, Any]:
       `suite`, `date`, `commit`, `rounds`, `machine`, `versions` and `rows`.
 
     Raises:
-      UserError: no such suite, or a profile of one that makes none.
+      UserError: no such suite, a profile of one that makes none, or no row of the suite is wanted.
     """
     require_choice("suite", name, SUITES)
     if options.profile and name not in PROFILED:
@@ -50,6 +50,8 @@ def run_suite(name: str, options: Options) -> dict[str, Any]:
     suite = importlib.import_module(f"benchmarks.{name}")
     load = os.getloadavg()[0]
     rows = suite.run(options)
+    if not rows:
+        raise UserError(no_such_rows(name, options) or f"suite = {name!r}: nothing was measured")
     return {
         "suite": name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -59,6 +61,17 @@ def run_suite(name: str, options: Options) -> dict[str, Any]:
         "versions": versions(),
         "rows": rows,
     }
+
+
+def no_such_rows(suite: str, options: Options) -> str | None:
+    """Returns a line that names a part of `options.only` that no row's name has; else None."""
+    for part in options.only:
+        if not any(part in row for row in options.asked):
+            rows = (
+                suggest(part, sorted(options.asked)) if options.asked else "none: no row is named"
+            )
+            return f"only = {part!r}: no row of the suite {suite} has that in its name, {rows}"
+    return None
 
 
 def machine() -> dict[str, Any]:
@@ -77,7 +90,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-# Of a table; a terminal of its own width breaks long lines, a file does not.
 # The flags that decide the speed of a matrix product on x86.
 _VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 

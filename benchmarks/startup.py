@@ -46,6 +46,8 @@ def run(options: Options) -> list[dict[str, Any]]:
     """
     if options.config is None:
         raise UserError("--config is missing: the startup suite starts that run")
+    if not options.wants("startup"):
+        return []
     config = one_step(options.config)
     seconds: dict[str, list[float]] = {"cold": [], "warm": [], "transformers": []}
     with_peer = bool(peer("torch") and peer("transformers"))

@@ -8,7 +8,8 @@ are optional (`pip install -e '.[peers]'`): without them their rows are skipped 
 
 from absl import flags
 
-from lightning_jax.runtime import program
+from lightning_jax.config.errors import UserError
+from lightning_jax.runtime import files, program
 
 _CONFIG = program.define_config("configs/mixtral_28m.py")
 _SUITE = flags.DEFINE_string(
@@ -20,20 +21,27 @@ _SUITE = flags.DEFINE_string(
 _OUT = flags.DEFINE_string("out", None, "File for the JSON, besides standard output.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds; medians are reported.", 1)
 _PROFILE = flags.DEFINE_bool("profile", False, "Also say where the time of our code goes.")
-_ONLY = flags.DEFINE_list("only", [], "Parts of row names: measure only rows with one of these.")
+_ONLY = flags.DEFINE_list("only", None, "Parts of row names: measure only rows with one of these.")
 
 
 def main() -> None:
+    if _OUT.value is not None:
+        files.check_output("out", _OUT.value)
+    only = program.names(_ONLY)
     from benchmarks import report
     from benchmarks.measure import Options
 
     config = program.load_config(_CONFIG.value)
-    options = Options(_ROUNDS.value, tuple(_ONLY.value), config, _PROFILE.value)
+    options = Options(_ROUNDS.value, only, config, _PROFILE.value)
     found = report.run_suite(_SUITE.value, options)
-    if _OUT.value:
-        report.write(found, _OUT.value)
     report.print_tables(found)
-    program.emit_json(found)
+    try:
+        program.emit_json(found)
+    finally:  # What was measured is not lost with a closed standard output.
+        if _OUT.value is not None:
+            report.write(found, _OUT.value)
+    if missing := report.no_such_rows(_SUITE.value, options):
+        raise UserError(missing)
 
 
 if __name__ == "__main__":

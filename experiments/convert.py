@@ -11,13 +11,13 @@ Hugging Face can be evaluated and generate text at once; to train it further, us
 from absl import flags
 
 from lightning_jax.config.errors import UserError
-from lightning_jax.runtime import program
+from lightning_jax.runtime import files, program
 
 _FROM = flags.DEFINE_enum("from", None, ["hf"], "Read PATH, write WORKDIR.")
 _TO = flags.DEFINE_enum("to", None, ["hf"], "Read WORKDIR, write PATH.")
 _PATH = flags.DEFINE_string("path", None, "The Hugging Face folder.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-_KV_SOURCE = flags.DEFINE_list("kv_source", [], "By layer, the layer whose K/V it reads.")
+_KV_SOURCE = flags.DEFINE_list("kv_source", None, "By layer, the layer whose K/V it reads.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to write; default: the newest.")
 _TYPE = flags.DEFINE_string("model_type", None, "Layout to write; default: the first that fits.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype to write.")
@@ -26,8 +26,11 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype t
 def main() -> None:
     if bool(_FROM.value) == bool(_TO.value):
         raise UserError("give one of --from=hf and --to=hf")
-    if not all(layer.isdecimal() for layer in _KV_SOURCE.value):
-        raise UserError(f"kv_source = {_KV_SOURCE.value}: must be layers' numbers, like 0,0,2,2")
+    source = program.numbers(_KV_SOURCE)
+    if _TO.value:
+        files.check_output_folder("path", _PATH.value)
+    else:
+        files.check_output_folder("workdir", _WORKDIR.value)
     from configs import imported
     from lightning_jax.config import RunConfig
     from lightning_jax.config.fields import build
@@ -43,8 +46,9 @@ def main() -> None:
         )
     else:
         config = build(RunConfig, imported.get_config(_PATH.value))
-        source = [int(layer) for layer in _KV_SOURCE.value] or None
-        result = convert.from_hugging_face(_PATH.value, _WORKDIR.value, config, kv_source=source)
+        result = convert.from_hugging_face(
+            _PATH.value, _WORKDIR.value, config, kv_source=source or None
+        )
     program.emit_json(result)
 
 

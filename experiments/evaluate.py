@@ -25,6 +25,7 @@ _TOP_P = flags.DEFINE_float("eval.top_p", None, "Probability mass to reach under
 
 
 def main() -> None:
+    from lightning_jax.runtime import compiler
     from lightning_jax.train import evaluation
 
     options = evaluation.EvalOptions(
@@ -37,6 +38,7 @@ def main() -> None:
         top_k=_TOP_K.value,
         top_p=_TOP_P.value,
     )
+    compiler.cache_for_user()
     program.emit_json(evaluation.evaluate_run(_WORKDIR.value, options))
 
 

@@ -32,6 +32,7 @@ _ROUTING_TOP_P = flags.DEFINE_float(
 def main() -> None:
     from lightning_jax.infer import text
     from lightning_jax.infer.sampling import Sampling
+    from lightning_jax.runtime import compiler
 
     options = text.GenerateOptions(
         prompt=_PROMPT.value,
@@ -43,6 +44,7 @@ def main() -> None:
         routing_top_p=_ROUTING_TOP_P.value,
         chat=_CHAT.value,
     )
+    compiler.cache_for_user()
     text.generate_run(
         _WORKDIR.value,
         options,

@@ -26,10 +26,11 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of examples and draws.")
 
 
 def main() -> None:
-    from lightning_jax.interop.lm_eval.adapter import tasks
+    from lightning_jax.interop.lm_eval import tasks
+    from lightning_jax.runtime import compiler
 
     options = tasks.TaskOptions(
-        tasks=tuple(_TASKS.value),
+        tasks=program.names(_TASKS),
         include_path=_INCLUDE_PATH.value,
         limit=_LIMIT.value,
         num_fewshot=_NUM_FEWSHOT.value,
@@ -40,6 +41,7 @@ def main() -> None:
         routing_top_p=_ROUTING_TOP_P.value,
         seed=_SEED.value,
     )
+    compiler.cache_for_user()
     program.emit_json(tasks.evaluate_tasks(_WORKDIR.value, options))
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 from absl import flags
 
 from lightning_jax.ablation import report
-from lightning_jax.runtime import program
+from lightning_jax.runtime import files, program
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=True)
 
 
 def main() -> None:
+    files.check_output_folder("workdir", _WORKDIR.value)
     result = report.write_report(_WORKDIR.value)
     report.print_report(result)
     program.emit_json(result)

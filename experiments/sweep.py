@@ -10,16 +10,19 @@ stop the others; the exit status is 2 at the end. Read the result with `experime
 
 from __future__ import annotations
 
+import shlex
+import sys
+
 from absl import flags
 
 from lightning_jax.ablation import sweep
 from lightning_jax.config.errors import UserError
-from lightning_jax.runtime import program
+from lightning_jax.runtime import files, program
 
 _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, from configs/sweeps.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=True)
-_ONLY = flags.DEFINE_list("only", [], "Arms to run; all by default.")
-_SEEDS = flags.DEFINE_list("seeds", [], "Seeds to run; all by default.")
+_ONLY = flags.DEFINE_list("only", None, "Arms to run; all by default.")
+_SEEDS = flags.DEFINE_list("seeds", None, "Seeds to run; all by default.")
 _CHANGED = flags.DEFINE_bool(
     "allow_changed_data", False, "Resume runs although the text is not what they began with."
 )
@@ -27,19 +30,20 @@ _SET = flags.DEFINE_multi_string("set", [], "A config field for every arm: --set
 
 
 def main() -> None:
-    try:
-        seeds = [int(seed) for seed in _SEEDS.value]
-    except ValueError as error:
-        raise UserError(f"seeds = {','.join(_SEEDS.value)!r}: must be numbers like 0,1") from error
-    changes = dict(sweep.parse_change(text) for text in _SET.value)
+    only, seeds = program.names(_ONLY), program.numbers(_SEEDS)
+    changes = sweep.parse_changes(_SET.value)
+    files.check_output_folder("workdir", _WORKDIR.value)
     arms = sweep.load_sweep(_SWEEP.value, changes)
     rows, failures = sweep.run_sweep(
         arms,
         _WORKDIR.value,
-        only=_ONLY.value,
+        only=only,
         seeds=seeds,
         allow_changed_data=_CHANGED.value,
     )
+    if rows:
+        folder = shlex.quote(_WORKDIR.value)
+        print(f"next     python -m experiments.report --workdir={folder}", file=sys.stderr)
     program.emit_json({"finished": rows, "failed": failures})
     if failures:
         name, first = next(iter(failures.items()))

@@ -12,7 +12,7 @@ from absl import flags
 from lightning_jax.config import DataConfig, SourceConfig
 from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import train_bpe
-from lightning_jax.runtime import program
+from lightning_jax.runtime import files, program
 
 _INPUT = flags.DEFINE_string("input", None, "Glob, stdlib:code or stdlib:docs.", required=True)
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "Tokens, bos and eos included.")
@@ -21,6 +21,7 @@ _TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Key of the text in reco
 
 
 def main() -> None:
+    files.check_output("out", _OUT.value)
     # With an eval path of its own, a source holds nothing out of `path`.
     config = DataConfig(
         tokenizer="bytes",

@@ -10,7 +10,7 @@ before and after, as JSON.
 
 from absl import flags
 
-from lightning_jax.runtime import program
+from lightning_jax.runtime import files, program
 
 _CONFIG = program.define_config()
 _SOURCE = flags.DEFINE_string("source", None, "Folder of the dense model.", required=True)
@@ -22,6 +22,7 @@ _TOKENS = flags.DEFINE_integer("eval_tokens", 16_384, "Held-out tokens per domai
 
 
 def main() -> None:
+    files.check_output_folder("workdir", _WORKDIR.value)
     config = program.load_config(_CONFIG.value)
     from lightning_jax.interop.upcycle_run import upcycle_run
 

@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from lightning_jax.runtime.files import replacing
+from lightning_jax.runtime.files import replacing, user_folder
+
+__all__ = ["load_arrays", "save_arrays", "user_folder"]
 
 logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 64  # bytes; the arrays begin at a multiple of it
 _LONGEST_HEADER = 4096
-
-
-def user_folder() -> Path | None:
-    """Returns `$XDG_CACHE_HOME/lightning_jax` or `~/.cache/lightning_jax`; None without a home."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "lightning_jax" if os.path.isabs(home) else None
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> bool:

@@ -1,7 +1,7 @@
 """The one place that decides, and explains, how programs are compiled on a machine.
 
-Every `jax.jit` of a model takes `options()`, or is `jit`; every program that has a folder calls
-`cache_in`.
+Every `jax.jit` of a model takes `options()`, or is `jit`; every program calls `cache_in` with the
+folder that it writes, or `cache_for_user`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from typing import Any
 import jax
 
 from lightning_jax.runtime import target
+from lightning_jax.runtime.files import user_folder
 from lightning_jax.runtime.target import Target
 
 # Programs that compile faster are not worth a file.
 _CACHED_FROM_SECONDS = 0.2
+# Of the user's cache, which no deleted run takes with it; the least recently read go first.
+_MOST_BYTES_OF_USER = 2 * 2**30
 
 
 def options() -> dict[str, str | int]:
@@ -79,3 +82,21 @@ def cache_in(folder: str | os.PathLike[str]) -> None:
     if not emulated and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _CACHED_FROM_SECONDS)
+
+
+def cache_for_user() -> None:
+    """Keeps compiled programs in the user's cache folder, as `cache_in` does, up to 2 GiB.
+
+    For programs that write no folder of a run. Does nothing where that folder cannot be written.
+    """
+    home = user_folder()
+    if home is None or jax.config.jax_compilation_cache_dir:
+        return
+    folder = home / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        cache_in(folder)
+        jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES_OF_USER)

@@ -53,7 +53,7 @@ def replacing(path: StrPath) -> Iterator[BinaryIO]:
       OSError: it cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -63,6 +63,55 @@ def replacing(path: StrPath) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output(flag: str, path: StrPath) -> None:
+    """Makes sure, before any work, that a file can be written at `path`; leaves no trace.
+
+    Raises:
+      UserError: names the flag, its value and the reason.
+    """
+    path = Path(path)
+    if os.path.isdir(path):
+        raise UserError(f"{flag} = {str(path)!r}: is a folder, must be a file")
+    if not os.path.isdir(path.parent):
+        raise UserError(f"{flag} = {str(path)!r}: there is no folder {str(path.parent)!r}")
+    _check_writable(flag, path, path)
+
+
+def check_output_folder(flag: str, path: StrPath) -> None:
+    """Makes sure, before any work, that `path` takes files, or that it can be made a folder.
+
+    Leaves no trace.
+
+    Raises:
+      UserError: names the flag, its value and the reason.
+    """
+    existing = Path(path).absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not os.path.isdir(existing):
+        raise UserError(f"{flag} = {str(path)!r}: {str(existing)!r} is not a folder")
+    _check_writable(flag, path, existing / ".write_test")
+
+
+def _check_writable(flag: str, path: StrPath, file: Path) -> None:
+    """Writes and removes a file beside `file`; raises a UserError about `path` if it cannot."""
+    probe = _temporary(file)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)  # A name that is too long.
+        probe.write_bytes(b"\0" * 4096)
+    except OSError as error:
+        raise UserError(f"{flag} = {str(path)!r}: cannot be written ({error.strerror})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+def _temporary(path: Path) -> Path:
+    """The name of a file that becomes `path` once it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
 
 
 def sync_folder(path: StrPath) -> None:
@@ -181,3 +230,9 @@ def read_json(path: StrPath, *, missing_ok: bool = False) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: must be a JSON object, not {type(value).__name__}")
     return value
+
+
+def user_folder() -> Path | None:
+    """Returns `$XDG_CACHE_HOME/lightning_jax` or `~/.cache/lightning_jax`; None without a home."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "lightning_jax" if os.path.isabs(home) else None

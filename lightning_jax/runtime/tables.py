@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_jax.runtime import output
+
 # Characters per line of a table that goes to a file: enough that nothing is cut.
 WIDE = 160
 
@@ -18,6 +20,7 @@ def print_table(
     rows: Sequence[Sequence[object]], title: str, *, file: TextIO | None = None
 ) -> None:
     """Prints rows, header first, to `file` (standard error by default)."""
+    output.guard()
     console = Console(file=file or sys.stderr)
     if not console.is_terminal:
         console = Console(file=file or sys.stderr, width=WIDE)

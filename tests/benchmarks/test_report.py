@@ -59,3 +59,22 @@ def test_a_profile_that_a_suite_does_not_make_is_refused():
 def test_an_unknown_suite_is_named():
     with pytest.raises(UserError, match='did you mean "attention"'):
         report.run_suite("atention", Options())
+
+
+# Case F5
+@pytest.mark.parametrize("only", ["zzz", "E64,zzz"])
+def test_a_part_that_no_row_has_is_named(monkeypatch, only):
+    module = types.ModuleType("suite")
+    rows = ("moe_E64", "moe_E8")
+    module.run = lambda options: [{"name": name} for name in rows if options.wants(name)]
+    monkeypatch.setitem(sys.modules, "benchmarks.fake", module)
+    monkeypatch.setattr(report, "SUITES", (*report.SUITES, "fake"))
+    options = Options(only=tuple(only.split(",")))
+    right = "only = 'zzz': no row of the suite fake has that in its name, one of moe_E64, moe_E8"
+    if only == "zzz":
+        with pytest.raises(UserError, match=right):
+            report.run_suite("fake", options)
+    else:
+        # The program prints what it measured before it says so.
+        assert len(report.run_suite("fake", options)["rows"]) == 1
+        assert report.no_such_rows("fake", options) == right

@@ -14,6 +14,7 @@ from lightning_jax.config import MeshConfig, ModelConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build
 from lightning_jax.infer import engine as engine_module
+from lightning_jax.infer.buckets import length_bucket
 from lightning_jax.infer.decode_state import DecodeState
 from lightning_jax.infer.engine import Engine
 from lightning_jax.infer.sampling import Sampling
@@ -170,6 +171,29 @@ def test_a_second_engine_compiles_nothing():
     _generate(_engine(1), [[1], [2, 3], list(range(14)), [4]], stop_ids=[3])
     _generate(_engine(max_length=LENGTH - 3), [[5]] * 3, sampling=WARM, new=2, seed=7)
     assert [function._cache_size() for function in functions] == compiled
+
+
+# Case F14
+@pytest.mark.slow
+def test_settings_and_lengths_compile_by_bucket():
+    functions = (engine_module._prefill_chunk, engine_module._decode, engine_module._advance)
+    _generate(_engine(), [[1]], new=2, stop_ids=[1, 2])
+    compiled = [function._cache_size() for function in functions]
+    caches = engine_module._make_cache.cache_info().currsize
+    for index in range(20):
+        engine = _engine(top_p=0.4 + index / 100)
+        settings = Sampling(temperature=0.5 + index / 10, top_k=index, top_p=1 - index / 40)
+        _generate(engine, [[1]], settings, new=2, seed=index, stop_ids=[index, index + 1])
+    assert [function._cache_size() for function in functions] == compiled
+    lengths = range(20, 44, 2)
+    for length in lengths:
+        _generate(_engine(max_length=length), [[1]], new=2, stop_ids=[1, 2])
+    buckets = len({length_bucket(length) for length in lengths})
+    assert (buckets, len(lengths)) == (2, 12)
+    prefill, decode, advance = (function._cache_size() for function in functions)
+    assert (prefill - compiled[0], decode - compiled[1]) == (buckets - 1, buckets - 1)
+    assert advance == compiled[2]
+    assert engine_module._make_cache.cache_info().currsize == caches + buckets - 1
 
 
 def test_each_row_has_its_own_settings():

@@ -39,8 +39,10 @@ def test_jit_chooses_its_options_when_first_called(monkeypatch):
 def no_cache():
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
+    size = jax.config.jax_compilation_cache_max_size
     yield
     jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_compilation_cache_max_size", size)
 
 
 def test_a_cache_of_the_user_is_kept(no_cache, tmp_path, monkeypatch):
@@ -54,4 +56,25 @@ def test_a_cache_of_the_user_is_kept(no_cache, tmp_path, monkeypatch):
 def test_emulated_devices_compile_afresh(no_cache, tmp_path):
     assert jax.device_count() > 1
     compiler.cache_in(tmp_path)
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+# Case F14
+def test_programs_without_a_folder_share_a_bounded_cache_of_the_user(
+    no_cache, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler.cache_for_user()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "lightning_jax" / "compiled")
+    assert jax.config.jax_compilation_cache_max_size == 2**31
+
+
+@pytest.mark.parametrize("home", ["", "file/below"])
+def test_without_a_folder_for_it_nothing_is_cached(no_cache, tmp_path, monkeypatch, home):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", home and str(tmp_path / home))
+    monkeypatch.setenv("HOME", "relative")
+    compiler.cache_for_user()
     assert jax.config.jax_compilation_cache_dir is None

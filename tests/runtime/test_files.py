@@ -132,6 +132,73 @@ def test_errors_of_tensorstore_name_the_system_call():
         raise error
 
 
+# Case F2
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("folder", "is a folder, must be a file"),
+        ("none/x.json", "there is no folder '{home}/none'"),
+        ("file/x.json", "there is no folder '{home}/file'"),
+        ("x" * 300, "cannot be written (File name too long)"),
+        # `replacing` needs a longer one for a while.
+        ("x" * 240, "cannot be written (File name too long)"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, name, reason):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("kept")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError) as error:
+        files.check_output("out", f"{tmp_path}/{name}")
+    assert str(error.value) == f"out = '{tmp_path}/{name}': {reason.format(home=tmp_path)}"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+# Case F2
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("file", "'{home}/file' is not a folder"),
+        ("file/run/a", "'{home}/file' is not a folder"),
+        ("dangling/run", "'{home}/dangling' is not a folder"),
+        ("x" * 300, "cannot be written (File name too long)"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path, name, reason):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError) as error:
+        files.check_output_folder("workdir", f"{tmp_path}/{name}")
+    assert str(error.value) == f"workdir = '{tmp_path}/{name}': {reason.format(home=tmp_path)}"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_outputs_that_can_be_written_are_checked_without_a_trace(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("kept")
+    files.check_output("out", tmp_path / "file")
+    files.check_output("out", tmp_path / "new.json")
+    files.check_output_folder("workdir", tmp_path)
+    files.check_output_folder("workdir", tmp_path / "a" / "b")
+    monkeypatch.chdir(tmp_path)
+    files.check_output("out", "new.json")
+    files.check_output_folder("workdir", "runs/a")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+# Case F2
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EIO])
+def test_a_disk_that_takes_no_output_is_found_before_the_work(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.Path, "write_bytes", refuse)
+    for check in (files.check_output, files.check_output_folder):
+        with pytest.raises(UserError, match=os.strerror(number)):
+            check("out", tmp_path / "x")
+
+
 # Case D3
 def test_json_of_ours_has_no_number_that_is_not_finite(tmp_path):
     value = {1: (np.float32("nan"), [math.inf, {"a": -math.inf}]), "b": np.arange(2), "c": None}

@@ -26,6 +26,7 @@ from lightning_jax.runtime import program
 
 CONFIG = program.define_config({default!r})
 MODE = flags.DEFINE_string("mode", "answer", "What to do.")
+MANY = flags.DEFINE_multi_string("many", [], "Several.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/a", "Folder of the run.")
 
 
@@ -70,6 +71,19 @@ def test_the_answer_is_alone_on_standard_output(call):
     assert result.returncode == 0
     assert result.stdout == '{\n  "D": 64,\n  "command": "none"\n}\n'
     assert result.stderr.split() == ["noise", "more", "noise", "progress"]
+
+
+def test_a_text_of_the_config_may_be_empty_and_a_flag_of_several_values_given_often(call):
+    arguments = ("--config.sample_prompt=", "--many=a", "--many=b", "--config", "configs/base.py")
+    assert call(*arguments).returncode == 0
+
+
+# Case F5
+def test_of_overrides_the_last_one_counts_and_that_is_said(call):
+    result = call(CONFIG, "--config.model.model_dim=32", "--config.model.model_dim=64")
+    assert '"D": 64' in result.stdout
+    said = "--config.model.model_dim is given 2 times: the last one counts"
+    assert result.stderr.splitlines()[0] == said
 
 
 def test_default_config_and_commands(call):
@@ -172,6 +186,22 @@ def chained(outer, inner):
     return outer
 
 
+# Case F2
+@pytest.mark.parametrize(
+    "number",
+    [
+        *(errno.EIO, errno.ENOENT, errno.ESTALE, errno.EMFILE, errno.ENOTDIR, errno.EISDIR),
+        *(errno.ENAMETOOLONG, errno.EEXIST, errno.ELOOP, errno.EBUSY, errno.ETIMEDOUT),
+    ],
+)
+def test_a_system_call_that_names_its_file_is_one_line(number):
+    error = OSError(number, os.strerror(number), "/data/x.jsonl")
+    message = f"/data/x.jsonl: {os.strerror(number)}"
+    assert program.user_message(error) == message
+    assert program.user_message(ExceptionGroup("g", [KeyError(1), error])) == message
+    assert program.user_message(chained(RuntimeError("in a thread"), error)) == message
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -192,7 +222,14 @@ def chained(outer, inner):
             "/x/y: Disk quota exceeded",
         ),
         (ValueError("a fault"), None),
-        (FileNotFoundError(errno.ENOENT, "No such file", "/x"), None),
+        (OSError("no number"), None),
+        (OSError(errno.ENOTCONN, "a socket's"), None),
+        (OSError(errno.EMFILE, "Too many open files"), "a file: Too many open files"),
+        (OSError(errno.EIO, "Input/output error"), "a file: Input/output error"),
+        (FileNotFoundError(errno.ENOENT, "No such file", b"/x\xff"), "/x\udcff: No such file"),
+        (OSError(errno.ENOENT, "No such\nfile", "/a\nb"), "/a b: No such file"),
+        (chained(RuntimeError("lost"), OSError(errno.ESTALE, "Stale", "/nfs/x")), "/nfs/x: Stale"),
+        (ValueError('Failed "/x/y" [OS error 40: ELOOP]'), "/x/y: " + os.strerror(40)),
     ],
 )
 def test_which_exceptions_are_the_callers_to_mend(error, message):
