@@ -185,7 +185,7 @@ def _choose(
             choice = "pallas_gpu"
         elif queries >= _BANDED_FROM_QUERIES and keys >= _BANDED_FROM_KEYS:
             choice = "xla_banded"
-    _logger.info(
+    _logger.debug(
         "attention: %s on %s for %s %s queries, length %s, window %s",
         choice,
         backend,

@@ -82,7 +82,7 @@ def _choose(
     choice = f"pallas_{platform}"
     if choice not in _KERNELS or not _kernel(choice).fits(query_BTNH, key_UBSKH):
         choice = "blocked"
-    _logger.info(
+    _logger.debug(
         "attention to a cache: %s on %s for queries %s and keys %s",
         choice,
         platform,

@@ -164,7 +164,7 @@ def _resolve(implementation: str | None) -> str:
 @functools.cache
 def _choose(platform: str) -> str:
     implementation = "blocked" if platform == "cpu" else "ragged_dot"
-    logging.getLogger(__name__).info("routed_experts on %s: %s", platform, implementation)
+    logging.getLogger(__name__).debug("routed_experts on %s: %s", platform, implementation)
     return implementation
 
 
