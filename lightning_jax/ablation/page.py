@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
 import shlex
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lightning_jax.ablation.results import METRIC, Run
+from lightning_jax.config.errors import UserError
 from lightning_jax.train.metrics import read_rows
 from lightning_jax.train.record import Record
 
@@ -194,8 +196,11 @@ def _html_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def origin(runs: Sequence[Run], workdir: Path) -> str:
-    """Commands, commits and versions of the runs, one per line, from their `run.json`."""
-    made = [run for arm in runs for run in Record.read(arm.folder(workdir)).sessions]
+    """Commands, commits and versions of the runs, one per line, from what `run.json` they have."""
+    made: list[dict[str, Any]] = []
+    for run in runs:
+        with contextlib.suppress(UserError):
+            made += Record.read(run.folder(workdir)).sessions
     commands = [_command(run["command"]) for run in made]
     commits = [f"commit {run['git_commit'] or run.get('git_commit_unknown')}" for run in made]
     versions = [", ".join(map(" ".join, run["versions"].items())) for run in made]

@@ -13,12 +13,11 @@ import numpy as np
 from scipy import stats
 
 from lightning_jax.ablation import page
-from lightning_jax.ablation.results import COST_CONTEXT, METRIC, Run, is_finished, run_row
+from lightning_jax.ablation.results import COST_CONTEXT, METRIC, Run, outcome
 from lightning_jax.ablation.sweep import Sweep, build_sweep
 from lightning_jax.config.errors import UserError
 from lightning_jax.runtime import tables
 from lightning_jax.runtime.files import read_json, write_file, write_json
-from lightning_jax.train.metrics import read_rows
 
 _CONFIDENCE = 0.95
 _COSTS = (
@@ -82,13 +81,11 @@ def summarize(sweep: Sweep, workdir: Path) -> dict[str, Any]:
     the baseline or without common seeds) and `costs` (means over seeds); `missing`, the runs
     without a result and why; `notes`.
 
-    Raises:
-      UserError: a file of a finished run is missing or damaged.
     """
     rows: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in sweep.arms}
     missing = []
     for run in sweep.runs():
-        row, reason = _result(run, run.folder(workdir))
+        row, reason = outcome(run, workdir)
         if row is None:
             missing.append({"arm": run.arm, "seed": run.seed, "reason": reason})
         else:
@@ -104,19 +101,6 @@ def summarize(sweep: Sweep, workdir: Path) -> dict[str, Any]:
         "missing": missing,
         "notes": _notes(sweep, rows, missing),
     }
-
-
-def _result(run: Run, folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """A run's row, or None and the reason."""
-    if is_finished(folder):
-        row = run_row(run, folder)
-        finite = math.isfinite(row[METRIC])
-        return (row, "") if finite else (None, f"{METRIC} is not finite")
-    failure = folder / "failure.txt"
-    if failure.exists():
-        return None, f"failed: {failure.read_text(encoding='utf-8').strip()}"
-    steps = read_rows(folder / "metrics.jsonl")
-    return None, f"stopped at step {steps[-1]['step']}" if steps else "not started"
 
 
 def _arm_summary(
@@ -276,7 +260,7 @@ def write_report(workdir: str | os.PathLike[str]) -> dict[str, Any]:
       The result of `summarize`.
 
     Raises:
-      UserError: it is not the folder of a sweep, no run in it has finished, or one is damaged.
+      UserError: it is not the folder of a sweep, or no run in it has a result.
     """
     root = Path(workdir).absolute()
     sweep = read_sweep(root)
@@ -284,7 +268,7 @@ def write_report(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     if not any(arm["seeds"] for arm in report["arms"]):
         reasons = "; ".join(_gaps(report)[:2])
         raise UserError(f"workdir = {str(workdir)!r}: no run of the sweep has a result ({reasons})")
-    finished = [run for run in sweep.runs() if is_finished(run.folder(root))]
+    finished = [Run(arm["arm"], seed) for arm in report["arms"] for seed in arm["seeds"]]
     image = page.plot(report, page.curves(finished, root))
     write_json(root / "report.json", report)
     write_file(root / "report.png", image)

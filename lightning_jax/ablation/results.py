@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,24 @@ from typing import Any
 import numpy as np
 
 from lightning_jax import accounting
-from lightning_jax.config import ModelConfig, RunConfig
+from lightning_jax.config import ModelConfig, RunConfig, kinds
 from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import require
 from lightning_jax.runtime.files import read_json, write_file
 from lightning_jax.train.metrics import read_rows
 
 METRIC = "bits_per_byte"
+# Of a domain in evaluation.json.
+_DOMAIN = {
+    "loss": kinds.number(),
+    METRIC: kinds.number(0),
+    "tokens": kinds.integer(1, 2**63),
+    "bytes": kinds.integer(1, 2**63),
+    "experts_per_token": kinds.number(0),
+}
+_KEYS = ("loss", METRIC, "tokens", "bytes")
+# Why a run failed, in one line; below it the traceback of what was no bad input.
+FAILURE = "failure.txt"
 COST_CONTEXT = 65_536  # tokens of context at which memory and attention are counted
 
 
@@ -42,10 +55,42 @@ def is_finished(folder: Path) -> bool:
     return (folder / "evaluation.json").exists()
 
 
+def read(run: Run, folder: Path) -> dict[str, Any] | None:
+    """Returns `run_row` of a run that has finished; None for one that has not.
+
+    Raises:
+      UserError: a file of the run is missing or damaged, or something else has the folder's name.
+    """
+    for path in (folder.parent, folder):
+        if os.path.lexists(path) and not path.is_dir():
+            raise UserError(f"{path}: must be a folder")
+    if is_finished(folder):
+        return run_row(run, folder)
+    if (folder / "config.json").exists():
+        read_json(folder / "config.json")
+    return None
+
+
+def outcome(run: Run, workdir: Path) -> tuple[dict[str, Any] | None, str]:
+    """Returns a run's row, or None and the reason why it has none."""
+    folder = run.folder(workdir)
+    try:
+        row = read(run, folder)
+        if row is not None:
+            return row, ""
+        if (folder / FAILURE).exists():
+            reason = (folder / FAILURE).read_text(encoding="utf-8", errors="replace")
+            return None, f"failed: {(reason.splitlines() or ['?'])[0]}"
+        steps = read_rows(folder / "metrics.jsonl")
+    except (UserError, OSError) as error:
+        return None, str(error)
+    return None, f"stopped at step {steps[-1]['step']}" if steps else "not started"
+
+
 def collect(runs: Sequence[Run], workdir: Path) -> list[dict[str, Any]]:
     """Returns `run_row` of every run that has finished, in the order given."""
-    found = [(run, run.folder(workdir)) for run in runs]
-    return [run_row(run, folder) for run, folder in found if is_finished(folder)]
+    rows = [outcome(run, workdir)[0] for run in runs]
+    return [row for row in rows if row is not None]
 
 
 def run_row(run: Run, folder: Path) -> dict[str, Any]:
@@ -58,34 +103,30 @@ def run_row(run: Run, folder: Path) -> dict[str, Any]:
     sessions.
 
     Raises:
-      UserError: a file of the run is missing or damaged.
+      UserError: a file of the run is missing or damaged, or nothing finite was measured.
     """
-    domains = read_json(folder / "evaluation.json")
+    domains = _domains(folder / "evaluation.json")
     path = folder / "config.json"
     model = RunConfig.parse(read_json(path), path).model
-    keys = ("loss", "bits_per_byte", "tokens", "bytes")
-    try:
-        tokens = sum(domain["tokens"] for domain in domains.values())
-        size = sum(domain["bytes"] for domain in domains.values())
-        nats = sum(domain["loss"] * domain["tokens"] for domain in domains.values())
-        bits = sum(domain["bits_per_byte"] * domain["bytes"] for domain in domains.values())
-        by_domain = {name: {key: row[key] for key in keys} for name, row in domains.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / 'evaluation.json'}: not an evaluation ({error!r})") from error
+    tokens = sum(domain["tokens"] for domain in domains.values())
+    size = sum(domain["bytes"] for domain in domains.values())
+    nats = sum(domain["loss"] * domain["tokens"] for domain in domains.values())
+    bits = sum(domain[METRIC] * domain["bytes"] for domain in domains.values())
+    by_domain = {name: {key: row[key] for key in _KEYS} for name, row in domains.items()}
     used = [
         row["experts_per_token"] * row["tokens"]
         for row in domains.values()
         if "experts_per_token" in row
     ]
-    experts = sum(used) / max(tokens, 1) if used else None
+    experts = sum(used) / tokens if used else None
     steps = [row for row in read_rows(folder / "metrics.jsonl") if "tokens_per_second" in row]
     windows = np.diff([0, *(row["tokens"] for row in steps)])
     speeds = [row["tokens_per_second"] for row in steps]
     return {
         "arm": run.arm,
         "seed": run.seed,
-        "bits_per_byte": bits / max(size, 1),
-        "loss": nats / max(tokens, 1),
+        "bits_per_byte": bits / size,
+        "loss": nats / tokens,
         "tokens": tokens,
         "bytes": size,
         "domains": by_domain,
@@ -96,6 +137,27 @@ def run_row(run: Run, folder: Path) -> dict[str, Any]:
             n / speed for n, speed in zip(windows.tolist(), speeds, strict=True) if speed
         ),
     }
+
+
+def _domains(path: Path) -> dict[str, dict[str, Any]]:
+    """Reads an evaluation.json, every domain of which has been measured."""
+    try:
+        domains = read_json(path)
+    except UserError as error:
+        if "not a finite number" in str(error):
+            raise UserError(f"{METRIC} is not finite") from error
+        raise
+    if not domains:
+        raise UserError(f"{path}: nothing was measured")
+    for name, domain in domains.items():
+        if isinstance(domain, dict) and None in (domain.get("loss", 0), domain.get(METRIC, 0)):
+            raise UserError(f"{METRIC} is not finite")
+        try:
+            require(isinstance(domain, dict), name, domain, "an object")
+            kinds.check(domain, _DOMAIN, name, required=_KEYS)
+        except UserError as error:
+            raise UserError(f"{path}: not an evaluation ({error})") from error
+    return domains
 
 
 def costs(model: ModelConfig, experts_per_token: float | None) -> dict[str, float]:

@@ -9,8 +9,10 @@ so that their differences are paired.
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import dataclasses
+import gc
 import logging
 import os
 import re
@@ -22,11 +24,19 @@ from typing import Any
 
 import jax
 
-from lightning_jax.ablation.results import Run, collect, is_finished, run_row, write_results
+from lightning_jax.ablation import failures
+from lightning_jax.ablation.results import (
+    FAILURE,
+    Run,
+    collect,
+    read,
+    run_row,
+    write_results,
+)
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build, first_change, require, suggest, to_dict
-from lightning_jax.runtime.files import read_json, write_file, write_json
+from lightning_jax.runtime.files import read_json, write_json
 from lightning_jax.train import loop
 from lightning_jax.train.workdir import claim
 
@@ -143,7 +153,8 @@ def load_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None =
     """
     path = Path(path)
     if not path.is_file():
-        near = sorted(str(file) for file in path.parent.glob("*.py") if file.stem != "__init__")
+        folder = path.parent if path.parent.name else Path("configs/sweeps")
+        near = sorted(str(file) for file in folder.glob("*.py") if file.stem != "__init__")
         raise UserError(
             f"sweep = {str(path)!r}: no such file"
             + (f": {suggest(str(path), near)}" if near else "")
@@ -156,7 +167,9 @@ def load_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None =
         values = module["get_sweep"]()
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # it may even call sys.exit(0)
         lines = [
             f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)
         ]
@@ -175,8 +188,18 @@ def parse_change(text: str) -> tuple[str, Any]:
     require(bool(equals and field), "set", text, "such as model.model_dim=64")
     try:
         return field, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return field, value
+
+
+def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
+    """Reads changes, each as `parse_change` does. UserError: a field is changed twice."""
+    changes: dict[str, Any] = {}
+    for text in texts:
+        field, value = parse_change(text)
+        require(field not in changes, "set", text, f"the only change of {field}")
+        changes[field] = value
+    return changes
 
 
 def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,8 +237,11 @@ def run_sweep(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Trains the unfinished runs in `workdir/<arm>/seed_<n>`, and collects the results.
 
-    Finished runs are skipped and half-done ones resume. After each run `results.jsonl` and
-    `results.csv` have one row for each finished run of the folder (see `collect`).
+    Finished runs are skipped and half-done ones resume; those that failed before come last. After
+    each run `results.jsonl` and `results.csv` have one row for each finished run of the folder (see
+    `collect`). Whatever a run raises becomes its `failure.txt`, with a traceback if it was no bad
+    input, and the next run begins; so does a run whose process was killed, in the next sweep. All
+    runs share this process: one that takes more memory than there is may end it.
 
     Args:
       sweep: what to run.
@@ -225,11 +251,12 @@ def run_sweep(
       allow_changed_data: see `train.loop.run`.
 
     Returns:
-      The rows, and by run the one-line error of those that failed this time.
+      The rows, and by run the one-line reason of those that failed this time, or that have a result
+      or a folder which cannot be used.
 
     Raises:
       UserError: the folder holds runs of another sweep (names the field), or is in use.
-      session.Stopped: SIGTERM or SIGINT; the state has been saved.
+      session.Stopped: a signal; the state has been saved.
     """
     runs = sweep.runs(only, seeds)
     with claim(workdir) as claimed:
@@ -241,37 +268,72 @@ def _run_all(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     _check_same(sweep, root)
     write_json(root / "sweep.json", {**dataclasses.asdict(sweep), "seeds": list(sweep.seeds)})
-    failures: dict[str, str] = {}
-    for number, run in enumerate(runs, 1):
-        folder, title = run.folder(root), f"run {number} of {len(runs)}: {run}"
-        if is_finished(folder):
-            logger.info("%s: finished before", title)
-            continue
+    failures.note_killed(sweep.runs(), root)
+    failed: dict[str, str] = {}
+    left = _unfinished(runs, root, failed)
+    for number, run in enumerate(left, 1):
+        title = f"run {number} of {len(left)}: {run}"
         logger.info("%s", title)
-        failure = folder / "failure.txt"
-        failure.unlink(missing_ok=True)
-        begun = time.perf_counter()
-        try:
-            loop.run(sweep.config(run), folder, allow_changed_data=allow_changed_data)
-        except UserError as error:
-            failures[str(run)] = str(error)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_file(failure, f"{error}\n")
-            logger.error("%s failed: %s", title, error)
-        else:
-            row = run_row(run, folder)
-            seconds = time.perf_counter() - begun
-            logger.info("%s: %.4f bits per byte, %.0f s", title, row["bits_per_byte"], seconds)
+        with failures.marked(root, run):
+            failure = _train(sweep, run, root, title, allow_changed_data)
         # Each run compiles programs of its own; kept, they would add up over a long sweep.
         jax.clear_caches()
+        if failure:
+            failed[str(run)] = failure
+            gc.collect()  # An exception and the arrays of its frames may form a circle.
         write_results(root, collect(sweep.runs(), root))
     rows = collect(sweep.runs(), root)
     write_results(root, rows)
-    return rows, failures
+    return rows, failed
+
+
+def _unfinished(runs: Sequence[Run], root: Path, failed: dict[str, str]) -> list[Run]:
+    """Returns the runs to train; the reasons of those that cannot be used go to `failed`."""
+    found = []
+    for run in runs:
+        try:
+            row = read(run, run.folder(root))
+        except UserError as error:
+            failed[str(run)] = str(error)
+            logger.error("%s: %s", run, error)
+        else:
+            if row is None:
+                found.append(run)
+            else:
+                logger.info("%s: finished before", run)
+    return sorted(found, key=lambda run: (run.folder(root) / FAILURE).exists())
+
+
+def _train(sweep: Sweep, run: Run, root: Path, title: str, allow_changed_data: bool) -> str | None:
+    """Trains a run; returns the reason, in one line, if it failed, and keeps it in its folder."""
+    folder, begun = run.folder(root), time.perf_counter()
+    try:
+        loop.run(sweep.config(run), folder, allow_changed_data=allow_changed_data)
+        row = run_row(run, folder)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # an extension's panic is no Exception
+        if isinstance(error, SystemExit) and type(error.code) is int and error.code > 128:
+            raise
+        reason = failures.reason(error)
+        trace = "" if isinstance(error, UserError) else "\n" + traceback.format_exc()
+        failures.keep(folder, f"{reason}\n{trace}")
+        logger.error("%s failed: %s%s", title, reason, trace and f" (more in {folder / FAILURE})")
+        return reason
+    with contextlib.suppress(OSError):
+        (folder / FAILURE).unlink(missing_ok=True)
+    seconds = time.perf_counter() - begun
+    logger.info("%s: %.4f bits per byte, %.0f s", title, row["bits_per_byte"], seconds)
+    return None
 
 
 def _check_same(sweep: Sweep, root: Path) -> None:
-    """Raises UserError where the folder holds a run that this sweep would not make."""
+    """Raises UserError where the folder holds a run that this sweep would not make.
+
+    A run whose config cannot be read is left to `results.read`.
+    """
+    if (root / "config.json").exists():
+        raise UserError(f"workdir = {str(root)!r}: is a run's folder; a sweep needs one of its own")
     wanted = {str(run.folder(root)): run for run in sweep.runs()}
     for path in sorted(root.glob("*/seed_*/config.json")):
         run = wanted.get(str(path.parent))
@@ -282,7 +344,10 @@ def _check_same(sweep: Sweep, root: Path) -> None:
             raise UserError(
                 f"{field} = {value!r}: this workdir has a run {str(where)!r}, which is not in it"
             )
-        before, now = read_json(path), to_dict(sweep.config(run))
+        try:
+            before, now = to_dict(build(RunConfig, read_json(path))), to_dict(sweep.config(run))
+        except UserError:
+            continue
         if now["model"]["vocab_size"] == 0:
             # 0 means "the tokenizer's"; a run records the actual size.
             now["model"]["vocab_size"] = before["model"]["vocab_size"]

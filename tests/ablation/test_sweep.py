@@ -1,9 +1,13 @@
 """A sweep runs each arm with each seed once, whatever happens in between."""
 
+import errno
 import json
 import logging
+import weakref
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from lightning_jax.ablation import report
@@ -80,13 +84,171 @@ def test_a_failing_run_is_recorded_and_the_others_go_on(tmp_path, trained):
     assert not note.exists()
 
 
-@pytest.mark.parametrize("fault", [SystemExit(143), RuntimeError("a fault of ours")])
-def test_a_stop_or_a_fault_of_ours_ends_the_sweep(tmp_path, trained, fault):
+@pytest.mark.parametrize("fault", [SystemExit(143), KeyboardInterrupt()])
+def test_only_a_signal_ends_the_sweep(tmp_path, trained, fault):
     trained[1]["shared seed 0"] = fault
     with pytest.raises(type(fault)):
         sweeps.run_sweep(small_sweep(), tmp_path)
     assert trained[0] == ["full seed 0", "shared seed 0"]
     assert len(lines(tmp_path / "results.jsonl")) == 1
+    trained[1].clear()
+    # Stopped, not failed: the run goes on where it was in the order.
+    sweeps.run_sweep(small_sweep(), tmp_path)
+    assert trained[0][2] == "shared seed 0"
+
+
+class Panic(BaseException):
+    """What an extension raises that panics."""
+
+
+# Case F4
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (RuntimeError("a fault\nof ours"), "RuntimeError: a fault of ours"),
+        (MemoryError(), "MemoryError: no reason given"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 16 G.\n More"),
+            "JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory: 16 G. More",
+        ),
+        (SystemExit(0), "SystemExit: 0"),
+        (SystemExit("no"), "SystemExit: no"),
+        (Panic("it panicked"), "Panic: it panicked"),
+        (OSError(errno.EIO, "Input/output error", "/data/x"), "/data/x: Input/output error"),
+        (ExceptionGroup("two", [ValueError("a"), UserError("b")]), "b"),
+    ],
+)
+def test_whatever_a_run_raises_is_its_row_and_the_others_go_on(tmp_path, trained, fault, reason):
+    trained[1]["shared seed 0"] = fault
+    rows, failures = sweeps.run_sweep(small_sweep(), tmp_path)
+    assert failures == {"shared seed 0": reason}
+    assert len(trained[0]) == 9 and len(rows) == 8
+    kept = (tmp_path / "shared" / "seed_0" / "failure.txt").read_text()
+    assert kept.startswith(reason + "\n") and "Traceback" in kept and "in fake" in kept
+    missing = report.summarize(small_sweep(), tmp_path)["missing"]
+    assert missing == [{"arm": "shared", "seed": 0, "reason": f"failed: {reason}"}]
+
+
+# Case F4
+def test_arrays_of_a_failed_run_are_freed(tmp_path, monkeypatch):
+    alive = []
+
+    def fail(config, workdir, **_):
+        array = np.zeros(10)
+        alive.append(weakref.ref(array))
+        assert sum(ref() is not None for ref in alive) == 1
+        error = MemoryError()  # Its frame holds it, and it its frame.
+        raise error
+
+    monkeypatch.setattr(sweeps.loop, "run", fail)
+    assert len(sweeps.run_sweep(small_sweep(), tmp_path)[1]) == 9
+
+
+# Case F4
+def test_a_run_that_killed_its_process_comes_last_the_next_time(tmp_path, trained):
+    class Killed(KeyboardInterrupt):
+        pass
+
+    def kill(*_, **__):
+        (tmp_path / "killed.txt").write_bytes((tmp_path / "running.txt").read_bytes())
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweeps.loop, "run", kill)
+        with pytest.raises(Killed):
+            sweeps.run_sweep(small_sweep(), tmp_path)
+    # What SIGKILL leaves behind.
+    (tmp_path / "killed.txt").rename(tmp_path / "running.txt")
+    sweeps.run_sweep(small_sweep(), tmp_path, only=["shared"], seeds=[0])
+    reasons = {run["reason"] for run in report.summarize(small_sweep(), tmp_path)["missing"]}
+    assert "failed: its process was killed: out of memory?" in reasons
+    rows, failures = sweeps.run_sweep(small_sweep(), tmp_path)
+    assert trained[0][-1] == "full seed 0" and len(rows) == 9 and not failures
+    assert not (tmp_path / "running.txt").exists()
+
+
+# Case F12, case D4
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("config.json", None, "config.json: no such file"),
+        ("config.json", "[1", "config.json: not JSON"),
+        ("config.json", "{}", "config field seed is missing"),
+        ("evaluation.json", '{"code": {"lo', "evaluation.json: not JSON"),
+        ("evaluation.json", "", "evaluation.json: not JSON"),
+        ("evaluation.json", "[]", "evaluation.json: must be a JSON object"),
+        ("evaluation.json", "{}", "evaluation.json: nothing was measured"),
+        ("evaluation.json", '{"a": {}}', "not an evaluation (a: lacks loss"),
+        ("evaluation.json", '{"a": 3}', "not an evaluation (a = 3: must be an object)"),
+        (
+            "evaluation.json",
+            '{"a": {"loss": 0, "bits_per_byte": 0, "tokens": 0, "bytes": 0}}',
+            "tokens = 0: must be a whole number in [1,",
+        ),
+        (
+            "evaluation.json",
+            '{"a": {"loss": 2.0, "bits_per_byte": null, "tokens": 9, "bytes": 9}}',
+            "bits_per_byte is not finite",
+        ),
+        ("metrics.jsonl", '{"step": 1, "tokens_per_second": 3}\n', "metrics.jsonl: line 1: lacks"),
+    ],
+)
+def test_a_damaged_finished_run_is_a_row_with_its_reason(tmp_path, trained, name, content, reason):
+    sweeps.run_sweep(small_sweep(), tmp_path, only=["full"])
+    path = tmp_path / "full" / "seed_1" / name
+    path.unlink() if content is None else path.write_text(content)
+    trained[0].clear()
+    rows, failures = sweeps.run_sweep(small_sweep(), tmp_path)
+    assert list(failures) == ["full seed 1"] and reason in failures["full seed 1"]
+    # Found before the training of the others, and not trained over.
+    assert len(trained[0]) == 6 and len(rows) == 8
+    assert len(lines(tmp_path / "results.jsonl")) == 8
+    missing = report.summarize(small_sweep(), tmp_path)["missing"]
+    assert [(run["arm"], run["seed"]) for run in missing] == [("full", 1)]
+    assert reason in missing[0]["reason"]
+
+
+# Case F12
+@pytest.mark.parametrize("name", ["shared", "shared/seed_1"])
+def test_a_file_in_the_place_of_a_folder_is_a_row_with_its_reason(tmp_path, trained, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("")
+    rows, failures = sweeps.run_sweep(small_sweep(), tmp_path)
+    lost = 3 if name == "shared" else 1
+    assert len(failures) == lost and len(rows) == len(trained[0]) == 9 - lost
+    assert set(failures.values()) == {f"{tmp_path / name}: must be a folder"}
+    assert len(report.summarize(small_sweep(), tmp_path)["missing"]) == lost
+
+
+# Case F12
+def test_a_report_is_made_of_what_is_there(tmp_path, trained):
+    sweeps.run_sweep(small_sweep(), tmp_path, only=["full", "shared"])
+    (tmp_path / "full" / "seed_0" / "run.json").write_text("[")
+    (tmp_path / "full" / "seed_1" / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "shared" / "seed_2" / "evaluation.json").write_text("{}")
+    (tmp_path / "hybrid").write_text("")
+    made = report.write_report(tmp_path)
+    assert {arm["arm"]: arm["seeds"] for arm in made["arms"]} == {
+        "full": [0, 2],
+        "shared": [0, 1],
+        "hybrid": [],
+    }
+    assert len(made["missing"]) == 5 and (tmp_path / "report.html").stat().st_size > 1000
+
+
+# Case F12
+def test_an_unfinished_run_whose_config_is_damaged_is_a_row_with_its_reason(tmp_path, trained):
+    folder = tmp_path / "shared" / "seed_0"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"seed": ')
+    rows, failures = sweeps.run_sweep(small_sweep(), tmp_path)
+    assert "config.json: not JSON" in failures["shared seed 0"] and len(rows) == 8
+
+
+def test_a_runs_folder_is_no_sweeps_folder(tmp_path, trained):
+    sweeps.run_sweep(small_sweep(), tmp_path / "s", only=["full"], seeds=[0])
+    with pytest.raises(UserError, match="is a run's folder"):
+        sweeps.run_sweep(small_sweep(), tmp_path / "s" / "full" / "seed_0")
 
 
 @pytest.mark.parametrize(
@@ -236,12 +398,21 @@ def test_the_pattern_sweep_compares_equal_depth_and_changes_reach_every_arm():
         ("def get_sweep(:", r"s.py:1: SyntaxError"),
         ("def get_sweep():\n    return None", r"get_sweep\(\) = None"),
         ("def get_sweep():\n    return {}", "question is missing"),
+        ("import sys\ndef get_sweep():\n    sys.exit(0)", r"s.py:3: SystemExit: 0"),
+        ("import sys\nsys.exit(0)", r"s.py:2: SystemExit: 0"),
     ],
 )
 def test_a_bad_sweep_file_is_refused_with_its_line(tmp_path, text, message):
     (tmp_path / "s.py").write_text(text)
     with pytest.raises(UserError, match=message):
         sweeps.load_sweep(tmp_path / "s.py")
+
+
+def test_a_field_is_changed_once():
+    changes = sweeps.parse_changes(["model.unit=G", "seed=x"])
+    assert changes == {"model.unit": "G", "seed": "x"}
+    with pytest.raises(UserError, match="set = 'a=2': must be the only change of a"):
+        sweeps.parse_changes(["a=1", "a=2"])
 
 
 def test_a_missing_sweep_file_suggests_one():
