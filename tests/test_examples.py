@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,6 @@ import pytest
 from tests.tiny import write_corpus
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = sorted(path.stem for path in (ROOT / "experiments").glob("[a-z]*.py"))
 
 CONFIG = """
 from configs import base
@@ -34,15 +34,17 @@ def home(tmp_path_factory):
     return folder
 
 
-def call(home, program, *flags):
+def call(home, program, *flags, shell='"$@"'):
+    """Runs a program, as `"$@"` in a line of a shell."""
     environment = {
         **os.environ,
         "XLA_FLAGS": "",
+        "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(home / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.run(
-        [sys.executable, "-m", f"experiments.{program}", *flags],
+        ["sh", "-c", shell, "sh", sys.executable, "-m", f"experiments.{program}", *flags],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -65,6 +67,7 @@ def trained(home):
     result = call(home, "train", *flags)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["text"]["bits_per_byte"] > 0
+    (home / "stderr").write_text(result.stderr)
     return home / "run"
 
 
@@ -79,13 +82,47 @@ def test_train_evaluate_generate(home, trained):
     flags = (f"--workdir={trained}", "--prompt=def ", "--max_new_tokens=8", "--seed=1")
     once, twice = call(home, "generate", *flags), call(home, "generate", *flags)
     assert once.returncode == 0, once.stderr
-    assert once.stdout == twice.stdout and "tok/s" in once.stderr.replace("tokens/s", "tok/s")
+    assert once.stdout == twice.stdout
+    # Case F6: nothing but the measurements.
+    assert len(once.stderr.splitlines()) == 1 and "tokens/s" in once.stderr
 
     one_line(call(home, "evaluate", f"--workdir={trained}", "--step=3"), "step 3", "5")
     one_line(call(home, "evaluate", f"--workdir={trained}", "--data=/nowhere/*.txt"), "/nowhere")
     one_line(call(home, "generate", f"--workdir={home}/none", "--prompt=x"), "no checkpoint")
     other = (f"--config={home}/config.py", f"--workdir={trained}", "--config.model.model_dim=64")
     one_line(call(home, "train", *other), "model.model_dim = 64", "32")
+
+
+# Case F7
+@pytest.mark.slow
+def test_the_first_and_last_lines_of_a_training_lead_on(home, trained):
+    lines = (home / "stderr").read_text().splitlines()
+    assert any(line.startswith("steps    5 (only 5)") for line in lines)
+    shown = [line for line in lines if line.startswith(("compiling", "step ", "held out"))]
+    assert [line.split()[0] for line in shown] == ["compiling", "step", "step", "held"]
+    for start in ("next", "or"):
+        [command] = [line.split(maxsplit=1)[1] for line in lines if line.startswith(start + " ")]
+        _, _, program, *flags = shlex.split(command)
+        result = call(home, program.removeprefix("experiments."), *flags)
+        assert result.returncode == 0 and result.stdout, result.stderr
+
+
+# Case F1
+@pytest.mark.slow
+def test_a_training_whose_output_nobody_reads_comes_to_its_end(home, tmp_path):
+    flags = (f"--config={home}/config.py", f"--workdir={tmp_path}/run")
+    call(home, "train", *flags, shell=f'"$@" 2>&1 >{tmp_path}/answer | head -n 1')
+    results = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert json.loads((tmp_path / "answer").read_text()) == results
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    said = [row["output_lost"] for row in rows if "output_lost" in row]
+    assert said == ["standard error: Broken pipe"]
+
+    flags = (f"--config={home}/config.py", f"--workdir={tmp_path}/silent")
+    result = call(home, "train", *flags, shell='"$@" >&-')
+    one_line(result, "standard output")
+    assert (tmp_path / "silent" / "evaluation.json").exists()
 
 
 @pytest.mark.slow
@@ -120,11 +157,3 @@ def test_bad_data_is_one_line_that_names_file_and_line(home, tmp_path):
         override = f"--config.data.sources.text.path={path}"
         flags = [f"--config={home}/config.py", f"--workdir={tmp_path}/{name}", override]
         one_line(call(home, "train", *flags), *parts)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_help_says_what_a_program_does(home, program):
-    result = call(home, program, "--help")
-    assert result.returncode == 0, result.stderr
-    assert f"python -m experiments.{program}" in result.stdout and "Flags:" in result.stdout

@@ -21,6 +21,7 @@ from lightning_jax.train import placement
 from lightning_jax.train import workdir as folder
 from lightning_jax.train.evaluation import require_finite
 from lightning_jax.train.plan import Segment
+from lightning_jax.train.screens import closing, opening
 from lightning_jax.train.session import Sampler, Session, open_session
 from lightning_jax.train.start import Start, look
 from lightning_jax.train.step import TrainState
@@ -83,11 +84,14 @@ def _run(
         sampler=sampler,
         profile=profile,
     ) as session:
+        session.progress.open(opening(path, plan, session.start, mesh))
         state = _train(session)
         session.checkpointer.wait()
         results = session.evaluate(plan.segments[-1], state, config.final_eval_tokens)
+        session.writer.last_evaluation(results, plan.total_steps)
     require_finite(results)
     write_json(path / "evaluation.json", results)
+    session.progress.note(closing(path, plan))
     return results
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,14 @@ import numpy as np
 from lightning_jax.config import kinds
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import LARGEST_COUNT
+from lightning_jax.runtime import output
 from lightning_jax.runtime.files import parse_json, plain, write_file
+from lightning_jax.train.events import EventFile, drop
+
+# What is not of the train step.
+_ROUTER_SCALARS = ("top_p", "bias_max")
+# Names of what an evaluation writes.
+_EVALUATION = ("eval/", "sample")
 
 # What readers of `metrics.jsonl` take from a row; a loss that was not finite is null.
 _ROW = {
@@ -50,28 +56,59 @@ def flatten(metrics: dict[str, Any]) -> dict[str, Any]:
 class MetricsWriter:
     """Appends rows to `metrics.jsonl` and the same values to TensorBoard event files."""
 
-    def __init__(self, workdir: Path, *, resume_step: int):
+    def __init__(self, workdir: Path, *, resume_step: int, final_step: int | None = None):
+        """Opens the files, without what earlier sessions wrote of steps after `resume_step`.
+
+        Args:
+          workdir: folder of the run.
+          resume_step: steps that earlier sessions took and saved.
+          final_step: steps of the whole run, at whose end every session evaluates: TensorBoard
+            forgets what earlier sessions have written there.
+
+        Raises:
+          UserError: a file is damaged, or is not the kind of file that it must be.
+        """
+        self._directory = workdir / "tensorboard"
+        if self._directory.exists() and not self._directory.is_dir():
+            raise UserError(f"{self._directory}: must be a folder")
         self._path = workdir / "metrics.jsonl"
         _drop_rows_after(self._path, resume_step)
         self._file = open(self._path, "a", encoding="utf-8")
-        self._directory, self._purge_step = workdir / "tensorboard", resume_step + 1
+        self._resume_step, self._final_step = resume_step, final_step
+        self._last_step, self._told = resume_step, False
 
     @functools.cached_property
-    def _events(self) -> _EventFile:
+    def _events(self) -> EventFile:
         # Opened by the first row: its imports must not delay the first step.
-        return _EventFile(self._directory, purge_step=self._purge_step)
+        def is_dropped(step: int, name: str) -> bool:
+            evaluated = step == self._final_step and name.startswith(_EVALUATION)
+            return step > self._resume_step or evaluated
+
+        drop(self._directory, is_dropped)
+        return EventFile(self._directory, first_step=self._resume_step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Writes one row; it must have a `step`. The line is on disk when this returns.
 
-        Numbers that are not finite are written as null, at every depth.
+        Numbers that are not finite are written as null, at every depth. The first row after a loss
+        of output to standard error says so, as `output_lost`.
         """
+        if output.lost() and not self._told:
+            row, self._told = {**row, "output_lost": output.lost()}, True
         row = plain(row)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        step = row["step"]
-        for name, value in _flat_scalars(row):
-            self._events.scalar(name, value, step)
+        self._last_step = row["step"]
+        self._show(row)
+
+    def last_evaluation(self, results: dict[str, Any], step: int) -> None:
+        """Shows on TensorBoard what `evaluation.json` has."""
+        self._show(plain({"step": step, "eval": results}))
+
+    def _show(self, row: dict[str, Any]) -> None:
+        for name, value in _scalars(row):
+            self._events.scalar(name, value, row["step"])
+        self._events.flush()
 
     def histogram(self, name: str, values: Any, step: int) -> None:
         """Writes a TensorBoard histogram of the numbers of an array; None is left out."""
@@ -88,23 +125,37 @@ class MetricsWriter:
 
     def __exit__(self, *_: object) -> None:
         """Flushes and closes both files."""
+        if output.lost() and not self._told:
+            self._file.write(json.dumps({"step": self._last_step, "output_lost": output.lost()}))
+            self._file.write("\n")
         self._file.close()
         if "_events" in vars(self):
             self._events.close()
 
 
-def _flat_scalars(row: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """Scalars by slash-joined name; lists over layers as their mean and extremes."""
+def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
+    """Scalars by TensorBoard's name: `train/`, `router/`, `eval/`, and groups of their own."""
     scalars: list[tuple[str, float]] = []
     for name, value in row.items():
         if isinstance(value, dict):
-            scalars += _flat_scalars(value, f"{prefix}{name}/")
+            scalars += _nested(value, f"{name}/")
         elif isinstance(value, list) and np.ndim(value) == 1:
             numbers = [entry for entry in value if entry is not None]
             for reduce in (np.mean, np.min, np.max) if numbers else ():
-                layers = f"router/{prefix}{name}/{reduce.__name__}"
-                scalars.append((layers, float(reduce(numbers))))
-        elif isinstance(value, (int, float)) and name != "step":
+                scalars.append((f"router/{name}/{reduce.__name__}", float(reduce(numbers))))
+        elif name != "step":
+            group = "router" if name in _ROUTER_SCALARS else "train"
+            scalars += _nested({name: value}, f"{group}/")
+    return scalars
+
+
+def _nested(values: dict[str, Any], prefix: str) -> list[tuple[str, float]]:
+    """Numbers by slash-joined name."""
+    scalars: list[tuple[str, float]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            scalars += _nested(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
             scalars.append((prefix + name, float(value)))
     return scalars
 
@@ -139,40 +190,3 @@ def _drop_rows_after(path: Path, step: int) -> None:
     if path.exists():
         kept = [row for row in read_rows(path) if row["step"] <= step]
         write_file(path, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-class _EventFile:
-    """A TensorBoard event file, written with the tensorboard package alone."""
-
-    def __init__(self, directory: Path, *, purge_step: int):
-        from tensorboard.compat.proto import event_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self._event = event_pb2.Event
-        self._writer = EventFileWriter(str(directory))
-        # TensorBoard takes the first start event as the start of the run; at each later one it
-        # drops the events from that step on.
-        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        started = self._event(wall_time=time.time(), step=purge_step, session_log=session)
-        self._writer.add_event(started)
-
-    def _add(self, summary: Any, step: int) -> None:
-        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
-
-    def scalar(self, name: str, value: float, step: int) -> None:
-        from tensorboard.plugins.scalar.summary_v2 import scalar_pb
-
-        self._add(scalar_pb(name, value), step)
-
-    def histogram(self, name: str, values: np.ndarray, step: int) -> None:
-        from tensorboard.plugins.histogram.summary_v2 import histogram_pb
-
-        self._add(histogram_pb(name, values), step)
-
-    def text(self, name: str, text: str, step: int) -> None:
-        from tensorboard.plugins.text.summary_v2 import text_pb
-
-        self._add(text_pb(name, text), step)
-
-    def close(self) -> None:
-        self._writer.close()

@@ -9,6 +9,8 @@ from types import TracebackType
 from rich import progress as bars
 from rich.console import Console
 
+from lightning_jax.runtime import output
+
 _SMOOTHING = 0.95
 # Without a terminal there is no bar to redraw: a line is printed once in so many seconds.
 _LINE_SECONDS = 15
@@ -42,26 +44,33 @@ class Progress:
 
     def __init__(self, total_steps: int, start: int):
         self._total_steps = total_steps
+        output.guard()
         self._console = Console(stderr=True)
         self._bar = bars.Progress(
             bars.TextColumn("{task.fields[stage]}"),
             bars.BarColumn(),
             bars.MofNCompleteColumn(),
-            bars.TextColumn("loss {task.fields[loss]:.3f}"),
-            bars.TextColumn("{task.fields[speed]:,.0f} tok/s"),
+            bars.TextColumn("{task.fields[state]}"),
             bars.TimeRemainingColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task(
-            "", total=total_steps, completed=start, stage="", loss=float("nan"), speed=0.0
+            "", total=total_steps, completed=start, stage="", state="compiling"
         )
         self._loss: float | None = None
         self._line_due = 0.0
+        self._begun: float | None = time.perf_counter()
 
     def __enter__(self) -> Progress:
         self._bar.__enter__()
         return self
+
+    def open(self, screen: str) -> None:
+        """Prints the first screen of a run, and says that compiling is next if no bar does."""
+        self.note(screen)
+        if not self._console.is_terminal:
+            self.note("compiling the first step ...")
 
     def begin_stage(self, name: str) -> None:
         """Shows the stage that the next steps belong to."""
@@ -72,15 +81,18 @@ class Progress:
         if math.isfinite(loss):
             before = loss if self._loss is None else self._loss
             self._loss = _SMOOTHING * before + (1 - _SMOOTHING) * loss
-        shown = math.nan if self._loss is None else self._loss
-        self._bar.update(self._task, completed=step, loss=shown, speed=tokens_per_second)
-        if not self._console.is_terminal and time.perf_counter() > self._line_due:
-            self._line_due = time.perf_counter() + _LINE_SECONDS
+        shown = "not finite" if self._loss is None else f"{self._loss:.3f}"
+        state = f"loss {shown}  {tokens_per_second:,.0f} tok/s"
+        self._bar.update(self._task, completed=step, state=state)
+        now = time.perf_counter()
+        due = now > self._line_due or step == self._total_steps
+        if not self._console.is_terminal and due:
+            self._line_due = now + _LINE_SECONDS
             left = self._bar.tasks[0].time_remaining
-            self.note(
-                f"step {step}/{self._total_steps}  loss {shown:.3f}  "
-                f"{tokens_per_second:,.0f} tok/s" + (f"  {left:,.0f} s left" if left else "")
-            )
+            left_text = f"  {left:,.0f} s left" if left else ""
+            first = f"  first step after {now - self._begun:.0f} s" if self._begun else ""
+            self.note(f"step {step}/{self._total_steps}  {state}{left_text}{first}")
+        self._begun = None
 
     def note(self, text: str) -> None:
         """Prints a line above the bar."""

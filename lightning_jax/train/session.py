@@ -205,7 +205,7 @@ def open_session(
         Checkpointer(
             workdir, keep=config.keep_checkpoints, keep_steps=plan.stage_ends
         ) as checkpointer,
-        MetricsWriter(workdir, resume_step=start) as writer,
+        MetricsWriter(workdir, resume_step=start, final_step=plan.total_steps) as writer,
         StopRequest() as stop,
         Progress(plan.total_steps, start) as progress,
         Trace(workdir / "profile" if profile else None) as trace,

@@ -73,17 +73,17 @@ def test_a_resumed_run_drops_the_rows_that_it_writes_again(tmp_path):
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 9.0)]
     assert not list(tmp_path.glob("*.tmp"))
-    # TensorBoard forgets steps 4 and 5 of the first session.
-    assert [step for step, _ in tensors(tmp_path, "loss")] == [1, 2, 3, 4]
 
 
-def test_tensorboard_has_scalars_by_name_and_layers_by_their_extremes(tmp_path):
+def test_tensorboard_has_groups_of_scalars_and_layers_by_their_extremes(tmp_path):
     row = {"step": 7, "stage": "stable", "loss": 1.5, "objective": None, "top_p": 1}
-    row |= {"mean_experts": [1.0, 3.0], "eval": {"a": {"loss": 2.0}}, "histogram": [[1.0], [2.0]]}
+    row |= {"mean_experts": [1.0, 3.0], "eval": {"a": {"loss": 2.0, "by_layer": [1.0]}}}
+    row |= {"histogram": [[1.0], [2.0]], "data": {"a": {"tokens": 100, "epochs": 0.5}}}
     write(tmp_path, [row])
     names = set(events(tmp_path).Tags()["tensors"])
     layers = {f"router/mean_experts/{kind}" for kind in ("mean", "min", "max")}
-    assert names == {"loss", "top_p", "eval/a/loss", *layers}
+    data = {"data/a/tokens", "data/a/epochs"}
+    assert names == {"train/loss", "router/top_p", "eval/a/loss", *layers, *data}
     [(step, value)] = tensors(tmp_path, "router/mean_experts/mean")
     assert step == 7 and value.float_val[0] == 2.0
 
@@ -95,6 +95,13 @@ def test_histograms_and_texts(tmp_path):
     assert set(events(tmp_path).Tags()["tensors"]) == {"params/absmax", "sample"}
     [(_, text)] = tensors(tmp_path, "sample")
     assert b"```\ndef f():\n```" in text.string_val[0]
+
+
+# Case F2
+def test_a_file_in_the_place_of_the_tensorboard_folder_is_found_before_the_first_step(tmp_path):
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.raises(UserError, match="tensorboard: must be a folder"):
+        MetricsWriter(tmp_path, resume_step=0)
 
 
 # Case E4

@@ -1,6 +1,7 @@
 """The speed that is measured, and the lines and the bar that show it."""
 
 import io
+import math
 
 import pytest
 from rich.console import Console
@@ -48,24 +49,54 @@ def test_without_a_terminal_a_line_now_and_then(clock, capfd):
     assert note.startswith("held out: [a] 1.000") and note.endswith("x" * 200)
 
 
-# Case D2
-def test_the_loss_shown_is_smoothed_over_finite_losses(clock, capfd):
+# Case F7
+def test_without_a_terminal_lines_from_the_start_to_the_last_step(clock, capfd):
+    with Progress(total_steps=3, start=0) as shown:
+        shown.open("run      runs/a")
+        shown.begin_stage("stable")
+        clock[0] += 12
+        for step in (1, 2, 3):
+            clock[0] += 0.1
+            shown.advance(step, 2.0, 1234.0)
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert lines[:2] == ["run      runs/a", "compiling the first step ..."]
+    assert lines[2].startswith("step 1/3  loss 2.000") and "first step after 12 s" in lines[2]
+    assert lines[3].startswith("step 3/3") and "first" not in lines[3] and len(lines) == 4
+
+
+# Case D2, case F7
+def test_losses_that_are_not_finite_are_left_out(clock, capfd):
     with Progress(total_steps=9, start=0) as shown:
-        for step, loss in enumerate([float("nan"), 2.0, float("nan"), float("inf"), 4.0]):
+        for step, loss in enumerate([math.nan, 2.0, math.nan, math.inf, 4.0], 1):
             shown.advance(step, loss, 1.0)
             clock[0] += 16
     lines = capfd.readouterr().err.strip().splitlines()
-    assert [line.split("loss ")[1].split()[0] for line in lines[1:]] == ["2.000"] * 3 + ["2.100"]
+    losses = [line.split("loss ")[1].split("  ")[0] for line in lines]
+    assert losses == ["not finite", "2.000", "2.000", "2.000", "2.100"]
 
 
-def test_on_a_terminal_a_bar(monkeypatch):
+@pytest.fixture
+def terminal(monkeypatch):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100)
     monkeypatch.setattr(progress, "Console", lambda stderr: console)
+    return screen
+
+
+# Case F7
+def test_the_bar_shows_no_loss_before_there_is_one(terminal):
+    with Progress(total_steps=79, start=0) as shown:
+        shown.begin_stage("stable")
+    text = terminal.getvalue()
+    assert "0/79" in text and "compiling" in text
+    assert not any(word in text for word in ("nan", "loss", "tok/s"))
+
+
+def test_on_a_terminal_a_bar(terminal):
     with Progress(total_steps=3, start=0) as shown:
         shown.begin_stage("decay")
         for step in (1, 2, 3):
             shown.advance(step, 1.5, 99.0)
-    text = screen.getvalue()
+    text = terminal.getvalue()
     assert "decay" in text and "3/3" in text and "loss 1.500" in text and "99 tok/s" in text
     assert "step 1/3" not in text
