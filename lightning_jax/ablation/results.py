@@ -16,18 +16,19 @@ import numpy as np
 from lightning_jax import accounting
 from lightning_jax.config import ModelConfig, RunConfig, kinds
 from lightning_jax.config.errors import UserError
-from lightning_jax.config.fields import require
+from lightning_jax.config.fields import LARGEST_COUNT, require
 from lightning_jax.runtime.files import read_json, write_file
 from lightning_jax.train.metrics import read_rows
 
 METRIC = "bits_per_byte"
 # Of a domain in evaluation.json.
 _DOMAIN = {
-    "loss": kinds.number(),
-    METRIC: kinds.number(0),
-    "tokens": kinds.integer(1, 2**63),
-    "bytes": kinds.integer(1, 2**63),
-    "experts_per_token": kinds.number(0),
+    "loss": kinds.number(-1e6, 1e6),
+    METRIC: kinds.number(0, 1e6),
+    "tokens": kinds.integer(1, LARGEST_COUNT),
+    "bytes": kinds.integer(1, LARGEST_COUNT),
+    "experts_per_token": kinds.number(0, 1e6),
+    "no_bits_per_byte": kinds.TEXT,
 }
 _KEYS = ("loss", METRIC, "tokens", "bytes")
 # Why a run failed, in one line; below it the traceback of what was no bad input.
@@ -150,10 +151,12 @@ def _domains(path: Path) -> dict[str, dict[str, Any]]:
     if not domains:
         raise UserError(f"{path}: nothing was measured")
     for name, domain in domains.items():
-        if isinstance(domain, dict) and None in (domain.get("loss", 0), domain.get(METRIC, 0)):
-            raise UserError(f"{METRIC} is not finite")
         try:
             require(isinstance(domain, dict), name, domain, "an object")
+            if isinstance(reason := domain.get("no_bits_per_byte"), str):
+                raise UserError(f"{name} has no {METRIC}: {reason}")
+            if None in (domain.get("loss", 0), domain.get(METRIC, 0)):
+                raise UserError(f"{METRIC} is not finite")
             kinds.check(domain, _DOMAIN, name, required=_KEYS)
         except UserError as error:
             raise UserError(f"{path}: not an evaluation ({error})") from error

@@ -190,6 +190,11 @@ def test_a_run_that_killed_its_process_comes_last_the_next_time(tmp_path, traine
             '{"a": {"loss": 2.0, "bits_per_byte": null, "tokens": 9, "bytes": 9}}',
             "bits_per_byte is not finite",
         ),
+        (
+            "evaluation.json",
+            '{"a": {"loss": 2.0, "bits_per_byte": null, "no_bits_per_byte": "3 of 9 bytes lost"}}',
+            "a has no bits_per_byte: 3 of 9 bytes lost",
+        ),
         ("metrics.jsonl", '{"step": 1, "tokens_per_second": 3}\n', "metrics.jsonl: line 1: lacks"),
     ],
 )

@@ -107,7 +107,7 @@ def train(whole, root, monkeypatch):
 
 # Case E4
 @COUNTS
-@pytest.mark.parametrize("name", ["config.json", "run.json", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["config.json", "run.json", "metrics.jsonl", "evaluation.json"])
 def test_a_damaged_file_is_one_line_or_finite(root, train, name, count):
     workdir = RUN.folder(root)
     readers = {
@@ -124,6 +124,7 @@ def test_a_damaged_file_is_one_line_or_finite(root, train, name, count):
             lambda: run_row(RUN, workdir),
             lambda: page.curves([RUN], root),
         ],
+        "evaluation.json": [lambda: run_row(RUN, workdir)],
     }
     texts = {path: path.read_bytes() for path in workdir.glob("*.json*")}
     for content in documents(workdir / name, count):
