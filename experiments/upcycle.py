@@ -15,6 +15,7 @@ from lightning_jax.runtime import files, program
 _CONFIG = program.define_config()
 _SOURCE = flags.DEFINE_string("source", None, "Folder of the dense model.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to make.", required=True)
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint of a run; the newest by default.")
 _POOL = flags.DEFINE_enum(
     "pool", "mean", ["mean", "first"], "Shared keys and values: mean of the group's, or the first."
 )
@@ -27,7 +28,12 @@ def main() -> None:
     from lightning_jax.interop.upcycle_run import upcycle_run
 
     result = upcycle_run(
-        _SOURCE.value, _WORKDIR.value, config, pool=_POOL.value, eval_tokens=_TOKENS.value
+        _SOURCE.value,
+        _WORKDIR.value,
+        config,
+        step=_STEP.value,
+        pool=_POOL.value,
+        eval_tokens=_TOKENS.value,
     )
     program.emit_json(result)
 

@@ -32,10 +32,10 @@ def is_run(path: StrPath) -> bool:
     return "stages" in read_json(Path(path) / "config.json")
 
 
-def describe(path: StrPath) -> tuple[ModelConfig, str | None]:
+def describe(path: StrPath, *, step: int | None = None) -> tuple[ModelConfig, str | None]:
     """Returns the model of a run's or a Hugging Face folder, and where its tokenizer is (or None).
 
-    The model of a run is that of its newest checkpoint's weights.
+    The model of a run is that of a checkpoint's weights (None: the newest).
 
     Raises:
       UserError: no such folder, or a config or checkpoint that cannot be read.
@@ -46,7 +46,7 @@ def describe(path: StrPath) -> tuple[ModelConfig, str | None]:
     if "stages" in config:
         run = RunConfig.parse(config, file)
         trained = bool(all_steps(checkpoints_dir(folder)))
-        return read_meta(folder).model if trained else run.model, run.data.tokenizer
+        return read_meta(folder, step).model if trained else run.model, run.data.tokenizer
     has_tokenizer = any((folder / name).exists() for name in VOCABULARIES)
     return read_config(config, where=file), str(folder) if has_tokenizer else None
 

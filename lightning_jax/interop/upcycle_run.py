@@ -15,7 +15,7 @@ from lightning_jax import sharding
 from lightning_jax.config import ModelConfig, RunConfig
 from lightning_jax.config.fields import require
 from lightning_jax.data.sources import Sources
-from lightning_jax.interop.convert import describe, load_any
+from lightning_jax.interop.convert import describe, is_run, load_any
 from lightning_jax.interop.upcycle import is_exact, upcycle
 from lightning_jax.runtime.folders import new_folder
 from lightning_jax.train.evaluation import ONE_DEVICE, Evaluator, require_finite
@@ -33,6 +33,7 @@ def upcycle_run(
     workdir: StrPath,
     config: RunConfig,
     *,
+    step: int | None = None,
     pool: str = "mean",
     eval_tokens: int = 16_384,
 ) -> dict[str, Any]:
@@ -43,6 +44,7 @@ def upcycle_run(
       workdir: folder of the run to make.
       config: the run, with the model wanted; `vocab_size = 0` is the source's. Its tokenizer must
         be the source's.
+      step: which checkpoint of a run; None is the newest.
       pool: see `upcycle`.
       eval_tokens: held-out tokens of each domain on which both models are judged; 0: all.
 
@@ -56,15 +58,21 @@ def upcycle_run(
     """
     require(eval_tokens >= 0, "eval_tokens", eval_tokens, "0 (all) or more")
     with new_folder(workdir, "workdir") as path:
-        result = _upcycle(source, path, config, pool=pool, eval_tokens=eval_tokens)
+        result = _upcycle(source, path, config, step=step, pool=pool, eval_tokens=eval_tokens)
     return {"workdir": str(workdir), **result}
 
 
 def _upcycle(
-    source: StrPath, path: Path, config: RunConfig, *, pool: str, eval_tokens: int
+    source: StrPath,
+    path: Path,
+    config: RunConfig,
+    *,
+    step: int | None,
+    pool: str,
+    eval_tokens: int,
 ) -> dict[str, Any]:
-    _, tokenizer = describe(source)
-    dense, params, router = load_any(source)
+    _, tokenizer = describe(source, step=step)
+    dense, params, router = load_any(source, step=step)
     model = dataclasses.replace(
         config.model, vocab_size=config.model.vocab_size or dense.vocab_size
     )
@@ -72,11 +80,13 @@ def _upcycle(
     data = dataclasses.replace(config.data, tokenizer=tokenizer or config.data.tokenizer)
     sources = Sources.open(data)
     config = dataclasses.replace(config, model=model, data=data)
-    resolved = resolve(config, sources=sources)
+    # A vocabulary that a run trained on its own text would come out differently on other text.
+    tokenizer_of = Path(source) if is_run(source) else None
+    resolved = resolve(config, tokenizer_of, sources)
     config, tokenizer = resolved.config, resolved.tokenizer
     made, made_router = upcycle(dense, params, model, jax.random.key(config.seed), pool=pool)
     origin = {"path": str(Path(source).absolute()), "pool": pool}
-    write_start(path, config, made, made_router, origin=origin)
+    write_start(path, config, made, made_router, origin=origin, tokenizer_of=tokenizer_of)
     segment = Plan.of(config).segments[0]
 
     def losses(model: ModelConfig, params: Any, router: lm.Router) -> dict[str, float]:

@@ -105,6 +105,7 @@ def write_start(
     router: lm.Router,
     *,
     origin: dict[str, Any],
+    tokenizer_of: Path | None = None,
 ) -> None:
     """Makes a folder that can be evaluated and generate text at once, and from which to train.
 
@@ -113,6 +114,8 @@ def write_start(
       config: the run; `experiments.train` with the same model and tokenizer goes on from here.
       params, router: the weights, float32 as every run keeps them.
       origin: where the weights came from, for `run.json`.
+      tokenizer_of: folder of the run whose tokenizer the weights were trained with; None: that of
+        `config`.
 
     Raises:
       UserError: the folder has a run or cannot be written, or the tokenizer has more ids than the
@@ -120,7 +123,8 @@ def write_start(
     """
     with folder.claim(workdir) as claim:
         past = require_unused(claim.path)
-        resolved = _resolve(past, config, claim.path, Sources.open(config.data))
+        sources = Sources.open(config.data)
+        resolved = _resolve(past, config, claim.path, sources, tokenizer_of)
         past.record.begin(resolved.digest, origin=origin)
         past.record.add_session(1, checkpoint=0)
         _write(claim.path, past.record, resolved)
@@ -193,10 +197,16 @@ def _sizes(row: Mapping[str, Any]) -> str:
     return f"{train} and {held_out} held out"
 
 
-def _resolve(past: folder.Past, config: RunConfig, path: Path, sources: Sources) -> Resolved:
+def _resolve(
+    past: folder.Past,
+    config: RunConfig,
+    path: Path,
+    sources: Sources,
+    tokenizer_of: Path | None = None,
+) -> Resolved:
     """Resolves the tokenizer, and compares it with that in the folder."""
     has_begun = past.config is not None
-    resolved = resolve(config, path if has_begun else None, sources)
+    resolved = resolve(config, path if has_begun else tokenizer_of, sources)
     kept, known = kept_files(path), past.record.tokenizer
     field = f"data.tokenizer = {config.data.tokenizer!r}"
     if has_begun and known not in (None, resolved.digest):

@@ -173,7 +173,9 @@ def test_the_good_older_checkpoint_is_named_for_inference(damaged):
 
 def test_every_program_that_reads_checkpoints_has_the_flag_of_the_advice():
     readers = [path for path in PROGRAMS.glob("*.py") if "step=_STEP.value" in path.read_text()]
-    assert {"evaluate", "generate", "convert", "lm_eval"} <= {path.stem for path in readers}
+    assert {"evaluate", "generate", "convert", "lm_eval", "upcycle"} <= {
+        path.stem for path in readers
+    }
     assert all('DEFINE_integer("step"' in path.read_text() for path in readers)
 
 

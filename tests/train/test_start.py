@@ -382,6 +382,19 @@ def test_the_folder_holds_the_weights_as_checkpoint_0(weights, tmp_path):
     write_start(tmp_path / "another", CONFIG, *weights, origin=ORIGIN)
 
 
+def test_weights_of_a_run_keep_the_tokenizer_that_it_trained(weights, tmp_path):
+    config = tiny_run(write_corpus(tmp_path / "text"), data__tokenizer="bpe:270")
+    begin(config, tmp_path / "run")
+    kept = (tmp_path / "run" / "tokenizer.json").read_bytes()
+    other = tiny_run(str(write_texts(tmp_path / "other")), data__tokenizer="bpe:270")
+    other = dataclasses.replace(other, model=CONFIG.model)
+    for name, source in (("up", tmp_path / "run"), ("apart", None)):
+        path = tmp_path / name
+        write_start(path, other, *weights, origin=ORIGIN, tokenizer_of=source)
+        assert ((path / "tokenizer.json").read_bytes() == kept) == bool(source)
+        begin(other, path, None)
+
+
 # Case A6
 def test_training_keeps_the_origin_of_the_weights(weights, tmp_path, config):
     path = tmp_path / "run"
