@@ -104,7 +104,8 @@ class Checkpointer:
           step: which checkpoint; None is the newest.
           abstract_items: names to trees of `jax.ShapeDtypeStruct` with shardings (arrays and Python
             numbers serve as examples); other items of the checkpoint are not read.
-          data_iterator: Grain iterator to move to the saved position; or None.
+          data_iterator: Grain iterator to move to the saved position; or None. If other processes
+            saved, more or fewer, its `set_states` gets the positions of all.
 
         Returns the items, in the containers of `abstract_items`. Raises UserError if there is no
         such checkpoint, it is damaged, or a name, shape or dtype differs from that asked for.

@@ -22,7 +22,7 @@ from lightning_jax.checkpoint.library import orbax
 from lightning_jax.config import CheckpointMeta, ModelConfig, RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require
-from lightning_jax.runtime.files import StrPath
+from lightning_jax.runtime.files import StrPath, read_json
 
 DATA_ITEM = "data"
 # Given the folder of checkpoints and the newest good step in it, says how to use that step.
@@ -124,17 +124,21 @@ def read(
     wanted = {name: trees.leaves(tree) for name, tree in abstract_items.items()}
     nested = {name: trees.nested(leaves, trees.to_restore) for name, leaves in wanted.items()}
     args = {name: ocp.args.StandardRestore(tree) for name, tree in nested.items() if tree}
-    if data_iterator is not None:
+    positions = sorted((folder / DATA_ITEM).glob("process_*.json"))
+    dealt_anew = data_iterator is not None and len(positions) not in (0, jax.process_count())
+    if data_iterator is not None and not dealt_anew:
         import grain.checkpoint
 
         args[DATA_ITEM] = grain.checkpoint.CheckpointRestore(data_iterator)
     with _read_errors(directory, step, advice):
         folders.check_number(folder, folders.meta_values(folder))
-        folders.verify(folder, args)
+        folders.verify(folder, [*args, DATA_ITEM] if dealt_anew else args)
         for name in [name for name, tree in nested.items() if tree]:
             _check(folder / name, trees.leaves(nested[name]))
         with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as reader:
             stored = reader.restore(folder, args=ocp.args.Composite(**args))
+        if dealt_anew:
+            data_iterator.set_states([read_json(path) for path in positions])
     result = {}
     for name, leaves in wanted.items():
         found = trees.leaves(stored[name]) if name in args else {}

@@ -9,20 +9,24 @@ there, and a source that rests for a stage continues where it stopped.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grain
 import numpy as np
 
 from lightning_jax.config import DataConfig, StageConfig
+from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require
 from lightning_jax.data import round_trip
 from lightning_jax.data.batch import Batch
 from lightning_jax.data.packing import Documents, PackDataset, document_tokens
+from lightning_jax.data.regroup import regroup
 from lightning_jax.data.sources import Source, Sources
 from lightning_jax.data.tokenizer import Tokenizer
+from lightning_jax.data.worker import WorkerIterator, in_words
 
 
 class _MixIterator(grain.DatasetIterator):
@@ -101,16 +105,17 @@ def make_train_iterator(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator:
+) -> WorkerIterator:
     """Returns an endless iterator of `[stage.batch_size // process_count, stage.seq_len]` batches.
 
     Elements are `Batch`es. Weights are shares of real tokens; a source of weight 0 is not opened.
     Each source is repeated for ever, in another order in each epoch, which depends on `seed` and
     its name alone; in each epoch every process reads its own part of the documents. `data.prefetch`
-    batches are made ahead in one thread.
+    batches are made ahead, in one thread (0: each when it is asked for).
 
     `get_state` gives the exact position after the last batch, and survives JSON. `set_state` takes
-    a state of the same stage, to resume, or the last state of the stage before, to continue it.
+    a state of the same stage, to resume, or the last state of the stage before, to continue it;
+    `set_states` those of all processes, if they were more or fewer.
 
     Raises:
       UserError: a batch that the processes cannot share, or a source that cannot be opened. Bad
@@ -134,12 +139,11 @@ def make_train_iterator(
     }
     mix = MixDataset(rows, weights=weights, seq_len=stage.seq_len, stage=stage.name)
     batches = mix.batch(stage.batch_size // process_count, drop_remainder=True)
-    if data.prefetch:
-        # Without a bound of at least 1, Grain's thread would run ahead for ever after a restore.
-        batches = grain.experimental.ThreadPrefetchIterDataset(
-            batches, prefetch_buffer_size=data.prefetch
-        )
-    return iter(batches)
+    return WorkerIterator(
+        iter(batches),
+        ahead=data.prefetch,
+        regroup=functools.partial(regroup, index=process_index, count=process_count),
+    )
 
 
 def _endless(source: Source, tokenizer: Tokenizer, seed: int, part: slice) -> Documents:
@@ -148,7 +152,15 @@ def _endless(source: Source, tokenizer: Tokenizer, seed: int, part: slice) -> Do
     order = int.from_bytes(digest[:4], "big")
     # Repeat before slicing: then the parts are equal over epochs even if they do not divide one.
     documents = grain.MapDataset.source(source).shuffle(seed=order).repeat()[part]
-    return documents.map(lambda document: document_tokens(document["text"], tokenizer))
+    return documents.map(lambda document: _tokens(document, tokenizer))
+
+
+def _tokens(document: Mapping[str, str], tokenizer: Tokenizer) -> np.ndarray:
+    try:
+        return document_tokens(document["text"], tokenizer)
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        message = f"{document['origin']}: cannot be tokenized ({in_words(error)})"
+        raise UserError(message) from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -191,6 +203,7 @@ def eval_batches(
     seq_len: int,
     batch_size: int,
     max_tokens: int = 0,
+    before_document: Callable[[], None] = lambda: None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> EvalBatches:
@@ -199,7 +212,8 @@ def eval_batches(
     Documents are whole and in order, packed by `concat`; the last batch is filled up with rows of
     padding, and all processes have the same number of batches. With `max_tokens`, documents are
     drawn in hash order until they have that many targets, and no others are read. Tokens stay in
-    memory, 4 bytes each, so that later passes cost no tokenizer.
+    memory, 4 bytes each, so that later passes cost no tokenizer. `before_document` is called before
+    each document is read, and may raise.
     """
     require(
         batch_size % process_count == 0,
@@ -212,8 +226,9 @@ def eval_batches(
     for document in source.hash_order():
         if max_tokens and num_targets >= max_tokens:
             break
-        text = source[document]["text"]
-        tokens[document] = document_tokens(text, tokenizer)
+        before_document()
+        read = source[document]
+        text, tokens[document] = read["text"], _tokens(read, tokenizer)
         num_targets += len(tokens[document]) - 1
         size = len(text.encode("utf-8"))
         num_bytes += size

@@ -308,13 +308,35 @@ def test_another_stage_with_the_same_shape_goes_on_as_if_it_were_one(traced):
     np.testing.assert_equal(parts + take(second, 7), whole)
 
 
-def test_a_restore_does_not_start_a_thread_without_prefetch(data):
+def test_without_prefetch_the_thread_starts_with_the_first_batch(data):
     it = iterator(dataclasses.replace(data, prefetch=0))
     before = threading.active_count()
     it.set_state(it.get_state())
     it.start_prefetch()  # what Grain's checkpoint handler does
-    next(it)
     assert threading.active_count() == before
+    next(it)
+    it.close()
+    assert threading.active_count() == before
+
+
+class _Panics:
+    bos_id = eos_id = 0
+
+    def encode(self, text):
+        class PanicException(BaseException):
+            """As pyo3 derives it."""
+
+        raise PanicException("called `Option::unwrap()` on a `None` value")
+
+
+# Case F10
+def test_a_panic_of_a_tokenizer_names_its_document(data):
+    it = iterator(data, stage(mixture=(("a", 1.0),)), tokenizer=_Panics())
+    with pytest.raises(
+        UserError, match=r"^\d+.txt: cannot be tokenized .PanicException: called `Option"
+    ):
+        next(it)
+    it.close()
 
 
 def eval_source(data, name="a"):
