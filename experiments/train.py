@@ -16,15 +16,24 @@ _PROFILE = flags.DEFINE_bool("profile", False, "Record a trace of three steps in
 _CHANGED = flags.DEFINE_bool(
     "allow_changed_data", False, "Resume although the text is not what the run began with."
 )
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One process of several (a TPU pod slice).")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "One process of several, which all see the same WORKDIR. TPU pod slices, Slurm, Open MPI and "
+    "Kubernetes tell a process what the next flags say; elsewhere give all three.",
+)
+_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT where process 0 listens, the same for all processes."
+)
+_COUNT = flags.DEFINE_integer("num_processes", None, "Number of processes.")
+_INDEX = flags.DEFINE_integer("process_id", None, "Which of them this is; 0 writes and prints.")
 
 
 def main() -> None:
     config = program.load_config(_CONFIG.value)
-    if _DISTRIBUTED.value:
-        import jax
+    from lightning_jax.runtime import processes
 
-        jax.distributed.initialize()
+    processes.start(_DISTRIBUTED.value, _ADDRESS.value, _COUNT.value, _INDEX.value)
     from lightning_jax.infer.text import sample
     from lightning_jax.train import loop
 
@@ -36,7 +45,8 @@ def main() -> None:
         allow_changed_data=_CHANGED.value,
         keep_compiled=True,
     )
-    program.emit_json(results)
+    if processes.is_writer():
+        program.emit_json(results)
 
 
 if __name__ == "__main__":

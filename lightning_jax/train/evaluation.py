@@ -54,9 +54,16 @@ def position_buckets(seq_len: int) -> list[tuple[int, int]]:
 
 
 def evaluate_batches(
-    eval_step: Callable[[Batch], Any], batches: EvalBatches, mesh: Mesh, *, domain: str
+    eval_step: Callable[[Batch], Any],
+    batches: EvalBatches,
+    mesh: Mesh,
+    *,
+    domain: str,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Evaluates one domain; `eval_step` maps a batch on the mesh to a result of `step.eval_step`.
+
+    `before_batch` is called before each batch, and may raise.
 
     Returns `loss` (nats per token), `perplexity`, `bits_per_byte` (of the text's UTF-8 bytes; the
     end-of-document tokens' cost is included; None for a text without bytes, and for one that the
@@ -72,6 +79,7 @@ def evaluate_batches(
     used: list[np.ndarray] = []
     seen: list[np.ndarray] = []
     for batch in batches:
+        before_batch()
         result = eval_step(put_whole(batch, mesh))
         nll_BT, mask_BT = np.asarray(result["nll_BT"], np.float64), batch.loss_mask > 0
         for index, (low, high) in enumerate(buckets):
@@ -127,10 +135,14 @@ class Evaluator:
         rope_base_global: float,
         weights: str,
         max_tokens: int = 0,
+        before_document: Callable[[], None] = lambda: None,
+        before_batch: Callable[[], None] = lambda: None,
     ) -> dict[str, dict[str, Any]]:
         """Returns `evaluate_batches` of each source, over `max_tokens` of its tokens (0: all).
 
         Each result names its `weights`: "params", or "ema" if `params` are their average.
+        `before_document` is called before a document is tokenized, once for each shape of batch,
+        and `before_batch` before each batch; what they raise ends the evaluation.
         """
         shape = (seq_len, batch_size, max_tokens)
         if shape not in self._batches:
@@ -141,6 +153,7 @@ class Evaluator:
                     seq_len=seq_len,
                     batch_size=batch_size,
                     max_tokens=max_tokens,
+                    before_document=before_document,
                 )
                 for name, source in self._sources.eval.items()
             }
@@ -149,7 +162,9 @@ class Evaluator:
         return {
             name: {
                 "weights": weights,
-                **evaluate_batches(eval_step, batches, self._mesh, domain=name),
+                **evaluate_batches(
+                    eval_step, batches, self._mesh, domain=name, before_batch=before_batch
+                ),
             }
             for name, batches in self._batches[shape].items()
         }

@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 from lightning_jax import accounting
 from lightning_jax.config import RunConfig
 from lightning_jax.data import mixture
-from lightning_jax.runtime import compiler, tables
+from lightning_jax.runtime import compiler, processes, tables
 from lightning_jax.runtime.files import write_json
 from lightning_jax.train import placement
 from lightning_jax.train import workdir as folder
 from lightning_jax.train.evaluation import require_finite
+from lightning_jax.train.interruption import Interrupted
 from lightning_jax.train.plan import Segment
 from lightning_jax.train.screens import closing, opening
 from lightning_jax.train.session import Sampler, Session, open_session
@@ -56,12 +57,15 @@ def run(
     Raises:
       UserError: bad input of any kind, a loss that is not finite under `on_nan = "stop"` or in the
         last evaluation; the state has been saved.
-      Stopped: SIGTERM or SIGINT; the state has been saved.
+      Stopped: a signal (see `signals`); the state has been saved.
     """
     config.require_trainable()
-    with folder.claim(workdir) as claim:
-        start = look(config, claim.path, allow_changed_data=allow_changed_data)
-        mesh = placement.make_mesh(start.plan)
+    with processes.together(), folder.claim(workdir) as claim:
+        # None writes before all have read.
+        with processes.together():
+            start = look(config, claim.path, allow_changed_data=allow_changed_data)
+            mesh = placement.make_mesh(start.plan)
+        processes.require_same(start.digests())
         start.write(claim)
         if keep_compiled:
             compiler.cache_in(claim.path / "compiled")
@@ -72,8 +76,9 @@ def _run(
     start: Start, path: Path, mesh: Mesh, *, sampler: Sampler | None, profile: bool
 ) -> dict[str, Any]:
     plan, config = start.plan, start.plan.config
-    rows = accounting.summary_rows(config.model, plan.max_seq_len)
-    tables.print_table(rows, "This model")
+    if processes.is_writer():
+        rows = accounting.summary_rows(config.model, plan.max_seq_len)
+        tables.print_table(rows, "This model")
     with open_session(
         plan,
         path,
@@ -87,10 +92,14 @@ def _run(
         session.progress.open(opening(path, plan, session.start, mesh))
         state = _train(session)
         session.checkpointer.wait()
-        results = session.evaluate(plan.segments[-1], state, config.final_eval_tokens)
+        try:
+            results = session.evaluate(plan.segments[-1], state, config.final_eval_tokens)
+        except Interrupted as ended:
+            session.leave(plan.total_steps, ended)
         session.writer.last_evaluation(results, plan.total_steps)
     require_finite(results)
-    write_json(path / "evaluation.json", results)
+    if processes.is_writer():
+        write_json(path / "evaluation.json", results)
     session.progress.note(closing(path, plan))
     return results
 
@@ -101,12 +110,15 @@ def _train(session: Session) -> TrainState:
     batches, plan = None, session.plan
     # A checkpoint holds the batch iterator of the segment in which, or at whose end, it was made.
     first = plan.segments.index(plan.last_trained(session.start))
-    for segment in plan.segments[first:]:
-        batches = _batches(session, segment, batches)
-        if state is None:
-            state = session.restore(batches)
-        state = _run_segment(session, segment, state, batches)
-    batches.close()
+    try:
+        for segment in plan.segments[first:]:
+            batches = _batches(session, segment, batches)
+            if state is None:
+                state = session.restore(batches)
+            state = _run_segment(session, segment, state, batches)
+    finally:
+        if batches is not None:
+            batches.close()
     return state
 
 
@@ -123,39 +135,51 @@ def _batches(session: Session, segment: Segment, before: Any) -> Any:
         process_count=jax.process_count(),
     )
     if before is not None:
-        batches.set_state(before.get_state())
         before.close()
+        batches.set_state(before.get_state())
     return batches
 
 
 def _run_segment(session: Session, segment: Segment, state: TrainState, batches: Any) -> TrainState:
     """Runs those steps of a segment that earlier sessions have not run."""
-    config, plan = session.plan.config, session.plan
+    config, watch = session.plan.config, session.watch
     session.progress.begin_stage(segment.stage.name)
     session.throughput.end_lap()  # The time between two stages is not training time.
-    unread: dict[str, Any] | None = None
-    # `step` includes the step that is taken here: `step - 1` steps precede it.
-    for step in range(max(segment.first_step, session.start) + 1, segment.end_step + 1):
-        batch = placement.put_batch(next(batches), session.mesh)
-        session.trace.before_step()
-        state, metrics = session.program.step(
-            state, batch, plan.knobs(step - 1), segment.accumulate
-        )
+    step = max(segment.first_step, session.start)
+    unread: dict[str, Any] | None = None  # metrics of step `step`, the last one taken
+    try:
+        inside = segment.first_step < step < segment.end_step
+        if inside and step == session.start and session.owes_evaluation():
+            _evaluate(session, segment, step, state)
+        while step < segment.end_step:
+            batch = placement.put_batch(watch.next_batch(batches), session.mesh)
+            session.trace.before_step()
+            knobs = session.plan.knobs(step)
+            state, metrics = session.program.step(state, batch, knobs, segment.accumulate)
+            if unread is not None:
+                session.report(step, unread, state, batches)
+            step, unread = step + 1, metrics
+            last = step == segment.end_step
+            saving = last or step % config.checkpoint_every == 0
+            evaluating = session.is_evaluated(step) and not last
+            if saving or evaluating:
+                # A state is saved or evaluated only after its own loss is known to be finite.
+                session.report(step, unread, state, batches)
+                unread = None
+            if evaluating:
+                _evaluate(session, segment, step, state)
+            if saving:
+                session.save(step, state, batches)
+    except Interrupted as ended:
         if unread is not None:
-            session.report(step - 1, unread, state, batches)
-        unread = metrics
-        last, stopping = step == segment.end_step, session.stop.signal is not None
-        saving = last or stopping or step % config.checkpoint_every == 0
-        evaluating = config.eval_every and step % config.eval_every == 0 and not last
-        if saving or evaluating:
-            # A state is saved or evaluated only after its own loss is known to be finite.
             session.report(step, unread, state, batches)
-            unread = None
-        if evaluating:
-            results = session.evaluate(segment, state, config.eval_tokens)
-            session.writer.write({"step": step, "eval": results})
-        if saving:
+        if step:
             session.save(step, state, batches)
-        if stopping:
-            session.stop_now(step)
+        session.leave(step, ended)
     return state
+
+
+def _evaluate(session: Session, segment: Segment, step: int, state: TrainState) -> None:
+    with session.watch.interrupting():
+        results = session.evaluate(segment, state, session.plan.config.eval_tokens)
+    session.writer.write({"step": step, "eval": results})

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,11 @@ from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import to_dict
 from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import Tokenizer
+from lightning_jax.runtime import processes
 from lightning_jax.train import evaluation, placement, skipped
 from lightning_jax.train import workdir as folder
-from lightning_jax.train.metrics import MetricsWriter, flatten
+from lightning_jax.train.interruption import Interrupted, Stopped, Watch
+from lightning_jax.train.metrics import MetricsWriter, flatten, read_rows
 from lightning_jax.train.plan import Plan, Segment
 from lightning_jax.train.progress import Progress, Throughput
 from lightning_jax.train.signals import StopRequest
@@ -35,10 +37,6 @@ logger = logging.getLogger(__name__)
 Sampler = Callable[[RunConfig, Any, lm.Router, Tokenizer, float], str]
 
 
-class Stopped(SystemExit):
-    """The run was stopped by a signal, and its state is saved. Exit status 128 + signal."""
-
-
 @dataclasses.dataclass
 class Session:
     """The parts of a session that no step changes, and all work on a state besides steps.
@@ -46,6 +44,7 @@ class Session:
     Attributes:
       start: steps that earlier sessions took.
       fresh: whether there is no checkpoint to start from, not even one of imported weights.
+      logged: rows that earlier sessions logged of step `start`.
     """
 
     plan: Plan
@@ -57,10 +56,11 @@ class Session:
     checkpointer: Checkpointer
     start: int
     fresh: bool
+    logged: list[dict[str, Any]]
     writer: MetricsWriter
     progress: Progress
     throughput: Throughput
-    stop: StopRequest
+    watch: Watch
     trace: Trace
     sampler: Sampler | None
     skipped: skipped.SkippedSteps = dataclasses.field(default_factory=skipped.SkippedSteps)
@@ -83,6 +83,15 @@ class Session:
             # Any bad step ends the run: those that an earlier session skipped must not.
             state = dataclasses.replace(state, bad_steps=state.bad_steps * 0)
         return state
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the config asks for an evaluation after `step` steps."""
+        every = self.plan.config.eval_every
+        return bool(every and step and step % every == 0)
+
+    def owes_evaluation(self) -> bool:
+        """Whether an earlier session was stopped in the evaluation of the step it saved."""
+        return self.is_evaluated(self.start) and not any("eval" in row for row in self.logged)
 
     def save(self, step: int, state: TrainState, batches: Any) -> None:
         """Saves, in the background, the state after `step` steps."""
@@ -147,6 +156,9 @@ class Session:
         """Returns the held-out loss by source, of the averaged weights if any; writes a sample.
 
         Each result says its `weights` ("ema" or "params") and the run's `skipped_steps` so far.
+
+        Raises:
+          Interrupted: a signal, heard between two batches.
         """
         config, params = self.plan.config, state.ema or state.params
         results = self.evaluator(
@@ -157,6 +169,8 @@ class Session:
             rope_base_global=segment.rope_base_global,
             weights="ema" if state.ema else "params",
             max_tokens=max_tokens,
+            before_document=self.watch.look,
+            before_batch=self.watch.agree,
         )
         bad_steps = int(state.bad_steps)
         results = {name: {**row, "skipped_steps": bad_steps} for name, row in results.items()}
@@ -173,11 +187,37 @@ class Session:
             self.writer.text("sample", text, int(state.step))
         return results
 
-    def stop_now(self, step: int) -> None:
-        """Waits for the last save, then raises `Stopped`."""
+    def leave(self, step: int, ended: Interrupted) -> NoReturn:
+        """Raises the cause of `ended` when the last save is complete, and says what is saved."""
         self.checkpointer.wait()
-        logger.warning("%s: saved step %d; the same command resumes", self.stop.signal.name, step)
-        raise Stopped(128 + int(self.stop.signal))
+        cause = ended.cause
+        if isinstance(cause, Stopped):
+            saved = f"saved step {step}" if step else "before the first step"
+            if processes.is_writer():
+                logger.warning("%s: %s; the same command resumes", cause.signal.name, saved)
+            raise cause
+        saved = f"the state before it is checkpoint {step}" if step else "nothing was trained yet"
+        if isinstance(cause, UserError):
+            raise UserError(f"{cause}; {saved}") from cause
+        cause.add_note(saved)
+        raise cause
+
+
+class _Silent:
+    """Stands in for what writes and prints in the processes that do not: a call does nothing."""
+
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def _if_writer(kind: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return kind(*args, **kwargs) if processes.is_writer() else _Silent()
 
 
 @contextlib.contextmanager
@@ -200,15 +240,18 @@ def open_session(
       profile: record a trace of a few steps in the folder `profile`.
     """
     config, start = plan.config, saved.step if saved else 0
+    logged = [row for row in read_rows(workdir / folder.METRICS) if row["step"] == start]
     with (
         jax.set_mesh(mesh),
         Checkpointer(
             workdir, keep=config.keep_checkpoints, keep_steps=plan.stage_ends
         ) as checkpointer,
-        MetricsWriter(workdir, resume_step=start, final_step=plan.total_steps) as writer,
         StopRequest() as stop,
-        Progress(plan.total_steps, start) as progress,
-        Trace(workdir / "profile" if profile else None) as trace,
+        _if_writer(
+            MetricsWriter, workdir, resume_step=start, final_step=plan.total_steps
+        ) as writer,
+        _if_writer(Progress, plan.total_steps, start) as progress,
+        Trace(workdir / "profile" if profile and processes.is_writer() else None) as trace,
     ):
         yield Session(
             plan=plan,
@@ -220,10 +263,11 @@ def open_session(
             checkpointer=checkpointer,
             start=start,
             fresh=saved is None,
+            logged=logged,
             writer=writer,
             progress=progress,
             throughput=Throughput(),
-            stop=stop,
+            watch=Watch(stop),
             trace=trace,
             sampler=sampler,
         )

@@ -1,29 +1,60 @@
-"""Turns SIGTERM and SIGINT into a question that the loop asks between steps."""
+"""Turns the signals that end a run into a question that the loop asks between steps."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
+
+# Asked for by a person or a scheduler: the second one does not wait for anything.
+_ORDERS = (signal.SIGTERM, signal.SIGINT)
+# A closed terminal, a scheduler's warning before its SIGTERM, the limit of CPU time.
+_WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+# `nohup` and a shell's `&` say through these that a program is to outlive them.
+_KEPT_IGNORED = (signal.SIGHUP, signal.SIGINT)
+# Schedulers send a signal to a process and to its group: within so long, both are one order.
+_SAME_SECONDS = 1.0
 
 
 class StopRequest:
-    """While entered, the first SIGTERM or SIGINT is remembered; a second one acts as usual."""
+    """While entered, the first signal is remembered; an order after an order acts as usual.
+
+    Orders are SIGTERM and SIGINT; one that follows an order within a second is the same order.
+    Warnings are SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU: they ask for the same, and are never a second
+    order. SIGHUP and SIGINT stay ignored where they are. In another thread than the main one, where
+    Python allows no handlers, nothing is changed.
+
+    Attributes:
+      signal: the first one; None before.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._ordered: float | None = None
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
-        # Handlers can be set in the main thread only, not in a notebook's worker.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._remember)
+            for number in (*_ORDERS, *_WARNINGS):
+                before = signal.getsignal(number)
+                if not (before is signal.SIG_IGN and number in _KEPT_IGNORED):
+                    # None is a handler that Python did not set and cannot set again.
+                    self._previous[number] = before or signal.SIG_DFL
+                    signal.signal(number, self._remember)
         return self
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self._restore()
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+        if number not in _ORDERS:
+            return
+        now = time.monotonic()
+        if self._ordered is None:
+            self._ordered = now
+        elif now > self._ordered + _SAME_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

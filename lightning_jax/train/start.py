@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -52,6 +53,15 @@ class Start:
     def saved(self) -> CheckpointMeta | None:
         """Description of the checkpoint to start from; None without one."""
         return self.past.saved
+
+    def digests(self) -> dict[str, str]:
+        """Returns what must be the same in all processes of the run, by name."""
+        data = {name: row["fingerprint"] for name, row in self.data.items()}
+        return {
+            "config": repr(self.resolved.config),
+            "data": json.dumps(data),
+            "tokenizer": self.resolved.digest,
+        }
 
     def write(self, claim: folder.Claim) -> None:
         """Records the session in `run.json` and `config.json`, and keeps the tokenizer.

@@ -10,13 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from lightning_jax.checkpoint import all_steps, checkpoints_dir, read_meta
 from lightning_jax.config import CheckpointMeta, RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build, require, to_dict
-from lightning_jax.runtime import lock
+from lightning_jax.runtime import lock, processes
 from lightning_jax.runtime.files import read_json
 from lightning_jax.train.record import Record
 
@@ -53,16 +51,11 @@ def claim(workdir: str | os.PathLike[str] | Claim) -> Iterator[Claim]:
         yield workdir
         return
     require(str(workdir) != "", "workdir", workdir, "a folder")
-    claimed = Claim(checkpoints_dir(workdir).parent, writes=_is_first_process())
+    claimed = Claim(checkpoints_dir(workdir).parent, writes=processes.is_writer())
     with contextlib.ExitStack() as stack:
         if claimed.writes:
             stack.enter_context(_held(claimed.path))
         yield claimed
-
-
-def _is_first_process() -> bool:
-    # Without `distributed`, asking for the index would wait for a device that may be in use.
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 @contextlib.contextmanager

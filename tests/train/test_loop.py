@@ -25,15 +25,20 @@ from lightning_jax.checkpoint import (
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build
+from lightning_jax.data import mixture
+from lightning_jax.data.worker import WorkerIterator
 from lightning_jax.train import evaluation, loop, placement
+from lightning_jax.train.interruption import Stopped
 from lightning_jax.train.metrics import read_rows
 from lightning_jax.train.plan import Plan
-from lightning_jax.train.session import Session, Stopped
+from lightning_jax.train.session import Session
 from lightning_jax.train.workdir import claim
 from tests.tiny import tiny_run, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMING = ("tokens_per_second", "seconds")
+# Compiles in seconds.
+DENSE = dict(model__unit="G", model__moe__num_experts=0)
 
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -317,6 +322,120 @@ def test_sigterm_saves_and_the_same_call_goes_on(corpus, tmp_path, monkeypatch):
     assert max(all_steps(checkpoints_dir(stopped))) in (4, 5)
     loop.run(config, stopped)
     assert rows_of(stopped) == rows_of(whole)
+
+
+MOMENTS = {
+    "at a seam": (mixture, "make_train_iterator", 2),
+    "waiting": (WorkerIterator, "ready", 4),
+    "before a step": (placement, "put_batch", 3),
+    "before the last step": (placement, "put_batch", 10),
+    "reading metrics": (Session, "report", 7),
+    "evaluating": (Session, "evaluate", 2),
+    "saving": (Session, "save", 2),
+    "saving the end": (Session, "save", 4),
+}
+
+
+# Case F11
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_signal_at_any_moment_costs_nothing(corpus, tmp_path, monkeypatch, number):
+    config = tiny_run(corpus, **DENSE, eval_every=3, checkpoint_every=4)
+    results = loop.run(config, tmp_path / "whole")
+    whole, rows = load_run(tmp_path / "whole"), rows_of(tmp_path / "whole")
+    for moment, (place, name, call) in MOMENTS.items():
+        folder, function, calls = tmp_path / moment, getattr(place, name), []
+
+        def fire(*args, call=call, calls=calls, function=function, **kwargs):
+            calls.append(0)
+            if len(calls) == call:
+                signal.raise_signal(number)
+                signal.raise_signal(number)
+            return function(*args, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(Stopped) as stop:
+            patch.setattr(place, name, fire)
+            loop.run(config, folder)
+        assert stop.value.code == 128 + number, moment
+        assert loop.run(config, folder) == results, moment
+        assert rows_of(folder) == rows, moment
+        other = load_run(folder)
+        jax.tree.map(np.testing.assert_array_equal, whole.params, other.params)
+
+
+# Case A11
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["in between", "at the end"])
+def test_sigterm_in_an_evaluation_is_heard_before_its_next_batch(
+    corpus, tmp_path, monkeypatch, when
+):
+    config = tiny_run(corpus, **DENSE, eval_every=5, checkpoint_every=100)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    put, batches = evaluation.put_whole, []
+
+    def count(batch, mesh):
+        batches.append(batch)
+        return put(batch, mesh)
+
+    monkeypatch.setattr(evaluation, "put_whole", count)
+    results = loop.run(config, whole)
+    every = len(batches)
+    last = 2 if when == "in between" else every - 2  # of a batch before the signal
+
+    def terminate(batch, mesh):
+        if len(batches) == last - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return count(batch, mesh)
+
+    batches.clear()
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as stop:
+        patch.setattr(evaluation, "put_whole", terminate)
+        loop.run(config, stopped)
+    assert stop.value.code == 128 + signal.SIGTERM and len(batches) == last
+    step = 5 if when == "in between" else 10
+    assert read_meta(stopped).step == step and not (stopped / "evaluation.json").exists()
+    assert loop.run(config, stopped) == results
+    assert rows_of(stopped) == rows_of(whole)
+    one, other = load_run(whole), load_run(stopped)
+    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+
+
+# Case F10
+@pytest.mark.slow
+def test_an_end_of_the_data_worker_is_a_line_and_costs_no_step(corpus, tmp_path, monkeypatch):
+    class PanicException(BaseException):
+        """As pyo3 derives it."""
+
+    config = tiny_run(corpus, **DENSE, checkpoint_every=100)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    loop.run(config, whole)
+    tokens, seen = mixture.document_tokens, []
+
+    def panic(text, tokenizer):
+        seen.append(text)
+        if len(seen) == 5:
+            raise PanicException("unwrap on None")
+        return tokens(text, tokenizer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mixture, "document_tokens", panic)
+        with pytest.raises(UserError, match="corpus.jsonl.*PanicException: unwrap on None") as end:
+            loop.run(config, stopped)
+    step = read_meta(stopped).step
+    assert 0 < step < 10 and str(end.value).endswith(f"the state before it is checkpoint {step}")
+    loop.run(config, stopped)
+    assert rows_of(stopped) == rows_of(whole)
+    one, other = load_run(whole), load_run(stopped)
+    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+
+
+# Case A12
+@pytest.mark.slow
+def test_a_profile_of_stages_of_a_few_steps(corpus, tmp_path):
+    loop.run(tiny_run(corpus, **DENSE), tmp_path, profile=True)
+    assert len([*(tmp_path / "profile").rglob("*.xplane.pb")]) == 1
+    # A finished run has no steps left to trace; one that was cut short traces in each session.
+    loop.run(tiny_run(corpus, **DENSE), tmp_path, profile=True)
 
 
 def slower(config):

@@ -11,9 +11,11 @@ import pytest
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import to_dict
 from lightning_jax.train import skipped
+from lightning_jax.train.interruption import Interrupted, Stopped, Watch
 from lightning_jax.train.plan import Plan
 from lightning_jax.train.progress import Throughput
-from lightning_jax.train.session import Session, Stopped
+from lightning_jax.train.session import Session
+from lightning_jax.train.signals import StopRequest
 from lightning_jax.train.step import TrainState
 from tests.tiny import tiny_run
 
@@ -47,7 +49,9 @@ class Recorder:
         return [call[1:] for call in self.calls if call[0] == name]
 
 
-def session_of(start=0, fresh=True, sampler=None, program=None, restored=None, **changes):
+def session_of(
+    start=0, fresh=True, sampler=None, program=None, restored=None, logged=(), **changes
+):
     results = {"a": {"bits_per_byte": 1.5}}
     evaluations = []
 
@@ -65,10 +69,11 @@ def session_of(start=0, fresh=True, sampler=None, program=None, restored=None, *
         checkpointer=Recorder(restore=restored),
         start=start,
         fresh=fresh,
+        logged=logged,
         writer=Recorder(),
         progress=Recorder(),
         throughput=Throughput(),
-        stop=SimpleNamespace(signal=signal.SIGTERM),
+        watch=Watch(StopRequest()),
         trace=None,
         sampler=sampler,
     )
@@ -160,8 +165,10 @@ def test_evaluation_takes_the_average_and_the_segment_and_writes_a_sample():
     decay = session.plan.segments[1]
     row = {"bits_per_byte": 1.5, "skipped_steps": 1}
     assert session.evaluate(decay, STATE, max_tokens=64) == {"a": row}
-    how = dict(seq_len=32, batch_size=2, rope_base_global=50_000.0, weights="params", max_tokens=64)
-    assert evaluations == [(STATE.params, how)]
+    [(params, how)] = evaluations
+    assert params is STATE.params and how.pop("before_document") and how.pop("before_batch")
+    shape = dict(seq_len=32, batch_size=2, rope_base_global=50_000.0)
+    assert how == dict(**shape, weights="params", max_tokens=64)
     assert asked == [(STATE.params, "tokenizer", 50_000.0)]
     assert session.writer.of("text") == [("sample", "a text", 9)]
     skipped = "1 of 9 steps skipped: their loss or gradient was not finite"
@@ -225,9 +232,42 @@ def test_skipped_steps_are_counted_across_sessions_and_stop_no_later_one(on_nan,
     assert session.restore("batches").bad_steps == bad_steps
 
 
-def test_stopping_waits_for_the_save_and_says_by_which_signal():
+@pytest.mark.parametrize(("step", "saved"), [(3, "saved step 3"), (0, "before the first step")])
+def test_leaving_waits_for_the_save_and_says_by_which_signal(step, saved, caplog):
     session, _ = session_of()
     with pytest.raises(Stopped) as stopped:
-        session.stop_now(3)
-    assert stopped.value.code == 128 + signal.SIGTERM
+        session.leave(step, Interrupted(Stopped(signal.SIGHUP)))
+    assert stopped.value.code == 128 + signal.SIGHUP
     assert session.checkpointer.calls == [("wait",)]
+    assert caplog.messages == [f"SIGHUP: {saved}; the same command resumes"]
+
+
+def test_leaving_for_an_error_says_which_checkpoint_has_the_state_before_it():
+    session, _ = session_of()
+    with pytest.raises(
+        UserError, match="^a.txt: Input/output error; .* before it is checkpoint 3$"
+    ):
+        session.leave(3, Interrupted(UserError("a.txt: Input/output error")))
+    with pytest.raises(UserError, match="^no batch; nothing was trained yet$"):
+        session.leave(0, Interrupted(UserError("no batch")))
+    fault = ZeroDivisionError("a fault of ours keeps its traceback")
+    with pytest.raises(ZeroDivisionError) as raised:
+        session.leave(3, Interrupted(fault))
+    assert raised.value is fault and fault.__notes__ == ["the state before it is checkpoint 3"]
+
+
+@pytest.mark.parametrize(
+    ("start", "logged", "owes"),
+    [
+        (5, [{"step": 5, "loss": 2.0}], True),
+        (5, [], True),
+        (5, [{"step": 5, "loss": 2.0}, {"step": 5, "eval": {}}], False),
+        (4, [{"step": 4, "loss": 2.0}], False),
+        (0, [], False),
+    ],
+)
+def test_an_evaluation_that_was_interrupted_is_owed(start, logged, owes):
+    session, _ = session_of(start=start, logged=logged, eval_every=5)
+    assert session.owes_evaluation() is owes
+    session, _ = session_of(start=start, logged=logged, eval_every=0)
+    assert not session.owes_evaluation()
