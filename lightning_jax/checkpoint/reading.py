@@ -91,13 +91,16 @@ def load_run(
     return LoadedRun(meta, items[name], items["router"], name)
 
 
-def read_meta(workdir: StrPath, step: int | None = None) -> CheckpointMeta:
+def read_meta(workdir: StrPath, step: int | None = None, *, whole: bool = False) -> CheckpointMeta:
     """Returns the description in a checkpoint to resume from (None: the newest).
+
+    With `whole` all files of the checkpoint are compared with their digests, not only those of the
+    description.
 
     Raises UserError if there is no such checkpoint, or it is damaged.
     """
     directory = checkpoints_dir(workdir)
-    return _read_meta(directory, find(directory, step), move_newer)
+    return _read_meta(directory, find(directory, step), move_newer, whole=whole)
 
 
 def find(directory: Path, step: int | None) -> int:
@@ -147,12 +150,16 @@ def read(
     return result
 
 
-def _read_meta(directory: Path, step: int, advice: Advice) -> CheckpointMeta:
+def _read_meta(
+    directory: Path, step: int, advice: Advice, *, whole: bool = False
+) -> CheckpointMeta:
     folder = directory / str(step)
     with _read_errors(directory, step, advice):
         values = folders.meta_values(folder)
         meta = CheckpointMeta.parse(values)
         folders.check_number(folder, values)
+        if whole:
+            folders.verify(folder, folders.stored_items(folder))
     return meta
 
 

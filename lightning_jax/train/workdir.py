@@ -127,7 +127,7 @@ class Past:
           UserError: a damaged file, or files of something else than a run.
         """
         config = _read_config(path)
-        saved = read_meta(path) if all_steps(checkpoints_dir(path)) else None
+        saved = read_meta(path, whole=True) if all_steps(checkpoints_dir(path)) else None
         record = Record.read(path)
         if saved is not None:
             return cls(saved, to_dict(saved.config), record)

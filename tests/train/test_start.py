@@ -236,6 +236,19 @@ def test_a_damaged_record_beside_good_checkpoints_can_be_moved_away(tmp_path, co
     begin(config, path, None)
 
 
+# Case A9
+def test_a_damaged_array_is_noticed_before_anything_is_written(tmp_path, config):
+    path = tmp_path / "run"
+    begin(config, path)
+    save(path, 6, begin(config, path, None).resolved.config)
+    params = (file for file in (path / "checkpoints/6/params").rglob("*") if file.is_file())
+    largest = max(params, key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    refused(config, path, "cannot restore step 6 .* is damaged; checkpoint 3 is good: .* mv ")
+
+
 # Case A4
 def test_without_config_json_the_checkpoints_config_counts(tmp_path, config):
     path = tmp_path / "run"
