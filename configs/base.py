@@ -36,7 +36,7 @@ def stage(**changes) -> ConfigDict:
 
 
 def source(path: str, eval_path: str = "") -> ConfigDict:
-    """One domain of text; without `eval_path` a part of `path` is held out by file."""
+    """One domain of text; without `eval_path` a part of `path` is held out."""
     return named(path=path, eval_path=eval_path)
 
 
@@ -141,7 +141,7 @@ def get_config() -> ConfigDict:
         docs=source("stdlib:docs"),  # their docstrings
     )
     data.text_field = "text"  # key of the text in jsonl and parquet records
-    data.eval_fraction = 0.05  # of files (records, in record files) held out by hash
+    data.eval_fraction = 0.05  # of documents, by a hash of their text; of one document, its tail
     data.packing = "concat"  # concat: no padding; first_fit: documents are cut only if too long
     data.prefetch = 2  # batches made ahead in a background thread
 

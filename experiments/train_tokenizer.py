@@ -22,7 +22,7 @@ _TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Key of the text in reco
 
 def main() -> None:
     files.check_output("out", _OUT.value)
-    # With an eval path of its own, a source holds nothing out of `path`.
+    # The eval split of an eval path is all of it.
     config = DataConfig(
         tokenizer="bytes",
         sources=(SourceConfig(name="input", path=_INPUT.value, eval_path=_INPUT.value),),
@@ -31,7 +31,7 @@ def main() -> None:
         packing="concat",
         prefetch=0,
     )
-    source = Sources.open(config).train["input"]
+    source = Sources.open(config).eval["input"]
     tokenizer = train_bpe(source.texts(), _VOCAB_SIZE.value, _OUT.value)
     tokens = sum(len(tokenizer.encode(text)) for text in source.texts())
     result = {

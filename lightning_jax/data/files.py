@@ -1,17 +1,24 @@
 """Files of records, one document each, read by number.
 
 Every reader, here and in `text_files`, has `len`, `label(record)` (the document's origin),
-`read(record)` (its text), `size` (int64 [records], UTF-8 bytes; -1: reading it raises), `share`
-(float64 [records], see `index.shares`), `digest` (of labels and texts) and `has_text` (bool
-[records]), and pickles.
+`read(record)` (its text), `size` (int64 [records], UTF-8 bytes; -1: reading it raises), `key`
+(uint64 [records], of its content, see `index.key_of`), `side` (uint64 [records], the key that
+decides whether it is held out), `digest` (of labels and texts) and `has_text` (bool [records]), and
+pickles. Reading raises UserError, which names file and record, where the file is gone or cannot be
+read, where the record is bad, and where it is no longer what the index was made of.
+
+What a small file can make of itself has limits: a document has at most `LONGEST` bytes, and a
+compressed file at most `_RATIO` times its own size, once that is above `_ALWAYS` bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import importlib
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,9 +28,12 @@ import numpy as np
 
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import suggest
-from lightning_jax.data.index import Entry, Index, IndexStore, encoded_name
+from lightning_jax.data.globs import encoded_name, shown_name
+from lightning_jax.data.index import Entry, Index, IndexStore, key_of
 
-_BATCH = 64  # records asked of a library at one time
+LONGEST = 2**30  # bytes of a document, and of a line: it is held in memory several times
+_RATIO, _ALWAYS = 100, 2**28
+_BATCH, _BATCH_BYTES = 64, 2**24  # records asked of a library at one time: so many, or so large
 _BUFFER = 2**20  # bytes of a parquet column read at one time
 
 
@@ -40,6 +50,8 @@ def optional_import(name: str, extra: str = "data") -> Any:
 class _RecordFile:
     """An indexed file; `origin` is its relative name."""
 
+    unit = "line"  # what a record is called
+
     def __init__(self, path: Path, origin: str, text_field: str, index: Index) -> None:
         self.path, self.origin, self.text_field, self.index = path, origin, text_field, index
 
@@ -51,8 +63,12 @@ class _RecordFile:
         return self.index.size
 
     @property
-    def share(self) -> np.ndarray:
-        return self.index.share
+    def key(self) -> np.ndarray:
+        return self.index.key
+
+    @property
+    def side(self) -> np.ndarray:
+        return self.index.key
 
     @property
     def digest(self) -> bytes:
@@ -66,26 +82,44 @@ class _RecordFile:
     def label(self, record: int) -> str:
         return f"{self.origin}:{self.index.number(record)}"
 
+    def read(self, record: int) -> str:
+        place = f"{shown_name(str(self.path))}, {self.unit} {self.index.number(record)}"
+        try:
+            content = self._content(record)
+        except OSError as error:
+            raise UserError(f"{place}: cannot be read ({error.strerror or error})") from error
+        if self.index.size[record] < 0:
+            self._refuse(content, place)
+        return unchanged(content, place, self.index.key[record], self._text)
+
+    def _content(self, record: int) -> bytes:
+        """The bytes of a record as they are in the file."""
+        return self._bytes(self.path, record)
+
+    def _text(self, content: bytes, place: str) -> bytes:
+        """The UTF-8 text in the bytes of a record."""
+        raise NotImplementedError
+
+    def _refuse(self, content: bytes, place: str) -> None:
+        """Raises what the index found wrong with a record."""
+        self._text(content, place)
+
     def _bytes(self, path: Path, record: int) -> bytes:
         start, end = map(int, self.index.ends[record : record + 2])
-        try:
-            with open(path, "rb") as file:
-                file.seek(start)
-                return file.read(end - start)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(end - start)
 
 
 class JsonLinesFile(_RecordFile):
     """One record per line; blank lines do not count. Lines are read from the file itself."""
 
     def __init__(self, path: Path, origin: str, text_field: str, store: IndexStore) -> None:
-        index = store.records(path, origin, text_field, lambda: _json_lines(path, text_field, open))
+        index = store.records(path, text_field, lambda: _json_lines(path, text_field, open))
         super().__init__(path, origin, text_field, index)
 
-    def read(self, record: int) -> str:
-        place = f"{self.path}, line {self.index.number(record)}"
-        return _text_of(self._bytes(self.path, record).strip(), self.text_field, place)
+    def _text(self, content: bytes, place: str) -> bytes:
+        return _encoded_field(content.strip(), self.text_field, place)
 
 
 class _UnpackedFile(_RecordFile):
@@ -95,15 +129,18 @@ class _UnpackedFile(_RecordFile):
 
     def __init__(self, path: Path, origin: str, text_field: str, store: IndexStore) -> None:
         index, self._texts = store.unpacked(
-            path, origin, text_field, lambda: self._entries(path, text_field)
+            path, text_field, lambda: self._entries(path, text_field)
         )
         super().__init__(path, origin, text_field, index)
 
-    def read(self, record: int) -> str:
-        text = self._bytes(self._texts, record).decode("utf-8")
-        if self.index.size[record] < 0:
-            raise UserError(text)
-        return text
+    def _content(self, record: int) -> bytes:
+        return self._bytes(self._texts, record)
+
+    def _text(self, content: bytes, place: str) -> bytes:
+        return content
+
+    def _refuse(self, content: bytes, place: str) -> None:
+        raise UserError(content.decode("utf-8"))
 
 
 class GzipLinesFile(_UnpackedFile):
@@ -111,58 +148,84 @@ class GzipLinesFile(_UnpackedFile):
 
     @staticmethod
     def _entries(path: Path, text_field: str) -> Iterator[Entry]:
-        return _json_lines(path, text_field, gzip.open)
+        return _json_lines(path, text_field, gzip.open, _most_text(path))
 
 
 class ParquetFile(_UnpackedFile):
     """One record per row; only the text column is read."""
+
+    unit = "row"
 
     @staticmethod
     def _entries(path: Path, text_field: str) -> Iterator[Entry]:
         parquet, arrow = optional_import("pyarrow.parquet"), optional_import("pyarrow")
         try:
             # A row group may be as large as the file, so it is read and decoded in pieces.
-            with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+            with (
+                open(path, "rb") as raw,  # pyarrow takes no path that is not UTF-8
+                parquet.ParquetFile(raw, buffer_size=_BUFFER, pre_buffer=False) as file,
+            ):
                 names = file.schema_arrow.names
                 if text_field not in names:
                     raise UserError(
                         f"data.text_field = {text_field!r}: no such column in {path}: "
                         f"{suggest(text_field, names)}"
                     )
-                batches = file.iter_batches(_BATCH, columns=[text_field], use_threads=False)
-                texts = (text for batch in batches for text in batch.column(0).to_pylist())
+                groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+                rows = min((_at_once(g.total_byte_size, g.num_rows) for g in groups), default=1)
+                batches = file.iter_batches(rows, columns=[text_field], use_threads=False)
+                texts = (value.as_py() for batch in batches for value in batch.column(0))
+                left, prefix = _most_text(path), f"{shown_name(str(path))}, row "
                 for number, text in enumerate(texts, 1):
-                    place = f"{path}, row {number}"
-                    yield number, 0, _or_error(_encoded, text, text_field, place)
+                    place = prefix + str(number)
+                    entry = _or_error(_encoded, text, text_field, place)
+                    left -= len(entry) if isinstance(entry, bytes) else 0
+                    if left < 0:
+                        raise _inflates(place)
+                    yield number, 0, entry
         except (arrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: not a readable parquet file ({error})") from error
+            reason = " ".join(str(error).split())
+            name = shown_name(str(path))
+            raise UserError(f"{name}: not a readable parquet file ({reason})") from error
 
 
 class ArrayRecordFile(_RecordFile):
     """One document per record: JSON objects if the first record is one, else UTF-8 text."""
 
+    unit = "record"
+
     def __init__(self, path: Path, origin: str, text_field: str, store: IndexStore) -> None:
         module = optional_import("array_record.python.array_record_data_source")
+        name = shown_name(str(path))
         try:
             self._records = module.ArrayRecordDataSource([str(path)])
             self._is_json = bool(len(self._records)) and _is_object(self._records[0])
-            index = store.records(path, origin, text_field, lambda: self._entries(path, text_field))
+            index = store.records(path, text_field, lambda: self._entries(path, text_field))
+        except UserError:
+            raise
         except Exception as error:  # The library raises RuntimeErrors and ValueErrors of all kinds.
             reason = " ".join(str(error).split())
-            raise UserError(f"{path}: not a readable array_record file ({reason})") from error
+            raise UserError(f"{name}: not a readable array_record file ({reason})") from error
         super().__init__(path, origin, text_field, index)
 
-    def read(self, record: int) -> str:
-        place = f"{self.path}, record {record + 1}"
+    def _content(self, record: int) -> bytes:
+        try:
+            return self._records[int(record)]
+        except Exception as error:
+            raise OSError(" ".join(str(error).split())) from error
+
+    def _text(self, content: bytes, place: str) -> bytes:
         if self._is_json:
-            return _text_of(self._records[int(record)], self.text_field, place)
-        return decoded(self._records[int(record)], place)
+            return _encoded_field(content, self.text_field, place)
+        return _encoded_text(content, place)
 
     def _entries(self, path: Path, text_field: str) -> Iterator[Entry]:
-        for first in range(0, len(self._records), _BATCH):
-            records = range(first, min(first + _BATCH, len(self._records)))
+        prefix = f"{shown_name(str(path))}, record "
+        count = _at_once(path.stat().st_size, len(self._records))
+        for first in range(0, len(self._records), count):
+            records = range(first, min(first + count, len(self._records)))
             for number, content in enumerate(self._records.__getitems__(records), first + 1):
-                place = f"{path}, record {number}"
+                place = prefix + str(number)
                 if self._is_json:
                     text = _or_error(_encoded_field, content, text_field, place)
                 else:
@@ -170,20 +233,59 @@ class ArrayRecordFile(_RecordFile):
                 yield number, 0, text
 
 
-def _json_lines(path: Path, text_field: str, opened: Callable[..., BinaryIO]) -> Iterator[Entry]:
-    end, prefix = 0, f"{path}, line "
+def _json_lines(
+    path: Path, text_field: str, opened: Callable[..., BinaryIO], most: int = sys.maxsize
+) -> Iterator[Entry]:
+    """Entries of JSON lines; `most` bytes of them are read, blank lines included."""
+    end, number, name = 0, 0, shown_name(str(path))
+    prefix = f"{name}, line "
     try:
         with opened(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                end += len(line)
+            while line := file.readline(min(LONGEST, most - end) + 1):
+                number, end = number + 1, end + len(line)
+                if end > most:
+                    raise _inflates(prefix + str(number))
+                if len(line) > LONGEST:
+                    raise UserError(f"{prefix}{number}: longer than {LONGEST:,} bytes")
                 line = line.strip()
                 if line:
                     place = prefix + str(number)
                     yield number, end, _or_error(_encoded_field, line, text_field, place)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: not a complete gzip file ({error})") from error
+        raise UserError(f"{name}: not a complete gzip file ({error})") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{name}: cannot be read ({error.strerror or error})") from error
+
+
+def _at_once(num_bytes: int, records: int) -> int:
+    """How many records of that mean size to ask for at one time."""
+    return max(1, min(_BATCH, _BATCH_BYTES * records // max(num_bytes, 1)))
+
+
+def _most_text(path: Path) -> int:
+    """Bytes that a compressed file may inflate to."""
+    return max(_ALWAYS, _RATIO * path.stat().st_size)
+
+
+def _inflates(place: str) -> UserError:
+    return UserError(
+        f"{place}: up to here the file inflates to more than {_RATIO} times its size; if that is "
+        "right, unpack it to a plain .jsonl"
+    )
+
+
+def unchanged(
+    content: bytes, place: str, key: np.uint64, text_of: Callable[[bytes, str], bytes]
+) -> str:
+    """Returns the text in `content` if it still has its key."""
+    with contextlib.suppress(UserError):
+        text = text_of(content, place)
+        if key_of(text) == key:
+            return text.decode("utf-8")
+    raise UserError(
+        f"{place}: is not what it was when the file was indexed; the file was changed without a "
+        "change of its time, or while it was in use: restore it, or `touch` it and start again"
+    )
 
 
 def _is_object(content: bytes) -> bool:
@@ -211,14 +313,13 @@ def decoded(content: bytes, place: str) -> str:
 
 def _encoded_text(content: bytes, place: str) -> bytes:
     decoded(content, place)
+    return _not_too_long(content, place)
+
+
+def _not_too_long(content: bytes, place: str) -> bytes:
+    if len(content) > LONGEST:
+        raise UserError(f"{place}: a text of {len(content):,} bytes; at most {LONGEST:,} are read")
     return content
-
-
-def _text_of(content: bytes, text_field: str, place: str) -> str:
-    """Returns the text in a JSON record, once it is known to be one."""
-    text = _field_of(content, text_field, place)
-    _encoded(text, text_field, place)
-    return text
 
 
 def _encoded_field(content: bytes, text_field: str, place: str) -> bytes:
@@ -245,7 +346,7 @@ def _encoded(text: object, text_field: str, place: str) -> bytes:
             f"{place}: data.text_field = {text_field!r} must be a string, not {type(text).__name__}"
         )
     try:
-        return text.encode("utf-8")
+        return _not_too_long(text.encode("utf-8"), place)
     except UnicodeEncodeError as error:
         raise UserError(
             f"{place}: data.text_field = {text_field!r} has an unpaired surrogate"

@@ -1,13 +1,15 @@
 """The index of a file of records: everything needed of the file without reading it again.
 
-One pass over a file makes its index: where each record begins, how long its text is, its share
-(which decides whether it is held out) and a digest of everything. The pass keeps 24 bytes per
-record in memory. The index is kept in a cache folder and memory-mapped from there, so that later
-starts read nothing but the index, and several processes share its pages.
+One pass over a file makes its index: where each record begins, how long its text is, its key (the
+hash of its content, which decides whether it is held out, see `held_out`) and a digest of
+everything. The pass keeps 24 bytes per record in memory. The index is kept in a cache folder and
+memory-mapped from there, so that later starts read nothing but the index, and several processes
+share its pages.
 
 Indexes lie in the user's cache folder and not beside the run, because a corpus outlives its runs:
 every run of a sweep, and every evaluation of a run, opens the same files. They are found by path,
-size and time of change; a file that changes gets a new index.
+size and time of change; a file that changes gets a new index. What a reader finds later must still
+have its key, so a file that changes while it is in use is noticed.
 
 Documents are read in random order, which suits no compressed file: one document of a gzip file or
 of a parquet row group costs the decompression of the text around it. So the texts of such a file
@@ -18,10 +20,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import logging
 import os
+import shutil
 import tempfile
 import time
 from array import array
@@ -33,6 +37,7 @@ import numpy as np
 
 from lightning_jax.config.errors import UserError
 from lightning_jax.data import cache
+from lightning_jax.data.globs import shown_name
 from lightning_jax.runtime.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -40,8 +45,10 @@ logger = logging.getLogger(__name__)
 # A record: its number counted from 1, where its bytes end, and its UTF-8 text or its error.
 Entry = tuple[int, int, bytes | UserError]
 
-_FORMAT = 1  # another number rebuilds all indexes
+_FORMAT = 2  # another number rebuilds all indexes
 _REPORT_SECONDS = 10
+# Unpacking looks at the free space once per so many bytes, and stops where less would be left.
+_DISK_RESERVE = 2**28
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,14 +59,14 @@ class Index:
       ends: int64 [records + 1], 0 and then the end of each record in bytes. A record, with the
         blank lines before it, begins where the one before it ends.
       size: int64 [records], UTF-8 bytes of its text; -1 where reading it raises.
-      share: float64 [records], see `shares`.
+      key: uint64 [records], see `key_of`; `UNREADABLE` where reading it raises.
       skipped: int64 [blank lines], how many records come before each blank line.
       digest: uint8 [32], sha256 of number, size and text of every record.
     """
 
     ends: np.ndarray
     size: np.ndarray
-    share: np.ndarray
+    key: np.ndarray
     skipped: np.ndarray
     digest: np.ndarray
 
@@ -71,36 +78,50 @@ class Index:
         return int(record) + 1 + int(np.searchsorted(self.skipped, record, side="right"))
 
 
-def shares(labels: Iterable[bytes]) -> np.ndarray:
-    """Returns float64 [labels], each label's place in [0, 1): the first 8 bytes of its sha256."""
-    digests = b"".join(hashlib.sha256(label).digest()[:8] for label in labels)
-    return np.frombuffer(digests, ">u8") / 2.0**64
+def content_of(text: bytes) -> bytes:
+    """Returns what makes a text the same as another: it without outer white space and "\\r\\n"."""
+    text = text.strip()
+    return text.replace(b"\r\n", b"\n") if b"\r" in text else text
 
 
-def encoded_name(name: str) -> bytes:
-    """Returns a file name as UTF-8; bytes that are not UTF-8 stay as they are."""
-    return name.encode("utf-8", "surrogateescape")
+def keys_of(hashes: bytes | bytearray) -> np.ndarray:
+    """Returns uint64 [n] of n times 8 bytes, the beginnings of sha256 hashes."""
+    return np.frombuffer(hashes, ">u8").astype(np.uint64)
 
 
-def build(entries: Iterable[Entry], origin: str) -> Index:
-    """Makes the index of a file whose records are labelled `origin:number`."""
-    ends, size, skipped, name = array("q", [0]), array("q"), array("q"), encoded_name(origin)
-    digest, labels, previous = hashlib.sha256(), bytearray(), 0
+def key_of(text: bytes) -> np.uint64:
+    """Returns the key of a text: the first 8 bytes of the sha256 of its content."""
+    return keys_of(hashlib.sha256(content_of(text)).digest()[:8])[0]
+
+
+BLANK = key_of(b"")
+UNREADABLE = np.uint64(2**64 - 1)  # the largest key, which is not held out if any other can be
+
+
+def build(entries: Iterable[Entry]) -> Index:
+    """Makes the index of a file."""
+    ends, size, skipped, hashes = array("q", [0]), array("q"), array("q"), bytearray()
+    digest, previous = hashlib.sha256(), 0
     for number, end, text in entries:
         skipped.extend([len(size)] * (number - previous - 1))
         previous = number
         ends.append(end)
-        labels += hashlib.sha256(b"%s:%d" % (name, number)).digest()[:8]
         if isinstance(text, UserError):
             size.append(-1)
+            hashes += b"\xff" * 8
             continue
+        content = content_of(text)
+        content_hash = hashlib.sha256(content).digest()
         size.append(len(text))
+        hashes += content_hash[:8]
         digest.update(b"%d %d\n" % (number, len(text)))
-        digest.update(text)
+        digest.update(content_hash)
+        if len(content) != len(text):
+            digest.update(text)
     return Index(
         ends=np.frombuffer(ends, np.int64),
         size=np.frombuffer(size, np.int64),
-        share=np.frombuffer(labels, ">u8") / 2.0**64,
+        key=keys_of(hashes),
         skipped=np.frombuffer(skipped, np.int64),
         digest=np.frombuffer(digest.digest(), np.uint8),
     )
@@ -117,18 +138,16 @@ class IndexStore:
         self.folder = folder
         self._next_report = time.monotonic() + _REPORT_SECONDS
 
-    def records(
-        self, path: Path, origin: str, text_field: str, entries: Callable[[], Iterable[Entry]]
-    ) -> Index:
+    def records(self, path: Path, text_field: str, entries: Callable[[], Iterable[Entry]]) -> Index:
         """Returns the index of a file that is read where it is; `entries` reads it."""
-        name = self._name(path, origin, text_field)
+        name = self._name(path, text_field)
         index = self._load(name)
         if index is not None:
             return index
-        return self._keep(name, build(self._watched(entries(), path), origin))
+        return self._keep(name, build(self._watched(entries(), path)))
 
     def unpacked(
-        self, path: Path, origin: str, text_field: str, entries: Callable[[], Iterable[Entry]]
+        self, path: Path, text_field: str, entries: Callable[[], Iterable[Entry]]
     ) -> tuple[Index, Path]:
         """Returns the index of a compressed file, and the plain file of its texts.
 
@@ -137,23 +156,23 @@ class IndexStore:
         Raises:
           UserError: no disk has room for the texts.
         """
-        name = self._name(path, origin, text_field)
+        name = self._name(path, text_field)
         if self.folder is not None:
             texts, index = self.folder / f"{name}.text", self._load(name)
             with contextlib.suppress(OSError):
                 if index is not None and texts.stat().st_size == index.ends[-1]:
                     return index, texts
             try:
-                return self._keep(name, self._unpack(path, origin, entries(), texts)), texts
+                return self._keep(name, self._unpack(path, entries(), texts)), texts
             except OSError as error:
                 logger.warning("%s: %s; unpacking to a temporary file", texts, error.strerror)
         texts = Path(_temporary_folder().name) / f"{name}.text"
         try:
-            return self._unpack(path, origin, entries(), texts), texts
+            return self._unpack(path, entries(), texts), texts
         except OSError as error:
             raise UserError(
-                f"{path}: its text cannot be unpacked to {texts.parent} ({error.strerror}); set "
-                "XDG_CACHE_HOME to a folder with more room"
+                f"{shown_name(str(path))}: its text cannot be unpacked to {texts.parent} "
+                f"({error.strerror}); set XDG_CACHE_HOME to a folder with more room"
             ) from error
 
     def report(self, message: str, *values: object) -> None:
@@ -172,12 +191,13 @@ class IndexStore:
             return arrays
         return self.load(name) or arrays
 
-    def _name(self, path: Path, origin: str, text_field: str) -> str:
+    def _name(self, path: Path, text_field: str) -> str:
         try:
             status = path.stat()
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-        key = (str(path.resolve()), status.st_size, status.st_mtime_ns, origin, text_field)
+            name = shown_name(str(path))
+            raise UserError(f"{name}: cannot be read ({error.strerror})") from error
+        key = (str(path.resolve()), status.st_size, status.st_mtime_ns, text_field)
         return kept_name("records", *key)
 
     def _load(self, name: str) -> Index | None:
@@ -188,18 +208,18 @@ class IndexStore:
         arrays = {field.name: getattr(index, field.name) for field in dataclasses.fields(index)}
         return Index(**self.keep(name, arrays))
 
-    def _unpack(self, path: Path, origin: str, entries: Iterable[Entry], texts: Path) -> Index:
+    def _unpack(self, path: Path, entries: Iterable[Entry], texts: Path) -> Index:
         texts.parent.mkdir(parents=True, exist_ok=True)
         with replacing(texts) as file:
-            logger.info("unpacking the text of %s to %s, once", path, texts)
-            return build(_written(self._watched(entries, path), file), origin)
+            logger.info("unpacking the text of %s to %s, once", shown_name(str(path)), texts)
+            return build(_written(self._watched(entries, path), file))
 
     def _watched(self, entries: Iterable[Entry], path: Path) -> Iterator[Entry]:
-        done, total = 0, path.stat().st_size / 1e9
+        done, total, name = 0, path.stat().st_size / 1e9, shown_name(str(path))
         for entry in entries:
             text = entry[-1]
             done += len(text) if isinstance(text, bytes) else 0
-            self.report("indexing %s (%.1f GB), once: %.1f GB of text", path, total, done / 1e9)
+            self.report("indexing %s (%.1f GB), once: %.1f GB of text", name, total, done / 1e9)
             yield entry
 
 
@@ -210,9 +230,13 @@ def kept_name(kind: str, *key: object) -> str:
 
 
 def _written(entries: Iterable[Entry], file: BinaryIO) -> Iterator[Entry]:
-    end = 0
+    end = checked = 0
     for number, _, text in entries:
         end += file.write(text if isinstance(text, bytes) else str(text).encode())
+        if end - checked > _DISK_RESERVE:
+            checked = end
+            if shutil.disk_usage(os.path.dirname(file.name)).free < _DISK_RESERVE:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield number, end, text
 
 

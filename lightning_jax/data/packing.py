@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from array import array
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -31,49 +32,67 @@ class Documents(Protocol):
 
 
 class _Piece(NamedTuple):
-    """Pairs `start` to `stop` of a document; `tokens` are one more than the pairs."""
+    """Pairs `start` to `stop` of a document; `tokens` are one more than the pairs.
+
+    `share` is its part of the document.
+    """
 
     document: int
     start: int
     stop: int
     tokens: np.ndarray
+    share: float
 
 
 # Rows that first_fit keeps open. With more rows there is less padding, and a resume reads more.
 _OPEN_ROWS = 32
+# Characters that are encoded at one time, and those on both sides of a cut that are looked at.
+_PIECE, _AROUND = 2**20, 2**8
 
 
 def document_tokens(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    """Returns int32 `[bos, *ids, eos]`."""
-    ids = tokenizer.encode(text)
-    tokens = np.empty(len(ids) + 2, np.int32)
-    tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
-    return tokens
+    """Returns int32 `[bos, *ids, eos]`.
+
+    A long text is encoded in pieces, because an encoding in the making takes up to 120 times the
+    memory of its text.
+    """
+    tokens = array("i", [tokenizer.bos_id])
+    for piece in _pieces(text, tokenizer):
+        tokens.frombytes(np.array(tokenizer.encode(piece), np.int32).view(np.uint8))
+    tokens.append(tokenizer.eos_id)
+    return np.frombuffer(tokens, np.int32)
 
 
-def _make_row(pieces: list[_Piece], seq_len: int) -> Batch:
-    row, end = Batch.empty(seq_len), 0
-    for segment, piece in enumerate(pieces, 1):
-        start, end = end, end + piece.stop - piece.start
-        row.tokens[start:end] = piece.tokens[:-1]
-        row.targets[start:end] = piece.tokens[1:]
-        row.segment_ids[start:end] = segment
-        row.positions[start:end] = np.arange(end - start)
-    row.loss_mask[:end] = 1
-    return row
+def _pieces(text: str, tokenizer: Tokenizer) -> Iterator[str]:
+    """Cuts a text of more than `_PIECE` characters where its tokens show no trace of the cut.
+
+    So a tokenizer that marks the beginning of a text gets it whole.
+    """
+    start = 0
+    for limit in range(_PIECE, len(text), _PIECE):
+        earliest = limit - _PIECE // 2
+        cut = max(text.rfind("\n", earliest, limit) + 1, text.rfind(" ", earliest, limit))
+        cut = cut if cut > earliest else limit
+        left, right = text[cut - _AROUND : cut], text[cut : cut + _AROUND]
+        if tokenizer.encode(left + right) == tokenizer.encode(left) + tokenizer.encode(right):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
 
 
 class _Pairs:
     """Pairs of a sequence of documents, taken piece by piece, with an exact position.
 
     The position is the number of the next document to open, and the spans of opened documents that
-    are still to be taken: `[document, start, stop]`, counted in pairs.
+    are still to be taken: `[document, start, stop]`, counted in pairs. Besides, it counts the pairs
+    and the documents (with parts of them) that were given out in rows.
     """
 
     def __init__(self, documents: Documents) -> None:
         self._documents = documents
         self._next = 0
         self._spans: list[list[int]] = []
+        self._given_pairs, self._given_documents = 0, 0.0
         self._loaded: tuple[int, np.ndarray] | None = None
 
     def left(self) -> int:
@@ -109,7 +128,22 @@ class _Pairs:
         tokens = self._tokens(document)
         stop = min(stop, len(tokens) - 1)
         start = min(start, stop)
-        return _Piece(document, start, stop, tokens[start : stop + 1])
+        share = (stop - start) / (len(tokens) - 1)
+        return _Piece(document, start, stop, tokens[start : stop + 1], share)
+
+    def give(self, pieces: list[_Piece], seq_len: int) -> Batch:
+        """Returns a row of taken pieces, and counts it."""
+        row, end = Batch.empty(seq_len), 0
+        for segment, piece in enumerate(pieces, 1):
+            start, end = end, end + piece.stop - piece.start
+            row.tokens[start:end] = piece.tokens[:-1]
+            row.targets[start:end] = piece.tokens[1:]
+            row.segment_ids[start:end] = segment
+            row.positions[start:end] = np.arange(end - start)
+        row.loss_mask[:end] = 1
+        self._given_pairs += end
+        self._given_documents += sum(piece.share for piece in pieces)
+        return row
 
     def _tokens(self, document: int) -> np.ndarray:
         if self._loaded is None or self._loaded[0] != document:
@@ -117,11 +151,19 @@ class _Pairs:
         return self._loaded[1]
 
     def get_state(self) -> dict[str, Any]:
-        # As text, because Grain copies states and wants all of them to have one structure.
-        return {"next": self._next, "spans": json.dumps(self._spans)}
+        return {
+            "next": self._next,
+            # As text, because Grain copies states and wants all of them to have one structure.
+            "spans": json.dumps(self._spans),
+            "pairs": self._given_pairs,
+            "documents": self._given_documents,
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._next, self._spans = state["next"], json.loads(state["spans"])
+        # A checkpoint of before these were counted has none: then they begin here.
+        self._given_pairs = state.get("pairs", 0)
+        self._given_documents = state.get("documents", 0.0)
 
 
 class _ConcatIterator(grain.DatasetIterator):
@@ -136,7 +178,7 @@ class _ConcatIterator(grain.DatasetIterator):
             room -= pieces[-1].stop - pieces[-1].start
         if not pieces:
             raise StopIteration
-        return _make_row(pieces, self._seq_len)
+        return self._pairs.give(pieces, self._seq_len)
 
     def get_state(self) -> dict[str, Any]:
         return self._pairs.get_state()
@@ -171,7 +213,7 @@ class _FirstFitIterator(grain.DatasetIterator):
             self._fill()
         if not self._rows:
             raise StopIteration
-        return _make_row(self._rows.pop(0), self._seq_len)
+        return self._pairs.give(self._rows.pop(0), self._seq_len)
 
     def get_state(self) -> dict[str, Any]:
         rows = json.dumps([[piece[:3] for piece in row] for row in self._rows])

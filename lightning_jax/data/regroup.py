@@ -42,5 +42,10 @@ def _stream(parts: Sequence[dict[str, Any]], index: int, count: int) -> dict[str
         unopened = range(part["next"] * before + process, begun, before)
         spans += [(document, 0, TO_THE_END) for document in unopened]
     mine = sorted([span[0] // count, *span[1:]] for span in spans if span[0] % count == index)
-    state = {**parts[0], "next": -(-(begun - index) // count), "spans": json.dumps(mine)}
+    given = {
+        "pairs": sum(part.get("pairs", 0) for part in parts) // count,
+        "documents": sum(part.get("documents", 0.0) for part in parts) / count,
+    }
+    state = {**parts[0], **given}
+    state |= {"next": -(-(begun - index) // count), "spans": json.dumps(mine)}
     return {**state, "rows": "[]"} if "rows" in state else state

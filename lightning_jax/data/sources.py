@@ -4,36 +4,40 @@
 document per module), or a path or glob (`**` recurses) of `.txt`, `.md` and `.py` files (one
 document per file), `.jsonl`, `.jsonl.gz`, `.parquet` and `.array_record` files (one per record).
 
-Documents are in order of relative file name, then record. Only the hash of that name (and record)
-decides whether a document is held out, so code and docstrings of one module fall on the same side,
-and a file that is added moves no other. Documents are read when asked for; memory holds some tens
-of bytes per document. The first start keeps an index of the files (see `index`), so that later
-starts only check whether they changed.
+Documents are in order of relative file name, then record. Each real file is read once, whatever
+links lead to it (see `globs`), and what any source of a run holds out is trained on by none (see
+`held_out`): their number is logged and part of `Sources.fingerprint`. Documents are read when asked
+for; memory holds some tens of bytes per document. The first start keeps an index of the files (see
+`index`), so that later starts only check whether they changed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import glob
 import hashlib
 import itertools
+import logging
 import os
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lightning_jax.config import DataConfig
+from lightning_jax.config import DataConfig, SourceConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require, suggest
 from lightning_jax.data import stdlib
 from lightning_jax.data.cache import user_folder
 from lightning_jax.data.files import ArrayRecordFile, GzipLinesFile, JsonLinesFile, ParquetFile
-from lightning_jax.data.index import IndexStore
-from lightning_jax.data.text_files import FoundFile, find_files, open_texts
+from lightning_jax.data.globs import FoundFile, glob_files, shown_name
+from lightning_jax.data.held_out import HeldOut, choose, only_content, tail_start
+from lightning_jax.data.index import BLANK, IndexStore, key_of
+from lightning_jax.data.text_files import open_texts
+
+logger = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 RECORD_FILES: dict[str, Any] = {
@@ -58,11 +62,13 @@ class Source:
       name: of the source.
       readers: its files, see `files`.
       members: [documents], their numbers among the records of all readers, ascending.
+      span: of a source that is one document, the bytes of its text that belong to this split.
     """
 
     name: str
     readers: tuple[Any, ...]
     members: np.ndarray
+    span: slice | None = None
 
     def __len__(self) -> int:
         return len(self.members)
@@ -72,7 +78,10 @@ class Source:
 
     def __getitem__(self, document: int) -> dict[str, str]:
         reader, record = self._find(document)
-        return {"text": reader.read(record), "origin": reader.label(record)}
+        text = reader.read(record)
+        if self.span is not None:
+            text = text.encode("utf-8")[self.span].decode("utf-8")
+        return {"text": text, "origin": reader.label(record)}
 
     def origin(self, document: int) -> str:
         reader, record = self._find(document)
@@ -86,14 +95,16 @@ class Source:
 
         Taking only its beginning does not sort all documents.
         """
-        shares = self._gather("share")
-        given, count, below = 0, _FIRST_BLOCK, -1.0
+        sides = self.gather("side")
+        given, count = 0, _FIRST_BLOCK
+        is_left = np.ones(len(self), bool)
         while given < len(self):
             last = min(count, len(self)) - 1
-            limit = np.partition(shares, last)[last]
-            block = np.flatnonzero((shares > below) & (shares <= limit))
-            yield from block[np.argsort(shares[block], kind="stable")].tolist()
-            given, count, below = given + len(block), count * _GROWTH, limit
+            limit = np.partition(sides, last)[last]
+            block = np.flatnonzero(is_left & (sides <= limit))
+            yield from block[np.argsort(sides[block], kind="stable")].tolist()
+            is_left[block] = False
+            given, count = given + len(block), count * _GROWTH
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -107,6 +118,8 @@ class Source:
         is_member = np.zeros(self._starts[-1], bool)
         is_member[self.members] = True
         digest.update(np.packbits(is_member))
+        if self.span is not None:
+            digest.update(repr(self.span).encode())
         return digest.hexdigest()
 
     @functools.cached_property
@@ -117,10 +130,12 @@ class Source:
           UserError: a document of the split that cannot be read.
         """
         self._require_readable()
-        return int(self._gather("size").sum())
+        if self.span is not None:
+            return (self.span.stop - self.span.start) * len(self)
+        return int(self.gather("size").sum())
 
     def _require_readable(self) -> None:
-        for document in np.flatnonzero(self._gather("size") < 0):
+        for document in np.flatnonzero(self.gather("size") < 0):
             self[document]
 
     @functools.cached_property
@@ -133,29 +148,32 @@ class Source:
         reader = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self.readers[reader], number - int(self._starts[reader])
 
-    def _gather(self, name: str) -> np.ndarray:
-        """[documents], an attribute of their readers."""
+    def gather(self, name: str) -> np.ndarray:
+        """[documents], an attribute of their readers, see `files`."""
         return _joined(self.readers, name)[self.members]
 
 
 class Sources:
     """The sources of a run: `train[name]` and `eval[name]` are the splits, each a `Source`.
 
-    A source is opened once, when it is first asked for: sources without weight in any stage, and
-    those of a run that only generates, need not exist.
+    A source is opened once, when it is first asked for: those of a run that only generates need not
+    exist. As no split of a run trains on what another one holds out, any `train` opens all.
 
-    With `eval_path` the train split is all of `path` and the eval split all of `eval_path`; without
-    it, the share `eval_fraction` of the documents of `path` is held out, at least one.
+    With `eval_path` the eval split is all of `eval_path`; without it, the share `eval_fraction` of
+    the documents of `path`, at least one of them, or a tail where it has only one. The train split
+    is the rest of `path`, less what other sources hold out.
 
     Asking for a source raises UserError where nothing matches, there is no text in it, a file is of
-    an unknown kind or cannot be read, or there are too few documents to hold one out. A bad record
-    raises when it is read.
+    an unknown kind or cannot be read, a single document is too short to hold a part of it out, or
+    nothing is left to train on. A bad record raises when it is read.
     """
 
     def __init__(self, data: DataConfig, store: IndexStore) -> None:
         self.data, self._store = data, store
-        self.train, self.eval = (_Split(self, split) for split in SPLITS)
+        self.train = _Split(data.source_names, self._open_train)
+        self.eval = _Split(data.source_names, self._eval)
         self._readers_of: dict[str, tuple[Any, ...]] = {}
+        self._opened: dict[tuple[str, str], Source] = {}
 
     @classmethod
     def open(cls, data: DataConfig, cache: Path | None = None) -> Sources:
@@ -170,14 +188,15 @@ class Sources:
     def fingerprint(self) -> dict[str, dict[str, Any]]:
         """Returns, by source, `fingerprint` (sha256 of both splits) and the size of each split.
 
-        The same documents under the same relative names give the same fingerprint on any machine.
+        `excluded_documents` would be trained on if no source held them out. The same documents
+        under the same relative names give the same fingerprint on any machine.
 
         Raises:
           UserError: as opening; or a bad record.
         """
         result = {}
         for name in self.data.source_names:
-            train, held_out = self.train[name], self.eval[name]
+            train, held_out = self._left(name), self.eval[name]
             both = f"{train.fingerprint}\n{held_out.fingerprint}"
             result[name] = {
                 "fingerprint": hashlib.sha256(both.encode()).hexdigest(),
@@ -185,63 +204,144 @@ class Sources:
                 "bytes": train.num_bytes,
                 "eval_documents": len(held_out),
                 "eval_bytes": held_out.num_bytes,
+                "excluded_documents": len(self._own(name)) - len(train),
             }
         return result
 
-    def _open(self, name: str, split: str) -> Source:
-        source = next(source for source in self.data.sources if source.name == name)
-        is_apart = bool(source.eval_path)
-        kind = "eval_path" if is_apart and split == "eval" else "path"
-        field, pattern = f"data.sources.{name}.{kind}", getattr(source, kind)
+    def trained(self) -> list[Source]:
+        """Returns the train splits in which something is left; an evaluated source may have none.
+
+        Raises:
+          UserError: as opening; or there is none.
+        """
+        splits = [self._left(name) for name in self.data.source_names]
+        return [split for split in splits if len(split)] or [*self.train.values()]
+
+    def _open_train(self, name: str) -> Source:
+        train = self._left(name)
+        if not len(train):
+            path = self._config(name).path
+            raise UserError(
+                f"data.sources.{name}.path = {path!r}: nothing is left to train on: all of it is "
+                "held out, by an eval_path or by another source"
+            )
+        return train
+
+    def _left(self, name: str) -> Source:
+        """What a source may train on once all that the run holds out is taken from it."""
+        return self._once("left", name, self._take_held_out)
+
+    def _own(self, name: str) -> Source:
+        """What a source might train on if it were the only one of the run."""
+        return self._once("own", name, self._choose_own)
+
+    def _eval(self, name: str) -> Source:
+        return self._once("eval", name, self._choose_eval)
+
+    def _once(self, kind: str, name: str, make: Callable[[str], Source]) -> Source:
+        if (kind, name) not in self._opened:
+            self._opened[kind, name] = make(name)
+        return self._opened[kind, name]
+
+    def _choose_own(self, name: str) -> Source:
+        is_apart = self._config(name).eval_path
+        return self._documents(name, "path") if is_apart else self._divided(name)[0]
+
+    def _choose_eval(self, name: str) -> Source:
+        is_apart = self._config(name).eval_path
+        return self._documents(name, "eval_path") if is_apart else self._divided(name)[1]
+
+    def _take_held_out(self, name: str) -> Source:
+        own = self._own(name)
+        if own.span is None:
+            is_left = ~self._held_out.has(own.gather("key"))
+        else:
+            size = f"{self._eval(name).num_bytes:,}"
+            logger.info("data.sources.%s: one text; its last %s bytes are held out", name, size)
+            is_left = np.array([not self._held_out.has_text(*_whole_and_part(own))])
+        left = dataclasses.replace(own, members=own.members[is_left])
+        if excluded := len(own) - len(left):
+            logger.info(
+                "data.sources.%s: %s of %s documents are not trained on, because an eval_path or "
+                "another source of this run holds them out",
+                *(name, f"{excluded:,}", f"{len(own):,}"),
+            )
+        return left
+
+    @functools.cached_property
+    def _held_out(self) -> HeldOut:
+        """What all sources of the run hold out."""
+        whole, part = [], []
+        for name in self.data.source_names:
+            source = self._eval(name)
+            if source.span is None:
+                whole.append(source.gather("key"))
+            else:
+                whole.append(np.array([key_of(source[0]["text"].encode("utf-8"))]))
+                part.append(source.gather("key")[0])
+        return HeldOut.of(whole, part)
+
+    def _divided(self, name: str) -> tuple[Source, Source]:
+        """The train and the eval split of a source without an `eval_path`."""
+        whole = self._documents(name, "path")
+        keys, eval_fraction = whole.gather("key"), self.data.eval_fraction
+        only = only_content(keys)
+        if only is None:
+            is_eval = choose(whole.gather("side"), keys, eval_fraction)
+            train, held_out = (whole.members[chosen] for chosen in (~is_eval, is_eval))
+            return tuple(dataclasses.replace(whole, members=part) for part in (train, held_out))
+        document = dataclasses.replace(whole, members=whole.members[only : only + 1])
+        text = document[0]["text"].encode("utf-8")
+        start = tail_start(text, eval_fraction)
+        if not start:
+            raise UserError(
+                f"data.sources.{name}.path: {shown_name(document.origin(0))} is all its text, and "
+                f"too short to hold a part of it out; set data.sources.{name}.eval_path"
+            )
+        spans = slice(0, start), slice(start, len(text))
+        return tuple(dataclasses.replace(document, span=span) for span in spans)
+
+    def _documents(self, name: str, kind: str) -> Source:
+        """All documents of the `path` or `eval_path` of a source."""
+        field, pattern = f"data.sources.{name}.{kind}", getattr(self._config(name), kind)
         if pattern not in self._readers_of:
             self._readers_of[pattern] = _readers(field, pattern, self.data.text_field, self._store)
         readers = self._readers_of[pattern]
-        has_text = _joined(readers, "has_text")
-        if not has_text.any():
+        source = Source(name, readers, np.flatnonzero(_joined(readers, "has_text")))
+        if not (source.gather("key") != BLANK).any():
             raise UserError(f"{field} = {pattern!r}: has no text in it")
-        if not is_apart:
-            is_eval = _held_out(_joined(readers, "share"), self.data.eval_fraction)
-            has_text &= is_eval == (split == "eval")
-        members = np.flatnonzero(has_text)
-        if not len(members):
-            raise UserError(
-                f"{field} = {pattern!r}: too few documents to hold one out; set "
-                f"data.sources.{name}.eval_path"
-            )
-        return Source(name, readers, members)
+        return source
+
+    def _config(self, name: str) -> SourceConfig:
+        return next(source for source in self.data.sources if source.name == name)
 
 
 class _Split(Mapping[str, Source]):
     """One split of every source by name, opened when asked for."""
 
-    def __init__(self, sources: Sources, split: str) -> None:
-        self._sources, self._split = sources, split
-        self._opened: dict[str, Source] = {}
+    def __init__(self, names: Sequence[str], opened: Callable[[str], Source]) -> None:
+        self._names, self._opened = names, opened
 
     def __getitem__(self, name: str) -> Source:
-        if name not in self._sources.data.source_names:
+        if name not in self._names:
             raise KeyError(name)
-        if name not in self._opened:
-            self._opened[name] = self._sources._open(name, self._split)
-        return self._opened[name]
+        return self._opened(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sources.data.source_names)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._sources.data.sources)
+        return len(self._names)
+
+
+def _whole_and_part(source: Source) -> tuple[bytes, bytes]:
+    """The text of a source that is one document, and the part of it in this split."""
+    text = dataclasses.replace(source, span=None)[0]["text"].encode("utf-8")
+    return text, text[source.span]
 
 
 def _joined(readers: Sequence[Any], name: str) -> np.ndarray:
     return np.concatenate([getattr(reader, name) for reader in readers])
-
-
-def _held_out(shares: np.ndarray, eval_fraction: float) -> np.ndarray:
-    is_eval = shares < eval_fraction
-    if len(shares) >= 2:
-        is_eval[np.argmin(shares)] = True
-        is_eval[np.argmax(shares)] = False
-    return is_eval
 
 
 def _readers(field: str, pattern: str, text_field: str, store: IndexStore) -> tuple[Any, ...]:
@@ -250,14 +350,13 @@ def _readers(field: str, pattern: str, text_field: str, store: IndexStore) -> tu
         require(pattern in kinds, field, pattern, suggest(pattern, [*kinds]))
         return (kinds[pattern](sysconfig.get_path("stdlib"), store),)
     expanded = os.path.expanduser(pattern)
-    root = _fixed_part(expanded)
-    found = find_files(root, glob.iglob(expanded, recursive=True))
+    root, found = glob_files(expanded)
     inside = f" (to read a folder: {pattern.rstrip('/')}/**)" if os.path.isdir(expanded) else ""
     require(bool(found), field, pattern, f"a path or a glob that matches a file{inside}")
     for file in found:
         if not _kind(file):
             known = ", ".join((*TEXT_SUFFIXES, *RECORD_FILES))
-            raise UserError(f"{field}: {file.path} is of no known kind: {known}")
+            raise UserError(f"{field}: {shown_name(file.path)} is of no known kind: {known}")
     readers: list[Any] = []
     for is_text, group in itertools.groupby(found, lambda file: _kind(file) in TEXT_SUFFIXES):
         files = [*group]
@@ -276,10 +375,3 @@ def _kind(file: FoundFile) -> str:
     if suffix in TEXT_SUFFIXES:
         return suffix
     return next((suffix for suffix in RECORD_FILES if file.name.endswith(suffix)), "")
-
-
-def _fixed_part(pattern: str) -> Path:
-    folder = Path(pattern).parent
-    while glob.has_magic(str(folder)):
-        folder = folder.parent
-    return folder

@@ -1,4 +1,8 @@
-"""Text that every machine has: the running Python's own modules and their docstrings."""
+"""Text that every machine has: the running Python's own modules and their docstrings.
+
+The name of a module decides whether it is held out, so its code and its docstrings, which are part
+of the code, are on the same side.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from lightning_jax.data.globs import find_files
 from lightning_jax.data.index import IndexStore, kept_name
-from lightning_jax.data.text_files import HeldTexts, TextFiles, find_files, open_texts
+from lightning_jax.data.text_files import HeldTexts, TextFiles, open_texts
 
 # Tests and installed packages are no part of the standard library's text. `pydoc_data` and
 # `encodings` are generated: one file of escaped prose, longer than all other held-out files
@@ -30,7 +35,8 @@ _LEFT_OUT_PREFIXES = ("_sysconfigdata", "config-")
 def code(root: str, store: IndexStore) -> TextFiles:
     """The modules under `root`, the folder of a standard library, in order of their names."""
     files = find_files(Path(root), _modules(root))
-    return open_texts(Path(root), files, store, f"modules of {root}", readable=True)
+    key = f"modules of {root}"
+    return open_texts(Path(root), files, store, key, readable=True, by_name=True)
 
 
 def docs(root: str, store: IndexStore) -> HeldTexts:
@@ -48,7 +54,7 @@ def docs(root: str, store: IndexStore) -> HeldTexts:
         ends = np.cumsum([0, *map(len, texts)])
         joined = np.frombuffer(b"".join(texts), np.uint8)
         arrays = store.keep(name, {"ends": ends, "texts": joined})
-    return HeldTexts([modules.label(i) for i in range(len(modules))], **arrays)
+    return HeldTexts(modules, **arrays)
 
 
 def _modules(root: str) -> Iterator[str]:

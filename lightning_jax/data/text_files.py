@@ -1,44 +1,55 @@
 """Documents that have a name of their own, not a number: text files, and texts made of files.
 
-The cache folder holds one table per glob with the size, time and digest of its text files: a later
+The cache folder holds one table per glob with size, time, key and digest of its text files: a later
 start asks the system for size and time of each file, and reads only those that changed.
 """
 
 from __future__ import annotations
 
-import contextlib
+import codecs
 import hashlib
 import os
-import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from lightning_jax.config.errors import UserError
-from lightning_jax.data.files import decoded
-from lightning_jax.data.index import IndexStore, encoded_name, kept_name, shares
+from lightning_jax.data.files import LONGEST, decoded, unchanged
+from lightning_jax.data.globs import FoundFile, encoded_name, shown_name
+from lightning_jax.data.index import (
+    BLANK,
+    UNREADABLE,
+    IndexStore,
+    kept_name,
+    key_of,
+    keys_of,
+)
 
 _DIGEST_BYTES = 32
 
 
-class FoundFile(NamedTuple):
-    """A file: its relative name, its path, its bytes and when it changed (nanoseconds)."""
-
-    name: str
-    path: str
-    size: int
-    time: int
-
-
 class _Named:
-    """Named documents; memory holds some tens of bytes per document. Attributes: see `files`."""
+    """Named documents; memory holds some tens of bytes per document. Attributes: see `files`.
 
-    def __init__(self, names: Iterable[str], size: np.ndarray, digests: np.ndarray) -> None:
+    With `by_name` their names decide what is held out, not their content.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        size: np.ndarray,
+        key: np.ndarray,
+        digests: np.ndarray,
+        *,
+        by_name: bool,
+    ) -> None:
         encoded = [encoded_name(name) for name in names]
         self._names, self._name_ends = b"".join(encoded), np.cumsum([0, *map(len, encoded)])
-        self.size, self.share, self.has_text = size, shares(encoded), size != 0
+        self.size, self.key, self.side = size, key, key
+        if by_name:
+            self.side = keys_of(b"".join(_sha256(name)[:8] for name in encoded))
+        self.has_text = (size != 0) & (key != BLANK)
         content = hashlib.sha256(b"\0".join(encoded))
         content.update(np.ascontiguousarray(digests))
         self.digest = content.digest()
@@ -54,26 +65,41 @@ class _Named:
 class TextFiles(_Named):
     """Files of `root`, each one document, in the order given."""
 
-    def __init__(self, root: Path, names: Sequence[str], size: np.ndarray, digests: np.ndarray):
-        super().__init__(names, size, digests)
+    def __init__(
+        self,
+        root: Path,
+        names: Sequence[str],
+        size: np.ndarray,
+        key: np.ndarray,
+        digests: np.ndarray,
+        *,
+        by_name: bool,
+    ) -> None:
+        super().__init__(names, size, key, digests, by_name=by_name)
         self.root = root
 
     def read(self, record: int) -> str:
         path = self.root / self.label(record)
+        place = shown_name(str(path))
         try:
-            return decoded(path.read_bytes(), str(path))
+            content = _content(path)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+            raise UserError(f"{place}: cannot be read ({error.strerror})") from error
+        if self.size[record] < 0:
+            _text(content, place)  # raises what was found
+        return unchanged(content, place, self.key[record], _text)
 
 
 class HeldTexts(_Named):
-    """Texts in memory, by the names of the files that they were made of."""
+    """Texts in memory that were made of files: they have the names and keys of those."""
 
-    def __init__(self, names: Sequence[str], ends: np.ndarray, texts: np.ndarray) -> None:
+    def __init__(self, files: TextFiles, ends: np.ndarray, texts: np.ndarray) -> None:
         """`texts` (uint8) are all texts, `ends` (int64 [documents + 1]) 0 and where each ends."""
         self._ends, self._texts = ends, texts
-        digests = b"".join(_sha256(self._bytes(i)) for i in range(len(names)))
-        super().__init__(names, np.diff(ends), np.frombuffer(digests, np.uint8))
+        digests = b"".join(_sha256(self._bytes(i)) for i in range(len(files)))
+        names = (files.label(i) for i in range(len(files)))
+        digests = np.frombuffer(digests, np.uint8)
+        super().__init__(names, np.diff(ends), files.key, digests, by_name=True)
 
     def read(self, record: int) -> str:
         return self._bytes(record).decode("utf-8")
@@ -83,62 +109,76 @@ class HeldTexts(_Named):
         return self._texts[start:end].tobytes()
 
 
-def find_files(root: Path, paths: Iterable[str]) -> list[FoundFile]:
-    """Returns those of `paths` that are files, by name relative to `root`, in order of names."""
-    found = []
-    for path in paths:
-        with contextlib.suppress(OSError):  # a link to nowhere
-            status = os.stat(path)
-            if stat.S_ISREG(status.st_mode):
-                name = Path(path).relative_to(root).as_posix()
-                found.append(FoundFile(name, path, status.st_size, status.st_mtime_ns))
-    return sorted(found)
-
-
 def open_texts(
-    root: Path, files: Sequence[FoundFile], store: IndexStore, key: str, *, readable: bool = False
+    root: Path,
+    files: Sequence[FoundFile],
+    store: IndexStore,
+    key: str,
+    *,
+    readable: bool = False,
+    by_name: bool = False,
 ) -> TextFiles:
     """Opens text files of `root`; those whose size and time are in the store are not read.
 
     `key`, such as the glob that found them, names their table in the store. `readable` leaves out
-    files that are not UTF-8 or cannot be read.
+    files that are not UTF-8 or cannot be read; `by_name`: see `TextFiles`.
     """
     table, count = kept_name("texts", key), 0
     known, old = {}, store.load(table)
     if old is not None:
-        each = old["names"].tobytes().split(b"\0"), old["size"].tolist(), old["time"].tolist()
-        known = {file: row for row, file in enumerate(zip(*each, strict=True))}
+        each = (old[name].tolist() for name in ("bytes", "time", "size"))
+        rows = enumerate(zip(old["names"].tobytes().split(b"\0"), *each, strict=True))
+        # One that could not be read is tried again: its size and time do not tell why.
+        known = {file[:3]: row for row, file in rows if file[3] >= 0}
         old_digests = old["digest"].reshape(-1, _DIGEST_BYTES)
     names = [encoded_name(file.name) for file in files]
-    size, digests = np.empty(len(files), np.int64), np.empty((len(files), _DIGEST_BYTES), np.uint8)
+    size, keys = np.empty(len(files), np.int64), np.empty(len(files), np.uint64)
+    digests = np.empty((len(files), _DIGEST_BYTES), np.uint8)
     for i, file in enumerate(files):
         row = known.get((names[i], file.size, file.time))
         if row is not None:
-            size[i], digests[i] = file.size, old_digests[row]
+            size[i], keys[i], digests[i] = old["size"][row], old["key"][row], old_digests[row]
             continue
-        size[i], digests[i] = _read(file.path)
+        size[i], keys[i], digests[i] = _read(file.path)
         count += 1
         store.report("reading the text files of %s, once: %d of %d", root, i + 1, len(files))
     if count:
         arrays = {
-            "size": size,
+            "bytes": np.array([file.size for file in files], np.int64),
             "time": np.array([file.time for file in files], np.int64),
+            "size": size,
+            "key": keys,
             "digest": digests.ravel(),
             "names": np.frombuffer(b"\0".join(names), np.uint8),
         }
         store.keep(table, arrays)
     chosen = np.flatnonzero((size >= 0) | (not readable))
-    return TextFiles(root, [files[i].name for i in chosen], size[chosen], digests[chosen])
+    found = [files[i].name for i in chosen]
+    return TextFiles(root, found, size[chosen], keys[chosen], digests[chosen], by_name=by_name)
 
 
-def _read(path: str) -> tuple[int, np.ndarray]:
-    """Size and digest of a text file; -1 and zeros if it is not readable text."""
+def _read(path: str) -> tuple[int, np.uint64, np.ndarray]:
+    """Size, key and digest of a text file; -1 and zeros if it is not readable text."""
     try:
-        content = Path(path).read_bytes()
-        content.decode("utf-8")
-    except (OSError, UnicodeDecodeError):
-        return -1, np.zeros(_DIGEST_BYTES, np.uint8)
-    return len(content), np.frombuffer(_sha256(content), np.uint8)
+        text = _text(_content(Path(path)), path)
+    except (OSError, UserError):
+        return -1, UNREADABLE, np.zeros(_DIGEST_BYTES, np.uint8)
+    return len(text), key_of(text), np.frombuffer(_sha256(text), np.uint8)
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file that is not too large for one document."""
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size > LONGEST:
+            place = shown_name(str(path))
+            raise UserError(f"{place}: longer than {LONGEST:,} bytes; make several files of it")
+        return file.read()
+
+
+def _text(content: bytes, place: str) -> bytes:
+    """The UTF-8 text in a file without its byte order mark."""
+    decoded(content, place)
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
 def _sha256(content: bytes) -> bytes:

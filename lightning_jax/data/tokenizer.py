@@ -170,8 +170,9 @@ def _resolve_bpe(sources: Sources, path: Path, rows: int) -> Tokenizer:
 
 
 def _sample(sources: Sources) -> Iterator[str]:
-    for source in sources.train.values():
-        left = _SAMPLE_BYTES // len(sources.train)
+    splits = sources.trained()
+    for source in splits:
+        left = _SAMPLE_BYTES // len(splits)
         for index in source.hash_order():
             if left <= 0:
                 break

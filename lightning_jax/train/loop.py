@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from lightning_jax import accounting
 from lightning_jax.config import RunConfig
-from lightning_jax.data import mixture
+from lightning_jax.data import epochs, mixture
 from lightning_jax.runtime import compiler, processes, tables
 from lightning_jax.runtime.files import write_json
 from lightning_jax.train import placement
@@ -153,12 +153,13 @@ def _run_segment(session: Session, segment: Segment, state: TrainState, batches:
             _evaluate(session, segment, step, state)
         while step < segment.end_step:
             batch = placement.put_batch(watch.next_batch(batches), session.mesh)
+            consumed = epochs.consumed(batches.get_state(), session.sources, jax.process_count())
             session.trace.before_step()
             knobs = session.plan.knobs(step)
             state, metrics = session.program.step(state, batch, knobs, segment.accumulate)
             if unread is not None:
                 session.report(step, unread, state, batches)
-            step, unread = step + 1, metrics
+            step, unread = step + 1, metrics | {"data": consumed}
             last = step == segment.end_step
             saving = last or step % config.checkpoint_every == 0
             evaluating = session.is_evaluated(step) and not last

@@ -40,7 +40,8 @@ _ROW = {
 def flatten(metrics: dict[str, Any]) -> dict[str, Any]:
     """Turns one step's metrics (arrays) into JSON values; router metrics `[U, R]` become lists.
 
-    A number that is not finite becomes `None`, at every depth: JSON has no NaN.
+    Objects stay objects. A number that is not finite becomes `None`, at every depth: JSON has
+    no NaN.
     """
     row: dict[str, Any] = {}
     for name, value in metrics.items():
@@ -48,6 +49,8 @@ def flatten(metrics: dict[str, Any]) -> dict[str, Any]:
             for key, per_layer in value.items():
                 array = np.asarray(per_layer)
                 row[key] = plain(array.reshape(-1, *array.shape[2:]))
+        elif isinstance(value, dict):
+            row[name] = plain(value)
         else:
             row[name] = plain(np.asarray(value))
     return row

@@ -15,6 +15,7 @@ from lightning_jax.checkpoint import Checkpointer
 from lightning_jax.config import CheckpointMeta, RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import to_dict
+from lightning_jax.data import epochs
 from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import Tokenizer
 from lightning_jax.runtime.files import write_json
@@ -105,6 +106,7 @@ def look(config: RunConfig, path: Path, *, allow_changed_data: bool = False) -> 
     resolved = _resolve(past, config, path, sources)
     if past.config is not None:
         changed = changes.check(past.config, to_dict(resolved.config), past.saved)
+    epochs.planned_epochs(sources, resolved.config.stages, resolved.tokenizer)
     return Start(past, resolved, sources, Plan.of(resolved.config), data, changed)
 
 

@@ -155,12 +155,11 @@ def test_epochs_are_whole_and_in_different_orders(data):
     assert len(set(epochs)) > 1
 
 
-def test_zero_weight_source_is_not_opened(data):
+def test_a_source_without_weight_is_opened_for_what_it_holds_out(data):
     missing = dataclasses.replace(data.sources[1], path="gone/*.txt")
     data = dataclasses.replace(data, sources=(data.sources[0], missing))
-    next(iterator(data, stage(mixture=(("a", 1.0), ("b", 0.0)))))
     with pytest.raises(UserError, match="data.sources.b.path"):
-        iterator(data, stage(mixture=(("a", 1.0), ("b", 0.1))))
+        iterator(data, stage(mixture=(("a", 1.0), ("b", 0.0))))
 
 
 def test_batch_must_divide(data):
@@ -171,7 +170,8 @@ def test_batch_must_divide(data):
 def test_bad_record_reaches_the_caller_through_the_thread(data, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": 1}\n')
-    bad = SourceConfig("a", str(path), str(path))
+    (tmp_path / "held_out.txt").write_text("held out")
+    bad = SourceConfig("a", str(path), str(tmp_path / "held_out.txt"))
     data = dataclasses.replace(data, sources=(bad,))
     with pytest.raises(UserError, match="bad.jsonl, line 1"):
         next(iterator(data, stage(mixture=(("a", 1.0),))))
@@ -206,7 +206,9 @@ def traced(tmp_path):
         with open(tmp_path / f"{name}.jsonl", "w") as file:
             for i in range((40, 20, 20)[source]):  # Grain shuffles few documents slowly
                 file.write(json.dumps({"text": f"{source * 100 + i} {rng.integers(1, 90)}"}) + "\n")
-    files = tuple(SourceConfig(n, f"{tmp_path}/{n}.jsonl", f"{tmp_path}/{n}.jsonl") for n in "abc")
+    (tmp_path / "held_out.txt").write_text("held out")
+    held_out = str(tmp_path / "held_out.txt")
+    files = tuple(SourceConfig(n, f"{tmp_path}/{n}.jsonl", held_out) for n in "abc")
     return DataConfig("bytes", files, "text", 0.2, "concat", 2)
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 
 import grain
 import numpy as np
@@ -132,3 +133,69 @@ def test_document_tokens():
     assert tokens.dtype == np.int32
     assert tokens.tolist() == [256, 0x68, 0xC3, 0xA9, 257]
     assert packing.document_tokens("", ByteTokenizer()).tolist() == [256, 257]
+
+
+class MarksBeginnings:
+    """As SentencePiece: a text begins with a token of its own."""
+
+    bos_id, eos_id = 1000, 1001
+
+    def encode(self, text):
+        return [999, *text.encode()]
+
+
+class SplitsAtSpaces(MarksBeginnings):
+    """Tokens are the lengths of words with the space before them, as byte-level BPE has them."""
+
+    def encode(self, text):
+        return [len(word) for word in re.findall(r" ?[^ \n]+|\s", text)]
+
+
+# Case E7
+@pytest.mark.parametrize("kind", [ByteTokenizer, MarksBeginnings, SplitsAtSpaces])
+def test_a_long_text_is_encoded_in_pieces_as_if_whole(kind, monkeypatch):
+    monkeypatch.setattr(packing, "_PIECE", 100)
+    monkeypatch.setattr(packing, "_AROUND", 10)
+    rng, tokenizer = np.random.default_rng(0), kind()
+    for letters in ("ab é漢\n", "ab", "a\n", "a "):
+        for length in (0, 99, 100, 101, 1000):
+            text = "".join(rng.choice([*letters], length))
+            whole = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+            tokens = packing.document_tokens(text, tokenizer)
+            assert tokens.dtype == np.int32 and tokens.tolist() == whole
+    pieces = [*packing._pieces("some words\n" * 100, tokenizer)]
+    assert "".join(pieces) == "some words\n" * 100
+    assert (len(pieces) > 8) == (kind is not MarksBeginnings)
+
+
+@pytest.mark.parametrize("seq_len", [5, 16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_count_the_pairs_and_documents_that_they_give(kind, seq_len):
+    lengths = LENGTHS["many"]
+    iterator = iter(dataset(documents(lengths), seq_len, kind))
+    given, real = 0, set()
+    for row in iterator:
+        given += int(row.loss_mask.sum())
+        real.update(row.tokens[row.segment_ids > 0].tolist())
+        state = iterator.get_state()
+        assert state["pairs"] == given
+        if kind == "concat":
+            ends = np.cumsum(lengths)
+            whole = int(np.searchsorted(ends, given, side="right"))
+            part = (given - ends[whole - 1] * (whole > 0)) / lengths[min(whole, len(ends) - 1)]
+            assert state["documents"] == pytest.approx(whole + part * (whole < len(ends)))
+    assert iterator.get_state()["documents"] == pytest.approx(len(lengths))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counts_go_on_at_another_length(kind):
+    docs = documents(LENGTHS["many"])
+    first, second = iter(dataset(docs, 16, kind)), iter(dataset(docs, 7, kind))
+    for _ in range(9):
+        next(first)
+    second.set_state(json.loads(json.dumps(first.get_state())))
+    for _ in second:
+        pass
+    state = second.get_state()
+    assert state["pairs"] == sum(LENGTHS["many"])
+    assert state["documents"] == pytest.approx(len(docs))

@@ -65,7 +65,7 @@ def test_every_pair_is_read_once(traced, packing_kind, counts, monkeypatch):  # 
 
 
 def test_shares_of_tokens_are_dealt_out():
-    stream = {"next": 3, "spans": "[[2, 5, 9]]"}
+    stream = {"next": 3, "spans": "[[2, 5, 9]]", "pairs": 40, "documents": 2.5}
     states = [
         {"stage": "s", "tokens": {"a": 100, "b": 7}, "streams": {"a": stream, "b": stream}},
         {"stage": "s", "tokens": {"a": 60, "b": 8}, "streams": {"a": stream, "b": stream}},
@@ -73,5 +73,6 @@ def test_shares_of_tokens_are_dealt_out():
     one = regroup(states, 0, 1)
     assert one["stage"] == "s" and one["tokens"] == {"a": 160, "b": 15}
     # Documents 4 and 5 had been opened; the next unread is 6 in the first process, 7 in the other.
-    assert one["streams"]["a"] == {"next": 7, "spans": "[[4, 5, 9], [5, 5, 9], [6, 0, 2147483647]]"}
+    spans = "[[4, 5, 9], [5, 5, 9], [6, 0, 2147483647]]"
+    assert one["streams"]["a"] == {"next": 7, "spans": spans, "pairs": 80, "documents": 5.0}
     assert regroup(states, 2, 4)["tokens"] == {"a": 40, "b": 3}

@@ -148,7 +148,7 @@ def test_the_evaluator_agrees_with_the_logits_and_compiles_once(run, monkeypatch
 def test_a_folder_is_evaluated_at_its_own_stage_or_as_asked(run, tmp_path):
     config, params, router = run
     write_start(tmp_path / "run", config, params, router, origin={})
-    found = evaluation.evaluate_run(str(tmp_path / "run"), EvalOptions(max_tokens=300))
+    found = evaluation.evaluate_run(str(tmp_path / "run"), EvalOptions(max_tokens=30))
     assert found["step"] == 0 and found["routing"] == {"kind": "dense MLP"}
     evaluator = Evaluator(config, Sources.open(config.data), ByteTokenizer(), ONE)
     how = dict(seq_len=32, batch_size=4, max_tokens=300, rope_base_global=1e4, weights="params")
@@ -213,7 +213,7 @@ def test_an_evaluation_that_is_not_finite_is_an_error(run, tmp_path, value):
     broken["units"]["0_G"]["mlp"]["up_DF"][0, 3, 4] = value
     write_start(tmp_path / "run", config, broken, router, origin={})
     with pytest.raises(UserError, match="0: params/units/0_G/mlp/up_DF has values that are not"):
-        evaluation.evaluate_run(str(tmp_path / "run"), EvalOptions(max_tokens=300))
+        evaluation.evaluate_run(str(tmp_path / "run"), EvalOptions(max_tokens=30))
 
 
 # Case D7
@@ -222,9 +222,9 @@ def test_an_evaluation_says_which_weights_it_measured(run, tmp_path):
     with Checkpointer(tmp_path, keep=1) as checkpointer:
         items = {"params": params, "router": router, "ema": params}
         checkpointer.save(0, items, None, to_dict(Plan.of(config).meta(0)))
-    found = evaluation.evaluate_run(str(tmp_path), EvalOptions(max_tokens=300))
+    found = evaluation.evaluate_run(str(tmp_path), EvalOptions(max_tokens=30))
     assert found["weights"] == "ema" and found["domains"]["a"]["weights"] == "ema"
-    assert found["domains"]["a"]["tokens"] >= 300
+    assert found["domains"]["a"]["tokens"] >= 30
 
 
 def test_routing_of_an_evaluation():

@@ -99,6 +99,10 @@ def test_three_steps_stopped_at_a_seam_and_resumed(corpus, tmp_path, monkeypatch
         (3, "decay"),
     ]
     assert [row["tokens"] for row in rows] == [128, 256, 384]
+    # Case B6: across a stop, a seam and batches made ahead
+    by_source = [[source["tokens"] for source in row["data"].values()] for row in rows]
+    assert [sum(tokens) for tokens in by_source] == [128, 256, 384]
+    assert all(source["epochs"] > 0 for source in rows[-1]["data"].values())
     assert all(np.isfinite(row["loss"]) for row in rows)
     plan = Plan.of(config)
     assert [row["learning_rate"] for row in rows] == [plan.knobs(n).learning_rate for n in range(3)]
@@ -116,7 +120,8 @@ def test_a_run_leaves_all_that_it_did_in_its_folder(corpus, tmp_path):
         texts.append((rope_base_global, tokenizer.vocab_size))
         return "a sample"
 
-    config = tiny_run(corpus, sample_tokens=8, eval_every=5, histogram_every=2)
+    options = dict(sample_tokens=8, eval_every=5, histogram_every=2)
+    config = tiny_run(corpus, data__eval_fraction=0.2, **options)
     results = loop.run(config, tmp_path, sampler=sampler)
     rows = rows_of(tmp_path)
     logged = [row for row in rows if "loss" in row]

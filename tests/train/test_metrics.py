@@ -37,6 +37,15 @@ def test_flatten_makes_json_of_arrays():
     assert row["histogram"] == [[1.0] * 5] * 6
 
 
+# Case B6
+def test_counts_by_source_are_one_group_of_tensorboard(tmp_path):
+    counts = {"code": {"tokens": 2**40, "epochs": 0.5}, "docs": {"tokens": 3, "epochs": 2.0}}
+    write(tmp_path, [{"step": 1, **flatten({"loss": np.float32(1), "data": counts})}])
+    assert read_rows(tmp_path / "metrics.jsonl")[0]["data"] == counts
+    names = {f"data/{name}/{count}" for name in counts for count in ("tokens", "epochs")}
+    assert names <= set(events(tmp_path).Tags()["tensors"])
+
+
 # Case D3
 def test_what_is_not_finite_is_null_at_every_depth(tmp_path):
     nan, inf = float("nan"), float("inf")
