@@ -15,14 +15,12 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require
-
-T = TypeVar("T")
 
 _ANSWER_SECONDS = 300.0
 # While a process waits for the words of another, Python's signal handlers run this often.
@@ -197,13 +195,3 @@ def together() -> Iterator[None]:
             exchange(_LEAVES + (str(error) or type(error).__name__))
         raise
     exchange("")
-
-
-def writer_first(work: Callable[[], T]) -> T:
-    """Runs `work` in process 0, and when it is done, in the others, who find what it wrote."""
-    if is_writer():
-        with together():
-            return work()
-    with together():
-        pass
-    return work()

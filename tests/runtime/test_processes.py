@@ -65,7 +65,7 @@ def all_say(client, turn, *words):
 def test_one_process_talks_to_nobody(monkeypatch):
     monkeypatch.setattr(processes, "_client", lambda: pytest.fail("asked"))
     assert processes.is_writer() and processes.exchange("word") == ["word"]
-    assert processes.called() == "" and processes.writer_first(lambda: 3) == 3
+    assert processes.called() == ""
     processes.require_same({"config": "a"})
     with pytest.raises(ZeroDivisionError), processes.together():
         raise ZeroDivisionError
@@ -126,15 +126,6 @@ def test_an_error_at_the_end_of_a_block_is_heard_there(several):
     others_say(client, 0, "leaves: full disk", "")
     with pytest.raises(UserError, match="^process 1: full disk$"), processes.together():
         pass
-
-
-@pytest.mark.parametrize("index", [0, 1])
-def test_the_writer_works_before_the_others(several, index, monkeypatch):
-    several(index)
-    order = []
-    monkeypatch.setattr(processes, "exchange", lambda word: order.append("exchange"))
-    processes.writer_first(lambda: order.append("work"))
-    assert order == (["exchange", "work"] if index else ["work", "exchange"])
 
 
 # Case F9
