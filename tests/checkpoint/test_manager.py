@@ -336,7 +336,7 @@ def test_a_kill_at_any_file_call_of_a_save_leaves_one_of_two_right_states(tmp_pa
 # Case F3
 @pytest.mark.slow
 def test_a_disk_that_is_full_at_any_file_call_of_a_save_is_one_line(tmp_path):
-    found, said = break_saves(tmp_path, "full", 30)
+    found, said = break_saves(tmp_path, "full", 15)
     assert found["calls"] > 40 and not found["bad"], said
     assert not said
 

@@ -27,8 +27,9 @@ def start(corpus, workdir, *changes, count=2, faults=("", "")):
         **os.environ,
         "XLA_FLAGS": "",
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         # As `compiler.cache_in` says: a program on several devices is not to come from a file.
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "JAX_ENABLE_COMPILATION_CACHE": str(count == 1).lower(),
     }
     port, changes = str(free_port()), (*QUICK, *changes)
     return [
