@@ -222,6 +222,7 @@ def results(words):
     return call_all(lines + helps)
 
 
+@pytest.mark.slow
 def test_a_refused_command_leaves_no_trace(results, home):
     found = {str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()}
     assert found == {*FILES} and not (home / "none").exists()

@@ -106,16 +106,18 @@ class Panic(BaseException):
     ("fault", "reason"),
     [
         (RuntimeError("a fault\nof ours"), "RuntimeError: a fault of ours"),
-        (MemoryError(), "MemoryError: no reason given"),
+        pytest.param(MemoryError(), "MemoryError: no reason given", marks=pytest.mark.slow),
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 16 G.\n More"),
             "JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory: 16 G. More",
         ),
         (SystemExit(0), "SystemExit: 0"),
-        (SystemExit("no"), "SystemExit: no"),
-        (Panic("it panicked"), "Panic: it panicked"),
+        pytest.param(SystemExit("no"), "SystemExit: no", marks=pytest.mark.slow),
+        pytest.param(Panic("it panicked"), "Panic: it panicked", marks=pytest.mark.slow),
         (OSError(errno.EIO, "Input/output error", "/data/x"), "/data/x: Input/output error"),
-        (ExceptionGroup("two", [ValueError("a"), UserError("b")]), "b"),
+        pytest.param(
+            ExceptionGroup("two", [ValueError("a"), UserError("b")]), "b", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_whatever_a_run_raises_is_its_row_and_the_others_go_on(tmp_path, trained, fault, reason):
@@ -130,6 +132,7 @@ def test_whatever_a_run_raises_is_its_row_and_the_others_go_on(tmp_path, trained
 
 
 # Case F4
+@pytest.mark.slow
 def test_arrays_of_a_failed_run_are_freed(tmp_path, monkeypatch):
     alive = []
 

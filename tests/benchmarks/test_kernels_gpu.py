@@ -81,6 +81,7 @@ def _small_decoding(monkeypatch):
         monkeypatch.setattr(gpu_decoding, name, size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_decode_rows_compare_with_the_dense_mask(monkeypatch, dtype):
     _small_decoding(monkeypatch)

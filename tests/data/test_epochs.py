@@ -88,6 +88,7 @@ def test_counts_are_of_the_batches_across_stages_and_prefetch(packing, prefetch,
     assert set(consumed) == set("abc") and consumed["a"]["epochs"] > 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefetch", [0, 3])
 def test_counts_go_on_after_a_resume(prefetch, data):
     data = dataclasses.replace(data, packing="first_fit", prefetch=prefetch)

@@ -194,6 +194,7 @@ def test_starts_at_one_time_agree(form, tmp_path):
     assert not [*folder.glob("*.tmp")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "parquet"])
 def test_memory_is_bounded(form, tmp_path):
     """40 MB of text: less than a tenth is ever held, and after the start next to nothing."""
@@ -213,6 +214,7 @@ def test_memory_is_bounded(form, tmp_path):
     assert held < 0.5e6 and later < 0.5e6
 
 
+@pytest.mark.slow
 def test_parquet_is_decoded_in_pieces(tmp_path):
     """One row group as large as the file, outside of what Python counts."""
     pyarrow = pytest.importorskip("pyarrow")

@@ -43,8 +43,14 @@ def pairs_of(documents, spans):
     return document_pairs(documents, whole)
 
 
+def slow(*counts):
+    return pytest.param(counts, marks=pytest.mark.slow)
+
+
 # Case F9
-@pytest.mark.parametrize("counts", [(1, 2), (2, 1), (2, 3), (4, 2), (3, 1, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    "counts", [slow(1, 2), (2, 1), slow(2, 3), slow(4, 2), slow(3, 1, 4, 2)], ids=str
+)
 @pytest.mark.parametrize("packing_kind", ["concat", "first_fit"])
 def test_every_pair_is_read_once(traced, packing_kind, counts, monkeypatch):  # noqa: F811
     monkeypatch.setattr(packing, "_OPEN_ROWS", 5)

@@ -40,6 +40,7 @@ def rest(messages=("hi",)):
     return templates.render("{{ messages[0] }}", {"messages": [*messages]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_one_line_in_bounded_time(name, monkeypatch):
     rest()

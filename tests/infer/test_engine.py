@@ -114,6 +114,7 @@ def test_a_row_does_not_depend_on_the_others():
     assert _generate(_engine(), others, WARM)[1] == warm[1]
 
 
+@pytest.mark.slow
 def test_the_key_decides():
     first = _generate(_engine(), sampling=WARM)
     assert _generate(_engine(), sampling=WARM) == first

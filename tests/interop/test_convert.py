@@ -93,6 +93,7 @@ def test_the_config_of_a_folder(home, tmp_path):
         imported.get_config(str(tmp_path / "nothing"))
 
 
+@pytest.mark.slow
 def test_bfloat16_files_are_half_as_large(home, tmp_path):
     folder, _, _ = home
     convert.from_hugging_face(folder / "hf", tmp_path / "run", run_config(home))
@@ -259,6 +260,7 @@ def test_a_config_of_the_folder_resumes_what_it_trained(home, tmp_path):
 
 
 # Case A8, A6: what the lightning layout holds beside the parameters.
+@pytest.mark.slow
 def test_a_round_trip_keeps_every_bit_and_the_router(home, tmp_path):
     _, corpus, _ = home
     config = tiny_run(corpus)

@@ -80,6 +80,7 @@ def test_function_is_kept(changes):
     )
 
 
+@pytest.mark.slow
 def test_routing_differs_between_tokens_and_copies_are_whole():
     source, params = make()
     target = tiny_model(64, **DENSE | ROUTED)
@@ -129,6 +130,7 @@ def test_a_source_that_shares_gives_each_layer_the_projections_it_read():
     assert not is_exact(source, target)
 
 
+@pytest.mark.slow
 def test_an_untied_head_starts_as_the_embedding():
     source, params = make()
     target = tiny_model(64, **{**DENSE, **ROUTED, "tie_embeddings": False})

@@ -66,6 +66,7 @@ def assert_close(got, want, tolerance=2e-5):
     )
 
 
+@pytest.mark.slow
 def test_p_of_each_token_is_its_own():
     module, arguments = layer(), inputs()
     values = params(module)

@@ -120,6 +120,7 @@ def traces(monkeypatch):
     return counted
 
 
+@pytest.mark.slow
 def test_stages_that_differ_in_knobs_share_one_trace(traces):
     """Other rates and RoPE bases in the stages, other loss weights: one program for all."""
     config = run_of(model__unit="G")

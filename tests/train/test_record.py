@@ -70,6 +70,7 @@ def test_what_was_not_known_is_added_with_its_step(tmp_path):
     assert Record.read(tmp_path).tokenizer == "digest"
 
 
+@pytest.mark.slow
 def test_a_thousand_starts_keep_the_file_small(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "git_commit", lambda root: ("commit", None))
     made = Record.read(tmp_path)

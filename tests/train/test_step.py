@@ -128,7 +128,9 @@ EVERY_OPTION = dict(
 
 # Case D11
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("implementation", ["reference", "pallas_tpu"])
+@pytest.mark.parametrize(
+    "implementation", ["reference", pytest.param("pallas_tpu", marks=pytest.mark.slow)]
+)
 def test_float32_products_of_a_step_are_not_rounded_on_a_tpu(dtype, implementation):
     changes = {"model__attention__implementation": implementation, **EVERY_OPTION}
     config = build(RunConfig, tiny_config(**HEAVY, **changes, model__compute_dtype=dtype))

@@ -354,6 +354,7 @@ def test_top_p_of_our_own_layout(tmp_path):
             hf.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_most_layers_are_read_quickly():
     start = time.perf_counter()
     config = valid("gpt_oss") | {"num_hidden_layers": MOST_LAYERS}

@@ -97,6 +97,7 @@ def test_round_trip_keeps_every_bit(model_type, dtype, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_many_files(tmp_path):
     config, params, _ = make(**LLAMA)
     hf.save(tmp_path, config, params, max_shard_bytes=8_000)
@@ -107,6 +108,7 @@ def test_many_files(tmp_path):
     assert_same_bits(hf.load(tmp_path).params, params)
 
 
+@pytest.mark.slow
 def test_lands_on_the_mesh_by_logical_axes(tmp_path):
     config, params, _ = make(**DOTS1)
     hf.save(tmp_path, config, params)

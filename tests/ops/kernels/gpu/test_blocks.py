@@ -58,7 +58,9 @@ def test_one_document_visits_what_is_needed(side, length, window):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("offset", [1, 16, 32, 33, 64, 100, 129])
+@pytest.mark.parametrize(
+    "offset", [1, 33, 129, *(pytest.param(n, marks=pytest.mark.slow) for n in (16, 32, 64, 100))]
+)
 def test_the_last_queries_visit_what_is_needed(side, offset):
     documents = np.repeat([1, 2, 3, 0], [30, 60, 36, 4])[None].astype(np.int32)
     for window in (1, 33, 64, 130):
