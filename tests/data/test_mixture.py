@@ -257,7 +257,9 @@ def seen_pairs(batches):
     return seen
 
 
-@pytest.mark.parametrize("process", [(0, 1), (0, 2), (1, 2)])
+@pytest.mark.parametrize(
+    "process", [(1, 2), *(pytest.param(p, marks=pytest.mark.slow) for p in [(0, 1), (0, 2)])]
+)
 @pytest.mark.parametrize("packing_kind", ["concat", "first_fit"])
 def test_seams_neither_repeat_nor_drop(traced, packing_kind, process, monkeypatch):
     data = dataclasses.replace(traced, packing=packing_kind)

@@ -137,15 +137,15 @@ def _interpreted(monkeypatch):
 @pytest.mark.parametrize(
     "name, implementation",
     [
-        ("causal", "xla_banded"),
-        ("window", "xla_banded"),
+        pytest.param("causal", "xla_banded", marks=pytest.mark.slow),
+        pytest.param("window", "xla_banded", marks=pytest.mark.slow),
         ("packed", "xla_banded"),
         ("packed", "pallas_tpu"),
-        ("packed", "pallas_gpu"),
+        pytest.param("packed", "pallas_gpu", marks=pytest.mark.slow),
         ("window", "splash"),
         ("packed last", "xla_banded"),
-        ("packed last", "pallas_tpu"),
-        ("packed last", "pallas_gpu"),
+        pytest.param("packed last", "pallas_tpu", marks=pytest.mark.slow),
+        pytest.param("packed last", "pallas_gpu", marks=pytest.mark.slow),
         ("last", "splash"),
     ],
 )

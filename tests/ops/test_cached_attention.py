@@ -64,7 +64,9 @@ CACHES = {"ring": (Ring, WINDOW, WINDOW), "full": (Full, LENGTH, None), "wide": 
 WIDTHS = {"one by one": (1,) * LENGTH, "chunks": (9, 9, 9, 3), "whole": (LENGTH,)}
 
 
-@pytest.mark.parametrize("implementation", [None, "reference"])
+@pytest.mark.parametrize(
+    "implementation", [None, pytest.param("reference", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
 @pytest.mark.parametrize("kind", CACHES)
 def test_any_way_in_gives_the_dense_answer(kind, widths, implementation, monkeypatch):

@@ -74,7 +74,8 @@ def test_matches_the_oracle(implementation, kind):
 
 @pytest.mark.parametrize("implementation", GROUPED)
 @pytest.mark.parametrize(
-    ("count", "experts", "choices"), [(M, 1, 1), (M, 4, 2), (M, 64, 3), (1, E, 2)]
+    ("count", "experts", "choices"),
+    [(M, 1, 1), pytest.param(M, 4, 2, marks=pytest.mark.slow), (M, 64, 3), (1, E, 2)],
 )
 def test_matches_the_oracle_at_other_shapes(implementation, count, experts, choices):
     check(implementation, assignment("full", count, experts, choices), experts)
