@@ -7,6 +7,7 @@ a run hold. A dataclass adds what its own fields need beyond that.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
@@ -64,7 +65,7 @@ def build(cls: type, values: Mapping[str, Any], *, path: str = "") -> Any:
       UserError: an unknown key (with a "did you mean"), a missing key, a wrong type, a number out
         of range, or a value that the dataclass refuses.
     """
-    types = typing.get_type_hints(cls, include_extras=True)
+    types = _types(cls)
     _require_mapping(values, path.rstrip(".") or "config", "a mapping of fields")
     known = [field.name for field in dataclasses.fields(cls)]
     given = dict(values.items())
@@ -75,6 +76,11 @@ def build(cls: type, values: Mapping[str, Any], *, path: str = "") -> Any:
         if key not in given:
             raise UserError(f"config field {path}{key} is missing: configs/base.py has its default")
     return cls(**{key: _convert(types[key], given[key], path + key) for key in known})
+
+
+@functools.cache
+def _types(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def _require_mapping(value: Any, field: str, right: str) -> None:
