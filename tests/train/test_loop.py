@@ -69,7 +69,7 @@ def terminate_after(steps, monkeypatch):
 
 def test_three_steps_stopped_at_a_seam_and_resumed(corpus, tmp_path, monkeypatch):
     """The one training of `make check`; the slow tests below say what else must hold."""
-    config = tiny_run(corpus, model__unit="G", model__moe__num_experts=0, checkpoint_every=100)
+    config = tiny_run(corpus, **DENSE, checkpoint_every=100)
     first, second = config.stages
     second = dataclasses.replace(second, tokens=128, decay_tokens=128, accumulate=1)
     first = dataclasses.replace(first, tokens=256, warmup_tokens=0)
@@ -297,7 +297,7 @@ def test_changed_text_is_refused_after_training_and_goes_on_when_allowed(corpus,
     lines = Path(corpus).read_text().splitlines(keepends=True)
     text, path = tmp_path / "text.jsonl", tmp_path / "run"
     text.write_text("".join(lines))
-    config = tiny_run(str(text))
+    config = tiny_run(str(text), **DENSE)
     loop.run(config, path)
     shutil.rmtree(path / "checkpoints" / "10")
     text.write_text("".join(lines[:30]))
@@ -469,7 +469,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
         return put(batch, mesh)
 
     monkeypatch.setattr(placement, "put_batch", poison)
-    config = tiny_run(corpus, model__unit="G", model__moe__num_experts=0, checkpoint_every=100)
+    config = tiny_run(corpus, **DENSE, checkpoint_every=100)
     path = tmp_path / "run"
     with pytest.raises(UserError, match="loss is not finite at step 4 .stage 'stable'"):
         loop.run(config, path)
@@ -493,13 +493,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(
 
 @pytest.mark.slow
 def test_another_config_in_the_same_folder_is_refused_by_name(corpus, tmp_path):
-    config = tiny_run(corpus)
+    config = tiny_run(corpus, **DENSE)
     loop.run(config, tmp_path)
     wider = dataclasses.replace(config, seed=7)
     with pytest.raises(UserError, match="seed = 7: this workdir's run has 0"):
         loop.run(wider, tmp_path)
-    with pytest.raises(UserError, match=r"model.unit = 'G': this workdir's run has 'LG'"):
-        model = dataclasses.replace(config.model, unit="G")
+    with pytest.raises(UserError, match=r"model.unit = 'L': this workdir's run has 'G'"):
+        model = dataclasses.replace(config.model, unit="L")
         loop.run(dataclasses.replace(config, model=model), tmp_path)
     # Its stage has passed.
     with pytest.raises(UserError, match="stages.stable.learning_rate = 0.0003"):
