@@ -96,7 +96,12 @@ class Checkpointer:
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
 
     def restore(
-        self, step: int | None, abstract_items: Mapping[str, Any], data_iterator: Any = None
+        self,
+        step: int | None,
+        abstract_items: Mapping[str, Any],
+        data_iterator: Any = None,
+        *,
+        verified: bool = False,
     ) -> dict[str, Any]:
         """Reads items onto the devices asked for, whatever devices they were saved from.
 
@@ -106,6 +111,8 @@ class Checkpointer:
             numbers serve as examples); other items of the checkpoint are not read.
           data_iterator: Grain iterator to move to the saved position; or None. If other processes
             saved, more or fewer, its `set_states` gets the positions of all.
+          verified: whether `read_meta` has compared the whole checkpoint with its digests already,
+            since this process has the folder.
 
         Returns the items, in the containers of `abstract_items`. Raises UserError if there is no
         such checkpoint, it is damaged, or a name, shape or dtype differs from that asked for.
@@ -113,7 +120,12 @@ class Checkpointer:
         self.wait()
         found = reading.find(self._directory, step)
         return reading.read(
-            self._directory, found, abstract_items, data_iterator, advice=reading.move_newer
+            self._directory,
+            found,
+            abstract_items,
+            data_iterator,
+            advice=reading.move_newer,
+            verified=verified,
         )
 
     def wait(self) -> None:

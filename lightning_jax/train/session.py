@@ -71,14 +71,17 @@ class Session:
         if self.fresh:
             return state
         abstract = placement.items_from_state(self.program.abstract_state)
-        given = self.checkpointer.restore(0, {name: abstract[name] for name in folder.START_ITEMS})
+        items = {name: abstract[name] for name in folder.START_ITEMS}
+        given = self.checkpointer.restore(0, items, verified=True)
         ema = jax.tree.map(jnp.copy, given["params"]) if state.ema else state.ema
         return dataclasses.replace(state, **given, ema=ema)
 
     def restore(self, batches: Any) -> TrainState:
         """Returns the state of the checkpoint, and moves `batches` to its position."""
         items = placement.items_from_state(self.program.abstract_state)
-        state = placement.state_from_items(self.checkpointer.restore(self.start, items, batches))
+        # `train.start.look` has verified it.
+        given = self.checkpointer.restore(self.start, items, batches, verified=True)
+        state = placement.state_from_items(given)
         if self.plan.config.optimizer.on_nan == "stop":
             # Any bad step ends the run: those that an earlier session skipped must not.
             state = dataclasses.replace(state, bad_steps=state.bad_steps * 0)

@@ -204,8 +204,8 @@ def test_a_first_state_is_fresh_or_begins_with_given_weights():
     program = SimpleNamespace(init=lambda: averaging, abstract_state=averaging)
     session, _ = session_of(fresh=False, program=program, restored=given)
     state = session.first_state()
-    [(step, wanted)] = session.checkpointer.of("restore")
-    assert step == 0 and set(wanted) == {"params", "router"}
+    [(step, wanted, verified)] = session.checkpointer.of("restore")
+    assert verified == ("verified", True) and step == 0 and set(wanted) == {"params", "router"}
     assert state.params is given["params"] and state.router is given["router"]
     np.testing.assert_array_equal(state.ema["w"], given["params"]["w"])
     assert state.optimizer is STATE.optimizer
@@ -217,8 +217,8 @@ def test_a_resumed_state_is_that_of_its_checkpoint():
     program = SimpleNamespace(abstract_state=STATE)
     session, _ = session_of(start=6, fresh=False, program=program, restored=items)
     state = session.restore("batches")
-    [(step, _, batches)] = session.checkpointer.of("restore")
-    assert (step, batches) == (6, "batches")
+    [(step, _, batches, verified)] = session.checkpointer.of("restore")
+    assert (step, batches, verified) == (6, "batches", ("verified", True))
     assert (state.params, state.router, state.step, state.controller) == (1, 2, 6, 4)
 
 
