@@ -20,7 +20,6 @@ from lightning_jax.interop.upcycle import is_exact, upcycle
 from lightning_jax.runtime.folders import new_folder
 from lightning_jax.train.evaluation import ONE_DEVICE, Evaluator, require_finite
 from lightning_jax.train.plan import Plan
-from lightning_jax.train.resolve import resolve
 from lightning_jax.train.start import write_start
 
 logger = logging.getLogger(__name__)
@@ -78,21 +77,19 @@ def _upcycle(
     )
     _warn_of_another_base(dense, model)
     data = dataclasses.replace(config.data, tokenizer=tokenizer or config.data.tokenizer)
-    sources = Sources.open(data)
     config = dataclasses.replace(config, model=model, data=data)
-    # A vocabulary that a run trained on its own text would come out differently on other text.
-    tokenizer_of = Path(source) if is_run(source) else None
-    resolved = resolve(config, tokenizer_of, sources)
-    config, tokenizer = resolved.config, resolved.tokenizer
     made, made_router = upcycle(dense, params, model, jax.random.key(config.seed), pool=pool)
     origin = {"path": str(Path(source).absolute()), "pool": pool}
-    write_start(path, config, made, made_router, origin=origin, tokenizer_of=tokenizer_of)
+    # A vocabulary that a run trained on its own text would come out differently on other text.
+    tokenizer_of = Path(source) if is_run(source) else None
+    started = write_start(path, config, made, made_router, origin=origin, tokenizer_of=tokenizer_of)
+    config, sources = started.config, Sources.open(started.config.data)
     segment = Plan.of(config).segments[0]
 
     def losses(model: ModelConfig, params: Any, router: lm.Router) -> dict[str, float]:
         run = dataclasses.replace(config, model=model)
         mesh = sharding.make_mesh(ONE_DEVICE, jax.devices()[:1])
-        results = Evaluator(run, sources, tokenizer, mesh)(
+        results = Evaluator(run, sources, started.tokenizer, mesh)(
             params,
             router,
             seq_len=segment.seq_len,

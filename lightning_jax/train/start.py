@@ -118,7 +118,7 @@ def write_start(
     *,
     origin: dict[str, Any],
     tokenizer_of: Path | None = None,
-) -> None:
+) -> Resolved:
     """Makes a folder that can be evaluated and generate text at once, and from which to train.
 
     Args:
@@ -128,6 +128,9 @@ def write_start(
       origin: where the weights came from, for `run.json`.
       tokenizer_of: folder of the run whose tokenizer the weights were trained with; None: that of
         `config`.
+
+    Returns:
+      The run and its tokenizer, as the folder has them.
 
     Raises:
       UserError: the folder has a run or cannot be written, or the tokenizer has more ids than the
@@ -144,6 +147,7 @@ def write_start(
         with Checkpointer(claim.path, keep=resolved.config.keep_checkpoints) as checkpointer:
             items = dict(zip(folder.START_ITEMS, (params, router), strict=True))
             checkpointer.save(0, items, None, to_dict(Plan.of(resolved.config).meta(0)))
+        return resolved
 
 
 def require_unused(path: Path) -> folder.Past:
