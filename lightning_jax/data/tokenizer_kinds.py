@@ -99,13 +99,16 @@ class _ModelTokenizer:
     model: Any
     vocab_size: int
     bos_id: int
-    eos_id: int
     stop_ids: tuple[int, ...]
     stop_strings: tuple[str, ...]
     adds_bos: bool
     specials: Mapping[str, int]
     chat_template: ChatTemplate | None
     added: Mapping[str, int]
+
+    @property
+    def eos_id(self) -> int:
+        return self.stop_ids[0]
 
     @functools.cached_property
     def _dropped(self) -> set[int]:
