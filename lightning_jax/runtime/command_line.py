@@ -136,11 +136,13 @@ def arguments(commands: Sequence[str]) -> list[str]:
 @contextlib.contextmanager
 def _without_warnings_of_absl() -> Iterator[None]:
     """config_flags warns of what becomes an error here."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    yield
-    logger.setLevel(level)
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        absl.setLevel(level)
 
 
 def _check_values(config_file: str | None) -> None:
