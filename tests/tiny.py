@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from configs import base
-from lightning_jax.config import ModelConfig, RunConfig
+from lightning_jax.config import ModelConfig, RunConfig, StageConfig
 from lightning_jax.config.fields import build
 from lightning_jax.data.batch import Batch
 
@@ -69,6 +69,25 @@ def tiny_config(**changes: Any) -> Any:
                 node = node[key]
             node[path[-1]] = value
     return config
+
+
+def tiny_stage(**changes: Any) -> StageConfig:
+    """A stage of constant rate 1 and 1,000 tokens, over the source `a` alone."""
+    fields = dict(
+        name="s",
+        tokens=1000,
+        mixture=(("a", 1.0),),
+        batch_size=2,
+        seq_len=16,
+        accumulate=1,
+        learning_rate=1.0,
+        final_learning_rate=0.0,
+        warmup_tokens=0,
+        decay="none",
+        decay_tokens=0,
+        rope_base_global=0.0,
+    )
+    return StageConfig(**{**fields, **changes})
 
 
 def tiny_run(corpus: str, **changes: Any) -> RunConfig:

@@ -1,10 +1,13 @@
-"""Small `tokenizer.json` files of every kind, written part by part."""
+"""Small vocabularies: `tokenizer.json` files of every kind, part by part, and SentencePiece."""
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from lightning_jax.data.tokenizer_stream import BYTE_OF_CHARACTER
 
@@ -121,3 +124,17 @@ def write_kind(path: Path, kind: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(KINDS[kind]), encoding="utf-8")
     return path
+
+
+def sentencepiece_model() -> bytes:
+    """A SentencePiece model of 40 pieces, without those of bytes; skips without the library."""
+    library = pytest.importorskip("sentencepiece")
+    model = io.BytesIO()
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat", "a dog ran"] * 20),
+        model_writer=model,
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return model.getvalue()

@@ -6,31 +6,18 @@ import logging
 
 import pytest
 
-from lightning_jax.config import DataConfig, SourceConfig, StageConfig
+from lightning_jax.config import DataConfig, SourceConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.data import epochs, mixture, regroup
 from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import ByteTokenizer
+from tests.tiny import tiny_stage
 
 TOKENIZER = ByteTokenizer()
 
 
 def stage(**changes):
-    fields = dict(
-        name="one",
-        tokens=1000,
-        mixture=(("a", 0.5), ("b", 0.5)),
-        batch_size=2,
-        seq_len=16,
-        accumulate=1,
-        learning_rate=1.0,
-        final_learning_rate=0.0,
-        warmup_tokens=0,
-        decay="none",
-        decay_tokens=0,
-        rope_base_global=0.0,
-    )
-    return StageConfig(**{**fields, **changes})
+    return tiny_stage(**{"name": "one", "mixture": (("a", 0.5), ("b", 0.5)), **changes})
 
 
 STAGES = [

@@ -7,12 +7,13 @@ import grain
 import numpy as np
 import pytest
 
-from lightning_jax.config import DataConfig, SourceConfig, StageConfig
+from lightning_jax.config import DataConfig, SourceConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.data import mixture, packing
 from lightning_jax.data.batch import Batch
 from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import ByteTokenizer
+from tests.tiny import tiny_stage
 
 TOKENIZER = ByteTokenizer()
 
@@ -30,21 +31,8 @@ def data(tmp_path):
 
 
 def stage(**changes):
-    fields = dict(
-        name="s",
-        tokens=1000,
-        mixture=(("a", 0.7), ("b", 0.25), ("c", 0.05)),
-        batch_size=4,
-        seq_len=48,
-        accumulate=1,
-        learning_rate=1.0,
-        final_learning_rate=0.0,
-        warmup_tokens=0,
-        decay="none",
-        decay_tokens=0,
-        rope_base_global=0.0,
-    )
-    return StageConfig(**{**fields, **changes})
+    mixture_of_three = (("a", 0.7), ("b", 0.25), ("c", 0.05))
+    return tiny_stage(**{"mixture": mixture_of_three, "batch_size": 4, "seq_len": 48, **changes})
 
 
 def iterator(data, stage_config=None, **options):

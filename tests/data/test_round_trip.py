@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
 import pytest
 
 from lightning_jax.data import round_trip
@@ -30,17 +28,8 @@ def normalized(folder, *kinds):
 
 
 def no_bytes(folder):
-    library = pytest.importorskip("sentencepiece")
-    model = io.BytesIO()
-    library.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the cat sat on the mat", "a dog ran"] * 20),
-        model_writer=model,
-        vocab_size=40,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "t.model").write_bytes(model.getvalue())
+    (folder / "t.model").write_bytes(hf_vocabularies.sentencepiece_model())
     return folder / "t.model"
 
 

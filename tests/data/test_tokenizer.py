@@ -1,5 +1,4 @@
 import dataclasses
-import io
 
 import pytest
 
@@ -7,6 +6,7 @@ from lightning_jax.config import DataConfig, SourceConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.data import tokenizer as tokenizer_lib
 from lightning_jax.data.sources import Sources
+from tests.data.hf_vocabularies import sentencepiece_model
 
 TRAIN = ["def f(x): return x + 1\n" * 5, "the cat sat on a mat, the rat ran", "café 漢字 漢字"]
 
@@ -30,18 +30,8 @@ def bpe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sentencepiece_path(tmp_path_factory):
-    sentencepiece = pytest.importorskip("sentencepiece")
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the cat sat on the mat", "a dog ran"] * 20),
-        model_writer=model,
-        vocab_size=40,
-        model_type="unigram",
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
     path = tmp_path_factory.mktemp("sp") / "small.model"
-    path.write_bytes(model.getvalue())
+    path.write_bytes(sentencepiece_model())
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -100,16 +99,7 @@ def test_small_gaps_are_no_harm(tmp_path):
 
 @pytest.fixture(scope="module")
 def sentencepiece_model():
-    library = pytest.importorskip("sentencepiece")
-    model = io.BytesIO()
-    library.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the cat sat on the mat", "a dog ran"] * 20),
-        model_writer=model,
-        vocab_size=40,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    return model.getvalue()
+    return hf_vocabularies.sentencepiece_model()
 
 
 @pytest.mark.parametrize(

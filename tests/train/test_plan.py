@@ -12,28 +12,21 @@ import pytest
 
 from lightning_jax import accounting
 from lightning_jax import model as lm
-from lightning_jax.config import CheckpointMeta, RunConfig, StageConfig
+from lightning_jax.config import CheckpointMeta, RunConfig
 from lightning_jax.config.fields import build, to_dict
 from lightning_jax.runtime.files import plain
 from lightning_jax.train.optimizer import make_optimizer
 from lightning_jax.train.plan import Plan, Segment
 from lightning_jax.train.progress import Throughput
 from lightning_jax.train.step import init_state, train_step
-from tests.tiny import random_batch, tiny_config
+from tests.tiny import random_batch, tiny_config, tiny_stage
 
-BASE = StageConfig(
+BASE = tiny_stage(
     name="a",
-    tokens=1_000,
     mixture=(("code", 1.0),),
-    batch_size=2,
     seq_len=5,
-    accumulate=1,
     learning_rate=0.5,
-    final_learning_rate=0.0,
     warmup_tokens=200,
-    decay="none",
-    decay_tokens=0,
-    rope_base_global=0.0,
 )
 DECAY = dataclasses.replace(
     BASE, name="b", warmup_tokens=0, decay="linear", decay_tokens=1_000, final_learning_rate=0.125
