@@ -146,11 +146,12 @@ def get_config() -> ConfigDict:
     data.prefetch = 2  # batches made ahead in a background thread
 
     mesh = config.mesh = ConfigDict()
-    mesh.data = -1  # number of data-parallel replicas; -1: all devices that the other axes leave
-    mesh.fsdp = 1  # devices that share one copy of the parameters
-    mesh.expert = 1  # reserved
-    mesh.tensor = 1  # reserved
-    mesh.sequence = 1  # reserved
+    mesh.replica = 1  # copies of the model, one or more on each TPU slice or group of hosts
+    mesh.data = -1  # parts of the batch; -1: all devices that the other axes leave
+    mesh.fsdp = 1  # parts of the batch, over which parameters are stored too
+    mesh.expert = 1  # parts of the experts; the batch, and other parameters, as over fsdp
+    mesh.tensor = 1  # parts of heads, hidden features and vocabulary
+    mesh.sequence = 1  # parts of each row of tokens
 
     config.log_every = 10  # steps between lines of metrics.jsonl and TensorBoard
     config.histogram_every = 100  # steps between TensorBoard histograms; 0: never

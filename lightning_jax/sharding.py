@@ -1,8 +1,18 @@
 """Logical axis names of arrays, mesh axes of devices, and the strict rules between them.
 
-The only file that knows mesh axes. Code above it writes logical names; code in `ops/` knows
-neither. A parameter has two placements: *stored* (its `embed` axis split over `fsdp`) and *in use*
-(gathered), so FSDP is one call of `shard` where a parameter meets an activation.
+The only file that knows mesh axes. Code above it writes logical names; pure functions in `ops/`
+that communicate take the names of mesh axes as arguments, from `axes`. A parameter has two
+placements: *stored* (its `embed` axis split over `fsdp` and `expert`) and *in use* (gathered), so
+FSDP is one call of `shard` where a parameter meets an activation.
+
+| mesh axis | what it splits |
+|---|---|
+| replica | the batch, over slices or hosts with slow links between them; parameters are whole |
+| data | the batch |
+| fsdp | the batch; parameters as they are stored |
+| expert | the experts; for everything else it is like fsdp |
+| tensor | query and key/value heads, hidden features of MLPs and experts, the vocabulary |
+| sequence | the positions of each row |
 """
 
 from __future__ import annotations
@@ -13,12 +23,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lightning_jax.config import MeshConfig, ModelConfig
 from lightning_jax.config.errors import UserError, suggest
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence")
+MESH_AXES = ("replica", "data", "fsdp", "expert", "tensor", "sequence")
 _RESERVED = ("expert", "tensor", "sequence")
 
 Names = tuple[str | None, ...]
@@ -28,39 +40,54 @@ Names = tuple[str | None, ...]
 class Rules:
     """Mesh axes that split each logical axis of an array; `()` splits nothing."""
 
-    batch: tuple[str, ...] = ()
-    sequence: tuple[str, ...] = ()
+    batch: tuple[str, ...] = ("replica", "data", "fsdp", "expert")
+    sequence: tuple[str, ...] = ("sequence",)
     embed: tuple[str, ...] = ()
-    vocab: tuple[str, ...] = ()
-    heads: tuple[str, ...] = ()
-    kv_heads: tuple[str, ...] = ()
+    vocab: tuple[str, ...] = ("tensor",)
+    heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
     head: tuple[str, ...] = ()
-    mlp: tuple[str, ...] = ()
-    expert: tuple[str, ...] = ()
+    mlp: tuple[str, ...] = ("tensor",)
+    expert: tuple[str, ...] = ("expert",)
     router: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, mesh: Mesh | AbstractMesh, *, stored: bool = False) -> Rules:
-        """Returns the rules of a mesh for arrays in use, or for parameters as they are `stored`."""
-        rules = cls(batch=("data", "fsdp"), embed=("fsdp",) if stored else ())
-        return cls(*(tuple(a for a in axes if a in mesh.shape) for axes in _values(rules)))
+        """Returns the rules of a mesh for arrays in use, or for parameters as they are `stored`.
+
+        Mesh axes of one device split nothing and are left out.
+        """
+        rules = cls(embed=("fsdp", "expert")) if stored else cls()
+        wide = [axis for axis, size in mesh.shape.items() if size > 1]
+        return cls(*(tuple(a for a in axes if a in wide) for axes in _values(rules)))
 
     def spec(self, *names: str | None) -> PartitionSpec:
         """Returns the PartitionSpec of an array whose leading axes have these logical names.
 
+        An array of experts is split over the mesh axis `expert` by its experts, so its `embed` axis
+        is not.
+
         Raises:
           ValueError: an unknown name, or two axes that would be split over the same mesh axis.
         """
-        known = [field.name for field in dataclasses.fields(self)]
-        for name in names:
-            if name is not None and name not in known:
-                raise ValueError(f"unknown logical axis {name!r}: {suggest(name, known)}")
-        entries = [() if name is None else getattr(self, name) for name in names]
+        entries = [() if name is None else self.axes(name) for name in names]
+        if "expert" in names:
+            entries = [
+                tuple(a for a in entry if name != "embed" or a not in self.expert)
+                for name, entry in zip(names, entries, strict=True)
+            ]
         used = [axis for entry in entries for axis in entry]
         if len(set(used)) != len(used):
             raise ValueError(f"logical axes {names} use a mesh axis twice: {entries}")
         return PartitionSpec(*(entry or None for entry in entries))
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """Returns the mesh axes that split a logical axis; a ValueError if it is unknown."""
+        known = [field.name for field in dataclasses.fields(self)]
+        if name not in known:
+            raise ValueError(f"unknown logical axis {name!r}: {suggest(name, known)}")
+        return getattr(self, name)
 
 
 def _values(rules: Rules) -> tuple[tuple[str, ...], ...]:
@@ -70,8 +97,11 @@ def _values(rules: Rules) -> tuple[tuple[str, ...], ...]:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Builds the device mesh; an axis of -1 takes the devices that the others leave.
 
+    TPU slices are divided by the axis `replica`, so that only it crosses the network between them.
+
     Raises:
-      UserError: a reserved axis larger than 1, or sizes whose product is not the device count.
+      UserError: a reserved axis larger than 1, sizes whose product is not the device count, or a
+        number of replicas that the slices cannot share.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {name: getattr(config, name) for name in MESH_AXES}
@@ -85,29 +115,68 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = {name: rest if size == -1 else size for name, size in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
         raise UserError(f"mesh = {sizes}: its product must be the {len(devices)} devices at hand")
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        MESH_AXES,
-        axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES),
-        devices=devices,
-    )
-
-
-def check_divisible(model: ModelConfig, batch_size: int, field: str, mesh: Mesh) -> None:
-    """Raises UserError where the model's width or a batch does not divide over the mesh."""
-    if model.model_dim % mesh.shape["fsdp"]:
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["replica"] % slices:
         raise UserError(
-            f"model.model_dim = {model.model_dim}: must be a multiple of "
-            f"mesh.fsdp = {mesh.shape['fsdp']}"
+            f"mesh.replica = {sizes['replica']}: must be a multiple of the {slices} slices at hand"
         )
-    shards = batch_shards(mesh)
-    if batch_size % shards:
-        raise UserError(f"{field} = {batch_size}: must be a multiple of the {shards} batch shards")
+    shape = tuple(sizes.values())
+    kinds = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+    if slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices)
+    inside = (sizes["replica"] // slices, *shape[1:])
+    across = (slices, *(1,) * len(shape[1:]))
+    grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+    return Mesh(grid, MESH_AXES, axis_types=kinds)
+
+
+def check_divisible(
+    model: ModelConfig, mesh: Mesh, *, batch: dict[str, int], seq_len: dict[str, int]
+) -> None:
+    """Raises UserError where a size of the model, of a batch or of a row does not divide.
+
+    Args:
+      batch, seq_len: a field of the config, to name in the error, and its size.
+    """
+    rules, stored = Rules.of(mesh), Rules.of(mesh, stored=True)
+    attention, moe = model.attention, model.moe
+    sizes = [
+        ("embed", {"model.model_dim": model.model_dim}),
+        ("heads", {"model.attention.num_heads": attention.num_heads}),
+        ("kv_heads", {"model.attention.num_kv_heads": attention.num_kv_heads}),
+        ("vocab", {"model.vocab_size": model.vocab_size}),
+        ("batch", batch),
+        ("sequence", seq_len),
+    ]
+    if moe.num_experts:
+        sizes += [
+            ("expert", {"model.moe.num_experts": moe.num_experts}),
+            ("mlp", {"model.moe.expert_dim": moe.expert_dim}),
+        ]
+    if not all(spec.routed for spec in model.layers):
+        sizes.append(("mlp", {"model.mlp_dim": model.mlp_dim}))
+    for name, fields in sizes:
+        axes = (stored if name == "embed" else rules).axes(name)
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        for field, size in fields.items():
+            if size % parts:
+                factors = " * ".join(f"mesh.{axis}" for axis in axes)
+                raise UserError(
+                    f"{field} = {size}: must be a multiple of {factors} = {parts}, "
+                    f"such as {-(-size // parts) * parts}"
+                )
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Number of pieces into which a batch is split."""
     return math.prod(mesh.shape[axis] for axis in Rules.of(mesh).batch)
+
+
+def rows_here(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
+    """Rows of a global batch of which devices of this process hold a part, ascending."""
+    placement = NamedSharding(mesh, Rules.of(mesh).spec("batch"))
+    held = placement.addressable_devices_indices_map((batch_size,)).values()
+    return tuple(np.unique(np.concatenate([np.arange(batch_size)[index] for index in held])))
 
 
 def tree_shardings(axes: Any, mesh: Mesh) -> Any:
@@ -124,8 +193,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of an array whose first axis is the batch."""
-    return NamedSharding(mesh, Rules.of(mesh).spec("batch"))
+    """Sharding of an array [B, T] of a batch."""
+    return NamedSharding(mesh, Rules.of(mesh).spec("batch", "sequence"))
 
 
 def _ambient() -> AbstractMesh | None:
@@ -143,6 +212,12 @@ def ambient_batch_shards() -> int:
     """Number of pieces of a batch under the ambient mesh: the smallest batch that divides."""
     mesh = _ambient()
     return 1 if mesh is None else batch_shards(mesh)
+
+
+def axes(*names: str) -> tuple[str, ...]:
+    """Mesh axes of more than one device that split logical axes: for collectives in an island."""
+    mesh = _ambient()
+    return () if mesh is None else tuple(a for name in names for a in Rules.of(mesh).axes(name))
 
 
 def shard(x: jax.Array, *names: str | None) -> jax.Array:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from configs import base
-from lightning_jax.config import ModelConfig, RunConfig, StageConfig
+from lightning_jax import sharding
+from lightning_jax.config import MeshConfig, ModelConfig, RunConfig, StageConfig
 from lightning_jax.config.fields import build
 from lightning_jax.data.batch import Batch
 
@@ -117,6 +118,11 @@ def tiny_model(vocab_size: int = 64, **changes: Any) -> ModelConfig:
     inside = {f"model__{name}": value for name, value in changes.items()}
     config = build(RunConfig, tiny_config(**inside)).model
     return dataclasses.replace(config, vocab_size=vocab_size)
+
+
+def mesh_config(**sizes: int) -> MeshConfig:
+    """The sizes of some mesh axes; the others are 1."""
+    return MeshConfig(**{**dict.fromkeys(sharding.MESH_AXES, 1), **sizes})
 
 
 def random_batch(batch: int, time: int, vocab_size: int, seed: int = 0) -> Batch:

@@ -17,18 +17,15 @@ from jax.experimental import topologies
 from benchmarks.tpu_static import CHIPS
 from lightning_jax import model as lm
 from lightning_jax import sharding
-from lightning_jax.config import MeshConfig
 from lightning_jax.runtime import target
-from tests.tiny import tiny_model
+from tests.tiny import mesh_config, tiny_model
 
 BATCH, LENGTH = 4, 256
 
 
 def main() -> None:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS["v5e"].topology)
-    mesh = sharding.make_mesh(
-        MeshConfig(data=2, fsdp=-1, expert=1, tensor=1, sequence=1), topology.devices
-    )
+    mesh = sharding.make_mesh(mesh_config(data=2, fsdp=-1), topology.devices)
     config = tiny_model(unit="LG", attention__window=128, attention__head_dim=128, model_dim=128)
     moe = dataclasses.replace(config.moe, expert_dim=128)
     config = dataclasses.replace(config, compute_dtype="bfloat16", moe=moe)

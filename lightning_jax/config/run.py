@@ -166,6 +166,7 @@ class DataConfig:
 class MeshConfig:
     """Devices along each mesh axis; one axis may be -1 and takes what the others leave."""
 
+    replica: int
     data: int
     fsdp: int
     expert: int

@@ -29,7 +29,7 @@ from lightning_jax.train import step as steps
 from lightning_jax.train.placement import put_whole
 from lightning_jax.train.plan import Plan
 
-ONE_DEVICE = MeshConfig(data=1, fsdp=1, expert=1, tensor=1, sequence=1)
+ONE_DEVICE = MeshConfig(**dict.fromkeys(sharding.MESH_AXES, 1))
 POSITION_BUCKETS = (16, 64, 256, 1024, 4096, 16384)
 
 

@@ -35,8 +35,13 @@ def make_mesh(plan: Plan) -> Mesh:
     platform = mesh.devices.flat[0].platform
     check_device(attention.implementation, platform, attention.head_dim)
     for segment in plan.segments:
-        field = f"stages.{segment.stage.name}.batch_size / accumulate"
-        sharding.check_divisible(plan.config.model, segment.micro_batch, field, mesh)
+        at = f"stages.{segment.stage.name}"
+        sharding.check_divisible(
+            plan.config.model,
+            mesh,
+            batch={f"{at}.batch_size / accumulate": segment.micro_batch},
+            seq_len={f"{at}.seq_len": segment.seq_len},
+        )
     return mesh
 
 

@@ -15,11 +15,11 @@ import pytest
 
 from lightning_jax import model, sharding
 from lightning_jax.checkpoint import Checkpointer, checkpoints_dir, load_run, read_meta
-from lightning_jax.config import CheckpointMeta, MeshConfig
+from lightning_jax.config import CheckpointMeta
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import to_dict
 from tests.checkpoint.saved import FIRST, assert_bitwise, dataset, make_params, save_one
-from tests.tiny import tiny_run
+from tests.tiny import mesh_config, tiny_run
 
 PROGRAMS = Path(__file__).resolve().parents[2] / "experiments"
 
@@ -122,7 +122,7 @@ def test_load_run(run, step, weights, average):
 
 def test_load_run_onto_a_mesh(run):
     workdir, settings, params, _, router = run
-    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4, expert=1, tensor=1, sequence=1))
+    mesh = sharding.make_mesh(mesh_config(data=2, fsdp=4))
     loaded = load_run(workdir, mesh=mesh, weights="params")
     assert_bitwise(loaded.params, params)
     table_VD = loaded.params["embed"]["table_VD"]

@@ -10,7 +10,7 @@ import pytest
 from configs import base
 from lightning_jax import model as lm
 from lightning_jax import sharding
-from lightning_jax.config import MeshConfig, ModelConfig
+from lightning_jax.config import ModelConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build
 from lightning_jax.infer import engine as engine_module
@@ -19,6 +19,7 @@ from lightning_jax.infer.decode_state import DecodeState
 from lightning_jax.infer.engine import Engine
 from lightning_jax.infer.sampling import Sampling
 from tests.targets import TPU, products
+from tests.tiny import mesh_config
 
 VOCAB, VALID, CHUNK, LENGTH, NEW = 48, 40, 4, 24, 10
 GREEDY, WARM = Sampling(temperature=0.0), Sampling(temperature=1.0, top_p=0.9)
@@ -250,9 +251,7 @@ def test_a_row_may_fill_the_cache():
 @pytest.mark.slow
 @pytest.mark.usefixtures("compile_afresh")
 def test_generation_under_a_mesh():
-    mesh = sharding.make_mesh(
-        MeshConfig(data=2, fsdp=2, expert=1, tensor=1, sequence=1), jax.devices()[:4]
-    )
+    mesh = sharding.make_mesh(mesh_config(data=2, fsdp=2), jax.devices()[:4])
     rows = [PROMPTS[1], PROMPTS[2], PROMPTS[0], PROMPTS[1]]
     expected = _generate(_engine(), rows)
     placement = sharding.tree_shardings(lm.logical_axes(CONFIG), mesh)

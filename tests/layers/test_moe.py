@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 
 from lightning_jax import sharding
-from lightning_jax.config import MeshConfig
 from lightning_jax.layers.common import Stacked
 from lightning_jax.layers.moe import MoE
-from tests.tiny import tiny_model
+from tests.tiny import mesh_config, tiny_model
 
 B, T, D = 8, 6, 16
 ROUTED = {"gate_EDF", "up_EDF", "down_EFD", "gate_bias_EF", "up_bias_EF", "down_bias_ED"}
-MESH = MeshConfig(data=2, fsdp=4, expert=1, tensor=1, sequence=1)
+MESH = mesh_config(data=2, fsdp=4)
 
 
 @functools.cache

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from lightning_jax.config import MeshConfig
 from lightning_jax.sharding import make_mesh
 from lightning_jax.train.plan import Plan
 from lightning_jax.train.screens import closing, opening
-from tests.tiny import tiny_run, write_corpus
+from tests.tiny import mesh_config, tiny_run, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def lines(screen):
     ],
 )
 def test_the_first_screen_says_where_things_are_and_what_happens(plan, start, steps):
-    mesh = make_mesh(MeshConfig(data=2, fsdp=4, expert=1, tensor=1, sequence=1))
+    mesh = make_mesh(mesh_config(data=2, fsdp=4))
     found = lines(opening(Path("/runs/a b"), plan, start, mesh))
     assert found["steps"] == steps
     assert found["devices"] == "8 x cpu (data 2, fsdp 4)"

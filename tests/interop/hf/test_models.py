@@ -12,11 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 from lightning_jax import model as lm
 from lightning_jax import sharding
-from lightning_jax.config import MeshConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.interop import hf
 from lightning_jax.interop.hf.tensors import file_tensors
-from tests.tiny import tiny_model
+from tests.tiny import mesh_config, tiny_model
 
 LLAMA = dict(unit="G", num_units=3, moe__num_experts=0, attention__qk_norm="none")
 DOTS1 = dict(
@@ -112,7 +111,7 @@ def test_many_files(tmp_path):
 def test_lands_on_the_mesh_by_logical_axes(tmp_path):
     config, params, _ = make(**DOTS1)
     hf.save(tmp_path, config, params)
-    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4, expert=1, tensor=1, sequence=1))
+    mesh = sharding.make_mesh(mesh_config(data=2, fsdp=4))
     loaded = hf.load(tmp_path, mesh=mesh)
     wanted = sharding.tree_shardings(lm.logical_axes(loaded.config), mesh)
     for leaf, where in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(wanted), strict=True):

@@ -1,0 +1,106 @@
+"""Eight emulated devices, however they are arranged, agree with one: loss, gradients, metrics."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from lightning_jax import sharding
+from lightning_jax.config import RunConfig
+from lightning_jax.config.fields import build
+from lightning_jax.ops import balance
+from lightning_jax.train import placement, step
+from lightning_jax.train.placement import put_batch
+from lightning_jax.train.plan import Plan
+from tests.tiny import mesh_config, random_batch, tiny_config
+
+BATCH, LENGTH, VOCABULARY = 16, 32, 64
+MESHES = {
+    "8 data": {"data": 8},
+    "8 fsdp": {"fsdp": 8},
+    "2 data, 4 fsdp": {"data": 2, "fsdp": 4},
+    "2 replica, 4 fsdp": {"replica": 2, "fsdp": 4},
+}
+
+
+def run_config(**changes):
+    """Top-p routing, shared keys, sinks, a shared expert, all balance losses."""
+    config = build(
+        RunConfig,
+        tiny_config(
+            model__vocab_size=VOCABULARY,
+            model__unit="LGlg",
+            model__moe__switch_weight=0.1,
+            model__moe__partition_weight=0.1,
+            model__attention__sinks=True,
+            **changes,
+        ),
+    )
+    stage = dataclasses.replace(
+        config.stages[0], batch_size=BATCH, seq_len=LENGTH, warmup_tokens=0, learning_rate=0.01
+    )
+    return dataclasses.replace(config, stages=(stage,))
+
+
+def mesh_of(sizes):
+    mesh = mesh_config(**sizes)
+    return sharding.make_mesh(mesh, jax.devices()[: int(np.prod(dataclasses.astuple(mesh)))])
+
+
+@functools.cache
+def gradients(mesh, accumulate=1):
+    """Loss, gradients and router metrics of a packed batch, computed twice; `mesh` as a tuple."""
+    config, mesh = run_config(), mesh_of(dict(mesh))
+    knobs = Plan.of(config).knobs(0)
+
+    def compute(state, batch):
+        value, sums, grads = step.loss_and_grad(
+            config, state.params, state.router, batch, knobs, accumulate=accumulate
+        )
+        router = jax.vmap(jax.vmap(balance.routing_metrics))(sums.pop("stats"))
+        return {"value": value, "sums": sums, "router": router, "gradients": grads}
+
+    with jax.set_mesh(mesh):
+        program = placement.TrainProgram(config, mesh)
+        placements = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
+        batch = put_batch(random_batch(BATCH, LENGTH, VOCABULARY), mesh)
+        run = jax.jit(compute, in_shardings=(placements, sharding.batch_sharding(mesh)))
+        state = program.init()
+        return [jax.device_get(run(state, batch)) for _ in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_afresh")
+@pytest.mark.parametrize("name", MESHES)
+def test_eight_devices_equal_one_and_repeat_bit_for_bit(name):
+    sizes = tuple(MESHES[name].items())
+    [expected, _], [found, again] = gradients(()), gradients(sizes, accumulate=2)
+    for (path, want), got in zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True
+    ):
+        where = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5, err_msg=where)
+    jax.tree.map(np.testing.assert_array_equal, found, again)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_afresh")
+def test_a_step_keeps_parameters_and_moments_where_they_are_stored():
+    mesh, config = mesh_of({"data": 2, "fsdp": 4}), run_config()
+    with jax.set_mesh(mesh):
+        program = placement.TrainProgram(config, mesh)
+        batch = put_batch(random_batch(BATCH, LENGTH, VOCABULARY), mesh)
+        state, _ = program.step(program.init(), batch, Plan.of(config).knobs(0), 1)
+    gates = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.optimizer))
+        if "1_G" in jax.tree_util.keystr(path) and "gate_EDF" in jax.tree_util.keystr(path)
+    ]
+    assert len(gates) == 3  # the parameter and both moments
+    for leaf in gates:
+        assert leaf.sharding.spec == P(None, None, ("fsdp",), None)
+        assert leaf.addressable_shards[0].data.shape[2] == leaf.shape[2] // 4
+    assert state.router.bias_URE.sharding.is_fully_replicated
