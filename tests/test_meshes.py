@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from lightning_jax import sharding
+from lightning_jax.checkpoint import Checkpointer
 from lightning_jax.config import RunConfig
 from lightning_jax.config.fields import build
 from lightning_jax.ops import balance
@@ -24,6 +25,15 @@ MESHES = {
     "2 data, 4 fsdp": {"data": 2, "fsdp": 4},
     "2 replica, 4 fsdp": {"replica": 2, "fsdp": 4},
 }
+
+# In this order: eight devices, other axes, four devices, one, and back.
+RESTORED_ON = [
+    {"fsdp": 8},
+    {"data": 2, "fsdp": 4},
+    {"replica": 2, "fsdp": 2},
+    {},
+    {"fsdp": 8},
+]
 
 
 def run_config(**changes):
@@ -104,3 +114,39 @@ def test_a_step_keeps_parameters_and_moments_where_they_are_stored():
         assert leaf.sharding.spec == P(None, None, ("fsdp",), None)
         assert leaf.addressable_shards[0].data.shape[2] == leaf.shape[2] // 4
     assert state.router.bias_URE.sharding.is_fully_replicated
+
+
+def filled(mesh, config):
+    """A state of random numbers, moments and averages too, placed as in training."""
+    generator = np.random.default_rng(0)
+
+    def fill(leaf):
+        drawn = generator.normal(size=leaf.shape) * 100
+        return jax.device_put(drawn.astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(fill, abstract_state_on(mesh, config))
+
+
+def abstract_state_on(mesh, config):
+    with jax.set_mesh(mesh):
+        return placement.TrainProgram(config, mesh).abstract_state
+
+
+@pytest.mark.slow
+def test_a_state_saved_on_one_mesh_comes_back_on_others(tmp_path):
+    config = run_config(optimizer__ema_decay=0.9)
+    meshes = [mesh_of(sizes) for sizes in RESTORED_ON]
+    state = filled(meshes[0], config)
+    expected = jax.device_get(state)
+    with Checkpointer(tmp_path, keep=9) as checkpointer:
+        for step_number, mesh in enumerate(meshes):
+            checkpointer.save(
+                step_number, placement.items_from_state(state), None, {"step": step_number}
+            )
+            abstract = abstract_state_on(mesh, config)
+            items = checkpointer.restore(step_number, placement.items_from_state(abstract))
+            state = placement.state_from_items(items)
+            # Moments and averages too: a restore that leaves some as they were looks like one.
+            jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), expected)
+            for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+                assert leaf.sharding == wanted.sharding
