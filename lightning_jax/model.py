@@ -235,7 +235,8 @@ class _Table(nn.Module):
 @functools.lru_cache(maxsize=8)
 def _boxed(config: ModelConfig) -> Any:
     """Abstract parameters with their logical names and distributions still attached."""
-    tokens_BT = jax.ShapeDtypeStruct((sharding.ambient_batch_shards(), 2), jnp.int32)
+    shape = sharding.ambient_shards("batch"), 2 * sharding.ambient_shards("sequence")
+    tokens_BT = jax.ShapeDtypeStruct(shape, jnp.int32)
     model = LightningLM(config)
     # The key is made inside: an eager operation would run on a mesh of devices that are not here.
     return jax.eval_shape(lambda t: model.init(jax.random.key(0), t), tokens_BT)["params"]
@@ -330,7 +331,15 @@ def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
 
     A local owner has a ring of `min(window, length)` slots, a global owner `length`; borrowers have
     nothing. Jit it with `cache_shardings` under a mesh.
+
+    Raises:
+      UserError: the ambient mesh splits the positions of a row.
     """
+    if (shards := sharding.ambient_shards("sequence")) > 1:
+        raise UserError(
+            f"mesh.sequence = {shards}: caches are not split over positions; "
+            "use 1 for prefill and decode"
+        )
     attention = config.attention
     kinds = {LOCAL: (Ring, min(attention.window, length)), GLOBAL: (Full, length)}
     dtype = jnp.dtype(config.compute_dtype)

@@ -31,7 +31,7 @@ from lightning_jax.config import MeshConfig, ModelConfig
 from lightning_jax.config.errors import UserError, suggest
 
 MESH_AXES = ("replica", "data", "fsdp", "expert", "tensor", "sequence")
-_RESERVED = ("expert", "tensor", "sequence")
+_RESERVED = ("expert",)
 
 Names = tuple[str | None, ...]
 
@@ -208,10 +208,10 @@ def is_split() -> bool:
     return _ambient() is not None
 
 
-def ambient_batch_shards() -> int:
-    """Number of pieces of a batch under the ambient mesh: the smallest batch that divides."""
+def ambient_shards(name: str) -> int:
+    """Pieces into which the ambient mesh splits a logical axis: the smallest size that divides."""
     mesh = _ambient()
-    return 1 if mesh is None else batch_shards(mesh)
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in Rules.of(mesh).axes(name))
 
 
 def axes(*names: str) -> tuple[str, ...]:

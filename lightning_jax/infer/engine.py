@@ -244,7 +244,7 @@ class Engine:
 
     def _rows(self, prompts: int) -> int:
         """Rows of the batch that `prompts` are rounded up to."""
-        shards = sharding.ambient_batch_shards()
+        shards = sharding.ambient_shards("batch")
         return -(-power_of_two(prompts) // shards) * shards
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,8 +16,14 @@ from lightning_jax.ops.cached_attention import attend
 from lightning_jax.ops.kv_cache import KV, Chunk, Fresh, Full, Ring, Stored
 from lightning_jax.ops.mask import Mask
 from lightning_jax.ops.rope import apply_rope
+from lightning_jax.ops.sequence_parallel import with_earlier_keys
 
 View = Fresh | Stored
+
+# Logical names of the leading axes of queries, fresh keys and values, and caches [U, B, S, K, H].
+_TOKENS = ("batch", "sequence")
+_QUERIES, _KEYS = (*_TOKENS, "heads"), (*_TOKENS, "kv_heads")
+_CACHE = ("layers", "batch", None, "kv_heads")
 
 
 @jax.tree_util.register_dataclass
@@ -118,9 +123,12 @@ class Attention(nn.Module):
         def update(cache, fresh, chunk, unit):
             return cache.update(fresh, unit, chunk, context.window)
 
-        arguments = cache, fresh, context.chunk, unit
-        run = sharding.island(update, inputs=_row_names(arguments), outputs=_row_names)
-        cache, view = run(*arguments)
+        run = sharding.island(
+            update,
+            inputs=(_CACHE, _KEYS, ("batch",), ()),
+            outputs=lambda result: (_CACHE, _names(result[1])),
+        )
+        cache, view = run(cache, fresh, context.chunk, unit)
         return view, cache
 
     def _bias(self, name: str, shape: tuple[int, int], axes: tuple[str, str]) -> jax.Array | None:
@@ -141,12 +149,16 @@ class Attention(nn.Module):
             shape = (self.config.num_heads,)
             sinks_N = param(self, "sinks_N", ZEROS, shape, ("heads",))
 
+        axes = sharding.axes("sequence")
+
         def run(query_BTNH, view, sinks_N):
+            if axes:
+                view = with_earlier_keys(view, axes)
             implementation = self.config.implementation or None
             return attend(query_BTNH, view, sinks_N=sinks_N, implementation=implementation)
 
-        names = ("batch",), _row_names(view), ("heads",)
-        return sharding.island(run, inputs=names, outputs=("batch",))(query_BTNH, view, sinks_N)
+        names = _QUERIES, _names(view), ("heads",)
+        return sharding.island(run, inputs=names, outputs=_QUERIES)(query_BTNH, view, sinks_N)
 
     def _head_gate(self, x_BTD: jax.Array) -> jax.Array:
         """Head-wise output gate, 1/2 at the start (as in Step 3.5 Flash)."""
@@ -156,7 +168,8 @@ class Attention(nn.Module):
         return nn.sigmoid(logits_BTN).astype(x_BTD.dtype)
 
 
-def _row_names(tree: Any) -> Any:
-    """Logical names of arrays that lead with the batch; caches lead with units, scalars do not."""
-    names = {0: (), 5: ("layers", "batch")}
-    return jax.tree.map(lambda leaf: names.get(leaf.ndim, ("batch",)), tree)
+def _names(view: View) -> View:
+    """Logical names of the arrays of a view, as `sharding.island` takes them."""
+    if isinstance(view, Fresh):
+        return Fresh(_KEYS, jax.tree.map(lambda _: _TOKENS, view.mask))
+    return Stored(_CACHE, (), ("batch",), view.window)
