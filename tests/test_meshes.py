@@ -24,6 +24,10 @@ MESHES = {
     "8 fsdp": {"fsdp": 8},
     "2 data, 4 fsdp": {"data": 2, "fsdp": 4},
     "2 replica, 4 fsdp": {"replica": 2, "fsdp": 4},
+    # Shards of 8 and 4 positions: the window of 8 takes one hop, or two.
+    "2 data, 4 sequence": {"data": 2, "sequence": 4},
+    "8 sequence": {"sequence": 8},
+    "2 fsdp, 2 tensor, 2 sequence": {"fsdp": 2, "tensor": 2, "sequence": 2},
 }
 
 # In this order: eight devices, other axes, four devices, one, and back.
