@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -114,11 +115,7 @@ class Attention(nn.Module):
         self, fresh: KV, context: KindContext, cache: Ring | Full | None, unit: jax.Array
     ) -> tuple[View, Ring | Full | None]:
         if cache is None:
-            segment_BT = context.segment_BT
-            mask = Mask(
-                query_segments_BT=segment_BT, key_segments_BS=segment_BT, window=context.window
-            )
-            return Fresh(fresh, mask), None
+            return _fresh_view(fresh, context), None
 
         def update(cache, fresh, chunk, unit):
             return cache.update(fresh, unit, chunk, context.window)
@@ -149,11 +146,7 @@ class Attention(nn.Module):
             shape = (self.config.num_heads,)
             sinks_N = param(self, "sinks_N", ZEROS, shape, ("heads",))
 
-        axes = sharding.axes("sequence")
-
         def run(query_BTNH, view, sinks_N):
-            if axes:
-                view = with_earlier_keys(view, axes)
             implementation = self.config.implementation or None
             return attend(query_BTNH, view, sinks_N=sinks_N, implementation=implementation)
 
@@ -166,6 +159,31 @@ class Attention(nn.Module):
         gate_DN = param(self, "gate_DN", ZEROS, shape, ("embed", "heads"))
         logits_BTN = project("BTD,DN->BTN", x_BTD.astype(jnp.float32), gate_DN)
         return nn.sigmoid(logits_BTN).astype(x_BTD.dtype)
+
+
+def _fresh_view(kv: KV, context: KindContext) -> Fresh:
+    """The view of a forward pass without caches.
+
+    Where the positions of a row are split, each device's queries see its part of the keys and what
+    earlier devices sent, which overlaps: the view's global arrays then hold S > T keys per shard,
+    and only `_attend` can read them. The owner exchanges them for its borrowers, so that gradients
+    are summed over layers before they travel back.
+    """
+    window, segment_BT = context.window, context.segment_BT
+    segment_BS, offset = segment_BT, 0
+    if axes := sharding.axes("sequence"):
+        exchange = functools.partial(with_earlier_keys, window=window, axis=axes)
+        names = _KEYS, _TOKENS
+        kv, segment_BS = sharding.island(exchange, inputs=names, outputs=names)(kv, segment_BT)
+        earlier = segment_BS.shape[1] - segment_BT.shape[1]
+        offset = earlier // sharding.ambient_shards("sequence")
+    mask = Mask(
+        query_segments_BT=segment_BT,
+        key_segments_BS=segment_BS,
+        window=window,
+        query_offset=offset,
+    )
+    return Fresh(kv, mask)
 
 
 def _names(view: View) -> View:

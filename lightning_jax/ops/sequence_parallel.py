@@ -19,54 +19,42 @@ arXiv 2407.21783, section 3.3.2) would compute no hidden pairs in about half the
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lightning_jax.ops.kv_cache import Fresh
+from lightning_jax.ops.kv_cache import KV
 
 Axis = str | tuple[str, ...]
 
 
-def with_earlier_keys(view: Fresh, axis: Axis) -> Fresh:
+def with_earlier_keys(
+    kv: KV, segment_BT: jax.Array, *, window: int | None, axis: Axis
+) -> tuple[KV, jax.Array]:
     """Puts the keys of earlier shards that a shard's queries may see in front of its own.
 
     Call it inside of `shard_map`. Differentiable: the gradients of keys and values go back to the
     shards that own them, where they are summed in the dtype of the keys.
 
     Args:
-      view: this shard's keys and values, and the mask of its queries to them: T of each, with
-        segments (0 is padding).
+      kv: keys and values of this shard's T positions.
+      segment_BT: int32, document of each position; 0 is padding.
+      window: visible keys, self included; None for all.
       axis: mesh axis, or axes, over which the positions are split, in order.
 
     Returns:
-      The view for the same queries: with min(window - 1, (n - 1) T) more keys, or (n - 1) T where
-      the window holds a whole row of n T positions; the mask's `query_offset` is their number.
-
-    Raises:
-      ValueError: a mask that is not causal, has positions or an offset, or has no segments.
+      Keys and values with S - T more positions in front, and their segment_BS. S - T is
+      min(window - 1, (n - 1) T), or (n - 1) T where the window holds a whole row of n T positions:
+      the `query_offset` of the shard's queries.
     """
-    mask = view.mask
-    if not mask.causal or not mask.aligned or mask.query_offset or mask.key_segments_BS is None:
-        raise ValueError(
-            f"mask with causal={mask.causal}, query_offset={mask.query_offset}: a row split over "
-            f"{axis} needs a causal mask with segments, without positions and offset"
-        )
-    segment_BT = mask.key_segments_BS
     T, shards = segment_BT.shape[1], lax.axis_size(axis)
-    if mask.window is None or mask.window >= shards * T:
-        earlier = (shards - 1) * T
-        kv = jax.tree.map(lambda x: _all_before(x, axis), view.kv)
-        shard_S = jnp.arange(shards * T) // T
-        is_later_S = (shard_S >= lax.axis_index(axis)) & (shard_S < shards - 1)
-        segment_BS = jnp.where(is_later_S[None], 0, _all_before(segment_BT, axis))
-    else:
-        earlier = min(mask.window - 1, (shards - 1) * T)
-        kv, segment_BS = jax.tree.map(lambda x: _with_halo(x, axis, earlier), (view.kv, segment_BT))
-    mask = dataclasses.replace(mask, key_segments_BS=segment_BS, query_offset=earlier)
-    return Fresh(kv, mask)
+    if window is not None and window < shards * T:
+        rows = min(window - 1, (shards - 1) * T)
+        return jax.tree.map(lambda x: _with_halo(x, axis, rows), (kv, segment_BT))
+    kv, segment_BS = jax.tree.map(lambda x: _all_before(x, axis), (kv, segment_BT))
+    shard_S = jnp.arange(shards * T) // T
+    is_later_S = (shard_S >= lax.axis_index(axis)) & (shard_S < shards - 1)
+    return kv, jnp.where(is_later_S[None], 0, segment_BS)
 
 
 def _with_halo(x_BTX: jax.Array, axis: Axis, rows: int) -> jax.Array:

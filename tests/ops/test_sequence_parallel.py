@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lightning_jax.ops.attention import dot_product_attention
-from lightning_jax.ops.kv_cache import KV, Fresh
+from lightning_jax.ops.kv_cache import KV
 from lightning_jax.ops.mask import Mask
 from lightning_jax.ops.sequence_parallel import with_earlier_keys
 from tests.ops.kernels.dense_attention import dense_attention
@@ -42,15 +42,15 @@ def inputs():
 def split(shards, window, implementation):
     """(queries, keys, values, sinks, segments) -> out_BTNH, over a mesh of some shards."""
 
-    def attend(query, key, value, sinks, segment):
-        view = Fresh(KV(key, value), Mask(None, None, segment, segment, window=window))
-        view = with_earlier_keys(view, "shards")
-        kv = view.kv
+    def attend(query, key, value, sinks, segment_BT):
+        kv, segment_BS = with_earlier_keys(KV(key, value), segment_BT, window=window, axis="shards")
+        offset = segment_BS.shape[1] - segment_BT.shape[1]
+        mask = Mask(None, None, segment_BT, segment_BS, window=window, query_offset=offset)
         return dot_product_attention(
             query,
             kv.key_BSKH,
             kv.value_BSKH,
-            view.mask,
+            mask,
             sinks_N=sinks,
             implementation=implementation,
         )
