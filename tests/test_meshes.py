@@ -13,7 +13,7 @@ from lightning_jax.checkpoint import Checkpointer
 from lightning_jax.config import RunConfig
 from lightning_jax.config.fields import build
 from lightning_jax.ops import balance
-from lightning_jax.train import placement, step
+from lightning_jax.train import evaluation, placement, step
 from lightning_jax.train.placement import put_batch
 from lightning_jax.train.plan import Plan
 from tests.tiny import mesh_config, random_batch, tiny_config
@@ -98,6 +98,21 @@ def test_eight_devices_equal_one_and_repeat_bit_for_bit(name):
         where = jax.tree_util.keystr(path)
         np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5, err_msg=where)
     jax.tree.map(np.testing.assert_array_equal, found, again)
+
+
+@pytest.mark.usefixtures("compile_afresh")
+def test_an_evaluation_gathers_the_losses_of_split_rows():
+    config = build(RunConfig, tiny_config(model__vocab_size=VOCABULARY, model__moe__num_experts=0))
+    batch, found = random_batch(4, LENGTH, VOCABULARY), []
+    for sizes in ({}, {"data": 2, "sequence": 4}):
+        mesh = mesh_of(sizes)
+        with jax.set_mesh(mesh):
+            state = placement.TrainProgram(config, mesh).init()
+            evaluate = evaluation.make_eval_step(config, mesh)
+            result = evaluate(state.params, state.router, placement.put_whole(batch, mesh), 1e4)
+        assert result["nll_BT"].is_fully_replicated
+        found.append(np.asarray(result["nll_BT"]))
+    np.testing.assert_allclose(*found, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
