@@ -24,7 +24,12 @@ def test_a_cpu_process_compiles_tpu_kernels_and_grouped_matmuls():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert (found["platform"], found["host"]) == ("tpu", "cpu")
+    assert found["host"] == "cpu"
+    experts, sequence = found["experts"], found["sequence"]
+    assert experts["platform"] == sequence["platform"] == "tpu"
     # Two layers, forward and backward; three products of experts in each layer and direction.
-    assert found["attention"] >= 4 and found["compiled"] >= 4
-    assert found["grouped"] >= 6
+    assert experts["attention"] >= 4 and experts["compiled"] >= 4
+    assert experts["grouped"] >= 6
+    # A split row: the same kernels, two hops of keys and of values in each direction, no gather.
+    assert sequence["attention"] >= 2 and sequence["compiled"] >= 2
+    assert sequence["sent"] >= 8 and not sequence["gathered"]

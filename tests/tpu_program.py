@@ -24,9 +24,19 @@ BATCH, LENGTH = 4, 256
 
 
 def main() -> None:
+    found = {"host": jax.default_backend()}
+    found["experts"] = gradient({"data": 2, "fsdp": 2}, unit="LG")
+    # A window of two shards: a halo of two hops.
+    found["sequence"] = gradient({"sequence": 4}, unit="L", moe__num_experts=0)
+    print(json.dumps(found))
+
+
+def gradient(sizes, **changes) -> dict[str, object]:
+    """Counts of what the gradient of a small model has on a mesh of four chips."""
     topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS["v5e"].topology)
-    mesh = sharding.make_mesh(mesh_config(data=2, fsdp=-1), topology.devices)
-    config = tiny_model(unit="LG", attention__window=128, attention__head_dim=128, model_dim=128)
+    mesh = sharding.make_mesh(mesh_config(**sizes), topology.devices)
+    changes |= dict(attention__window=128, attention__head_dim=128, model_dim=128)
+    config = tiny_model(**changes)
     moe = dataclasses.replace(config.moe, expert_dim=128)
     config = dataclasses.replace(config, compute_dtype="bfloat16", moe=moe)
     with jax.set_mesh(mesh):
@@ -45,14 +55,15 @@ def main() -> None:
             return (output.hidden_BTD.astype(jnp.float32) ** 2).sum()
 
         lowered = jax.jit(jax.grad(loss)).lower(params, tokens)
-        found = {
+        program = lowered.compile().as_text()
+        return {
             "platform": target.current().platform,
-            "host": jax.default_backend(),
             "attention": lowered.as_text().count("tpu_custom_call"),
             "grouped": lowered.as_text().count("ragged_dot"),
-            "compiled": lowered.compile().as_text().count('custom_call_target="tpu_custom_call"'),
+            "compiled": program.count('custom_call_target="tpu_custom_call"'),
+            "sent": program.count(" collective-permute-start("),
+            "gathered": program.count(" all-gather"),
         }
-    print(json.dumps(found))
 
 
 if __name__ == "__main__":
