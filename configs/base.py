@@ -151,7 +151,7 @@ def get_config() -> ConfigDict:
     mesh.fsdp = 1  # parts of the batch, over which parameters are stored too
     mesh.expert = 1  # parts of the experts; the batch, and other parameters, as over fsdp
     mesh.tensor = 1  # parts of heads, hidden features and vocabulary
-    mesh.sequence = 1  # parts of each row of tokens
+    mesh.sequence = 1  # parts of each row of tokens, in training; 1 to generate
 
     config.log_every = 10  # steps between lines of metrics.jsonl and TensorBoard
     config.histogram_every = 100  # steps between TensorBoard histograms; 0: never
