@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
     model.compute_dtype = "float32"  # float32 or bfloat16; parameters are always float32
     model.scan = True  # scan over units: compile time does not grow with depth; False unrolls
     model.remat = "none"  # none, full, or a name in jax.checkpoint_policies
-    model.head_chunk = 2048  # tokens whose logits the loss holds at one time
+    model.head_chunk = 2048  # tokens of a device whose logits the loss holds at one time
 
     attention = model.attention = ConfigDict()
     attention.num_heads = 4  # N query heads

@@ -25,7 +25,7 @@ from lightning_jax import sharding
 from lightning_jax.config import AttentionConfig, ModelConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.pattern import GLOBAL, LOCAL, LayerSpec
-from lightning_jax.layers import units
+from lightning_jax.layers import units, vocabulary
 from lightning_jax.layers.attention import KindContext
 from lightning_jax.layers.block import Context, Unit
 from lightning_jax.layers.common import Declared, RMSNorm, fan_in, param, standard_normal
@@ -122,7 +122,7 @@ class LightningLM(nn.Module):
 
         dtype = jnp.dtype(config.compute_dtype)
         table_VD = self._table("embed", "table_VD", (config.vocab_size, config.model_dim), dtype)
-        x_BTD = sharding.shard(table_VD[tokens_BT], "batch", "sequence", None)
+        x_BTD = vocabulary.lookup(table_VD, tokens_BT)
         prefix = Unit(config, config.prefix_layers, self.train, name="prefix")
         no_bias = jnp.zeros((0, config.moe.num_experts))
         caches = cache.prefix if cache else {}

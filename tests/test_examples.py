@@ -133,7 +133,7 @@ def test_a_training_whose_output_nobody_reads_comes_to_its_end(home, tmp_path):
         (["--config.model.attention.window=0"], ["model.attention.window = 0", "at least 1"]),
         (["--config.model.attention.window=abc"], ["model.attention.window"]),
         (["--config.model.unit=Lg"], ["model.unit = 'Lg'", "owner"]),
-        (["--config.mesh.tensor=2"], ["mesh.tensor = 2", "reserved"]),
+        (["--config.mesh.tensor=2"], ["mesh = ", "'tensor': 2", "1 devices"]),
         (
             ["--config.data.sources.text.path=/nowhere/*.txt"],
             ["data.sources.text.path", "/nowhere"],

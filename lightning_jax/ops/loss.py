@@ -1,7 +1,9 @@
 """Token cross-entropy whose logits exist for a few tokens at a time.
 
 Letters: M tokens, D model width, V vocabulary. With a large vocabulary the [M, V] logits are the
-largest array of a training step; here neither pass ever holds more than `chunk` rows of them.
+largest array of a training step; here neither pass ever holds more than `chunk` rows of them. Where
+the vocabulary is split over devices, each holds its own columns of those rows alone (the parallel
+cross-entropy of Megatron-LM, arXiv 1909.08053, section 3).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ def token_losses(
     *,
     chunk: int,
     valid_vocab: int | None = None,
+    vocab_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Computes `-log p(target)` and the log-sum-exp of the logits of every token.
 
@@ -31,14 +34,16 @@ def token_losses(
 
     Args:
       hidden_MD: hidden states after the final norm.
-      head_DV: output projection.
+      head_DV: output projection; with `vocab_axes` this device's columns of it.
       targets_M: int32 ids; one outside 0..V-1 gives the loss of a zero logit, so that padding needs
         a weight of 0 and no valid id.
       chunk: most tokens whose logits exist at one time, at least 1. No effect on the results.
       valid_vocab: columns from this one on are padding of the table: no probability, no gradient.
+      vocab_axes: mesh axes whose devices have the same tokens and share the columns, in order. Ids
+        and `valid_vocab` count the columns of all.
 
     Returns:
-      `(nll_M, logsumexp_M)`, float32.
+      `(nll_M, logsumexp_M)`, float32; the same on the devices that share the columns.
 
     Raises:
       ValueError: `chunk` is below 1.
@@ -48,8 +53,9 @@ def token_losses(
 
     def one_chunk(_, tokens):
         hidden, targets = tokens
-        logits = _logits(narrow.operand(hidden, dtype), head, valid_vocab)
-        return _, _losses(logits, targets)
+        columns = _columns(head, vocab_axes)
+        logits = _logits(narrow.operand(hidden, dtype), head, columns, valid_vocab)
+        return _, _losses(logits, columns, targets, vocab_axes)
 
     return _scan_chunks(one_chunk, None, (hidden_MD, targets_M), chunk)[1]
 
@@ -63,6 +69,7 @@ def cross_entropy(
     z_weight: float | jax.Array,
     chunk: int,
     valid_vocab: int | None = None,
+    vocab_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes sums over tokens, which add up over micro-batches and devices.
 
@@ -85,7 +92,8 @@ def cross_entropy(
     Raises:
       ValueError: `chunk` is below 1.
     """
-    sums = _sums(hidden_MD, head_DV, targets_M, weights_M, z_weight, chunk, valid_vocab)
+    static = chunk, valid_vocab, vocab_axes
+    sums = _sums(hidden_MD, head_DV, targets_M, weights_M, z_weight, *static)
     return sums[0], *jax.lax.stop_gradient(sums[1:])
 
 
@@ -95,28 +103,44 @@ def _product(equation, left, right):
     )
 
 
-def _logits(hidden_MD: jax.Array, head_DV: jax.Array, valid_vocab: int | None) -> jax.Array:
+def _columns(head_DV: jax.Array, vocab_axes: tuple[str, ...]) -> jax.Array:
+    """The ids whose logits this device computes."""
+    columns = jnp.arange(head_DV.shape[1])
+    if vocab_axes:
+        columns += jax.lax.axis_index(vocab_axes) * head_DV.shape[1]
+    return columns
+
+
+def _logits(
+    hidden_MD: jax.Array, head_DV: jax.Array, columns: jax.Array, valid_vocab: int | None
+) -> jax.Array:
     logits_MV = _product("MD,DV->MV", hidden_MD, head_DV)
     if valid_vocab is None:
         return logits_MV
-    return jnp.where(jnp.arange(logits_MV.shape[1])[None, :] < valid_vocab, logits_MV, -jnp.inf)
+    return jnp.where(columns[None, :] < valid_vocab, logits_MV, -jnp.inf)
 
 
-def _is_target(logits_MV: jax.Array, targets_M: jax.Array) -> jax.Array:
+def _is_target(columns: jax.Array, targets_M: jax.Array) -> jax.Array:
     # A comparison fuses with its reader; a gather's gradient would be a scatter into [M, V].
-    columns = jnp.arange(logits_MV.shape[1], dtype=targets_M.dtype)
-    return columns[None, :] == targets_M[:, None]
+    return columns.astype(targets_M.dtype)[None, :] == targets_M[:, None]
 
 
-def _losses(logits_MV: jax.Array, targets_M: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _losses(
+    logits_MV: jax.Array, columns: jax.Array, targets_M: jax.Array, vocab_axes: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array]:
     logsumexp_M = jax.nn.logsumexp(logits_MV, axis=-1)
-    target_M = jnp.sum(jnp.where(_is_target(logits_MV, targets_M), logits_MV, 0), axis=-1)
+    target_M = jnp.sum(jnp.where(_is_target(columns, targets_M), logits_MV, 0), axis=-1)
+    if vocab_axes:
+        # One exchange for both; the target's logit is 0 on all devices but the one that has it.
+        parts = jax.lax.all_gather(jnp.stack([logsumexp_M, target_M]), vocab_axes)
+        logsumexp_M, target_M = jax.nn.logsumexp(parts[:, 0], axis=0), parts[:, 1].sum(axis=0)
     return logsumexp_M - target_M, logsumexp_M
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _sums(hidden_MD, head_DV, targets_M, weights_M, z_weight, chunk, valid_vocab):
-    losses = token_losses(hidden_MD, head_DV, targets_M, chunk=chunk, valid_vocab=valid_vocab)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _sums(hidden_MD, head_DV, targets_M, weights_M, z_weight, chunk, valid_vocab, vocab_axes):
+    options = dict(chunk=chunk, valid_vocab=valid_vocab, vocab_axes=vocab_axes)
+    losses = token_losses(hidden_MD, head_DV, targets_M, **options)
     return _weigh(*losses, weights_M, z_weight)
 
 
@@ -127,7 +151,9 @@ def _weigh(nll_M, logsumexp_M, weights_M, z_weight):
     return nll_sum + z_sum, nll_sum, z_sum
 
 
-def _sums_and_gradients(hidden_MD, head_DV, targets_M, weights_M, z_weight, chunk, valid_vocab):
+def _sums_and_gradients(
+    hidden_MD, head_DV, targets_M, weights_M, z_weight, chunk, valid_vocab, vocab_axes
+):
     """Returns the sums, and the gradients of the first one."""
     dtype = hidden_MD.dtype
     head = narrow.operand(head_DV, dtype)
@@ -135,11 +161,12 @@ def _sums_and_gradients(hidden_MD, head_DV, targets_M, weights_M, z_weight, chun
     def one_chunk(dhead, tokens):
         hidden, targets, weights = tokens
         hidden = narrow.operand(hidden, dtype)
-        logits = _logits(hidden, head, valid_vocab)
-        nll, logsumexp = _losses(logits, targets)
+        columns = _columns(head, vocab_axes)
+        logits = _logits(hidden, head, columns, valid_vocab)
+        nll, logsumexp = _losses(logits, columns, targets, vocab_axes)
         dlogsumexp = weights * (1 + 2 * z_weight * logsumexp)
         dlogits = jnp.exp(logits - logsumexp[:, None]) * dlogsumexp[:, None]
-        dlogits -= jnp.where(_is_target(logits, targets), weights[:, None], 0)
+        dlogits -= jnp.where(_is_target(columns, targets), weights[:, None], 0)
         dlogits = narrow.operand(dlogits, dtype)
         dhidden = _product("MV,DV->MD", dlogits, head)
         dhead += narrow.dot(narrow.transposed(hidden), dlogits)
@@ -152,10 +179,11 @@ def _sums_and_gradients(hidden_MD, head_DV, targets_M, weights_M, z_weight, chun
     return _weigh(*losses, weights_M, z_weight), (dhidden, dhead.astype(head_DV.dtype))
 
 
-def _scale_gradients(chunk, valid_vocab, gradients, cotangents):
+def _scale_gradients(chunk, valid_vocab, vocab_axes, gradients, cotangents):
+    # Each device's loss is that of all columns: what their copies are asked for adds up.
+    cotangent = jax.lax.psum(cotangents[0], vocab_axes) if vocab_axes else cotangents[0]
     dhidden, dhead = (
-        (gradient.astype(jnp.float32) * cotangents[0]).astype(gradient.dtype)
-        for gradient in gradients
+        (gradient.astype(jnp.float32) * cotangent).astype(gradient.dtype) for gradient in gradients
     )
     return dhidden, dhead, None, None, None
 
@@ -164,10 +192,7 @@ _sums.defvjp(_sums_and_gradients, _scale_gradients)
 
 
 def _scan_chunks(body, carry, tokens, chunk):
-    """Runs `body(carry, tokens)` over chunks of the leading axis M of every array in `tokens`.
-
-    A chunk takes every n-th token, so that where M is split over devices each chunk is too.
-    """
+    """Runs `body(carry, tokens)` over chunks of the leading axis M of every array in `tokens`."""
     if chunk < 1:
         raise ValueError(f"chunk = {chunk}: must be at least 1")
     length = jax.tree.leaves(tokens)[0].shape[0]
@@ -178,10 +203,10 @@ def _scan_chunks(body, carry, tokens, chunk):
 
     def split(x):
         x = jnp.pad(x, [(0, size * count - length)] + [(0, 0)] * (x.ndim - 1))
-        return jnp.swapaxes(x.reshape(size, count, *x.shape[1:]), 0, 1)
+        return x.reshape(count, size, *x.shape[1:])
 
     def join(x):
-        return jnp.swapaxes(x, 0, 1).reshape(size * count, *x.shape[2:])[:length]
+        return x.reshape(count * size, *x.shape[2:])[:length]
 
     carry, results = jax.lax.scan(body, carry, jax.tree.map(split, tokens))
     return carry, jax.tree.map(join, results)

@@ -19,7 +19,8 @@ from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.config import MoeConfig, RunConfig
 from lightning_jax.data.batch import Batch
-from lightning_jax.ops import balance, loss
+from lightning_jax.layers import vocabulary
+from lightning_jax.ops import balance
 from lightning_jax.train.optimizer import update_ema
 from lightning_jax.train.plan import Knobs
 
@@ -96,11 +97,11 @@ def forward_loss(
         rope_base_global=knobs.rope_base_global,
     )
     with jax.named_scope("head"):
-        loss_sum, nll_sum, z_sum = loss.cross_entropy(
-            output.hidden_BTD.reshape(-1, config.model.model_dim),
+        loss_sum, nll_sum, z_sum = vocabulary.cross_entropy(
+            output.hidden_BTD,
             output.head_DV,
-            batch.targets.reshape(-1),
-            batch.loss_mask.reshape(-1),
+            batch.targets,
+            batch.loss_mask,
             z_weight=knobs.z_loss_weight,
             chunk=config.model.head_chunk,
         )
@@ -273,11 +274,7 @@ def eval_step(
         router=router,
         rope_base_global=rope_base_global,
     )
-    nll_M, _ = loss.token_losses(
-        output.hidden_BTD.reshape(-1, config.model.model_dim),
-        output.head_DV,
-        batch.targets.reshape(-1),
-        chunk=config.model.head_chunk,
+    nll_BT = vocabulary.token_losses(
+        output.hidden_BTD, output.head_DV, batch.targets, chunk=config.model.head_chunk
     )
-    nll_BT = nll_M.reshape(batch.tokens.shape) * batch.loss_mask
-    return {"nll_BT": nll_BT, "stats": output.stats}
+    return {"nll_BT": nll_BT * batch.loss_mask, "stats": output.stats}

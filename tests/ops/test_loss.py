@@ -1,14 +1,18 @@
 """Token cross-entropy against a float64 oracle, values and gradients, whatever the chunk."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from lightning_jax.ops.loss import cross_entropy, token_losses
 
 M, D, V = 23, 8, 40
 Z_WEIGHT = 1e-2
+AUTO = jax.sharding.AxisType.Auto
 
 
 def inputs(scale=1.0, dtype=jnp.float32):
@@ -140,20 +144,91 @@ def test_never_holds_more_than_a_chunk_of_logits():
     assert f"f32[4,6,{V}]" not in text
 
 
-def test_tokens_split_over_devices_stay_split():
-    hidden_MD, head_DV, targets_M, _ = (x[:16] if len(x) == M else x for x in inputs())
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = jax.NamedSharding(mesh, jax.P("data"))
-    args = [jax.device_put(x, split) for x in (hidden_MD, targets_M)]
-    compiled = jax.jit(lambda h, t: token_losses(h, head_DV, t, chunk=8)).lower(*args).compile()
-    logits_MV = np.asarray(hidden_MD, np.float64) @ np.asarray(head_DV, np.float64)
-    np.testing.assert_allclose(compiled(*args)[1], np.log(np.exp(logits_MV).sum(1)), rtol=1e-5)
-    assert "all-gather" not in compiled.as_text()
+def split_sums_and_gradients(args, *, shards, chunk, valid_vocab=None, factor=1.0):
+    """As `sums_and_gradients`, columns split over `shards` devices and tokens over the others."""
+    mesh = jax.make_mesh((8 // shards, shards), ("data", "vocab"), axis_types=(AUTO, AUTO))
+
+    def local(hidden_MD, head_DV, targets_M, weights_M):
+        options = dict(z_weight=Z_WEIGHT, chunk=chunk, valid_vocab=valid_vocab)
+        sums = cross_entropy(
+            hidden_MD, head_DV, targets_M, weights_M, **options, vocab_axes=("vocab",)
+        )
+        return jax.lax.psum(sums, "data")
+
+    specs = P("data"), P(None, "vocab"), P("data"), P("data")
+    with jax.set_mesh(mesh):
+        run = jax.shard_map(local, in_specs=specs, out_specs=P(), check_vma=False)
+
+        def total(hidden_MD, head_DV):
+            sums = run(hidden_MD, head_DV, *args[2:])
+            return factor * sums[0], sums
+
+        grads, sums = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(*args[:2])
+        return jax.device_get((sums, grads))
 
 
-def test_bad_chunk_is_refused():
-    hidden_MD, head_DV, targets_M, weights_M = inputs()
-    with pytest.raises(ValueError, match="chunk = 0: must be at least 1"):
-        token_losses(hidden_MD, head_DV, targets_M, chunk=0)
-    with pytest.raises(ValueError, match="chunk = -1: must be at least 1"):
-        cross_entropy(hidden_MD, head_DV, targets_M, weights_M, z_weight=0.0, chunk=-1)
+def ugly_inputs(dtype=jnp.float32):
+    """Targets in every column's shard and outside of all, tokens without weight; M = 24."""
+    rng = np.random.default_rng(1)
+    hidden_MD = jnp.asarray(rng.normal(size=(24, D)), dtype)
+    targets_M = np.arange(24, dtype=np.int32) * 5 % V
+    weights_M = rng.integers(1, 3, 24).astype(np.float32)
+    outside = [3, 11, 20]
+    targets_M[outside], weights_M[outside] = [-1, V, 2**31 - 1], 0
+    head_DV = jnp.asarray(rng.normal(size=(D, V)), jnp.float32)
+    return hidden_MD, head_DV, jnp.asarray(targets_M), jnp.asarray(weights_M)
+
+
+@pytest.mark.usefixtures("compile_afresh")
+@pytest.mark.parametrize(
+    ("shards", "chunk", "valid_vocab", "dtype"),
+    [
+        (2, 1, None, "float32"),
+        (2, 4, 33, "bfloat16"),
+        (4, 5, None, "float32"),
+        (8, 7, None, "float32"),
+        (8, 1000, 33, "float32"),  # the last shard has padding alone
+        (8, 9, None, "bfloat16"),
+    ],
+)
+def test_columns_split_over_devices_change_nothing(shards, chunk, valid_vocab, dtype):
+    args, options = ugly_inputs(dtype), dict(chunk=chunk, valid_vocab=valid_vocab)
+    sums, grads = split_sums_and_gradients(args, shards=shards, factor=-3.0, **options)
+    assert grads[0].dtype == dtype and grads[1].dtype == jnp.float32
+    targets_M = np.clip(args[2], 0, V - 1)  # where that changes one, its weight is 0
+    if valid_vocab is not None:
+        targets_M = np.minimum(targets_M, valid_vocab - 1)
+        args = (*args[:2], jnp.asarray(targets_M), args[3])
+        sums, grads = split_sums_and_gradients(args, shards=shards, factor=-3.0, **options)
+        assert not np.any(grads[1][:, valid_vocab:])
+    rounded = args[1].astype(dtype).astype(jnp.float32)
+    expected = oracle(args[0], rounded, targets_M, args[3], valid_vocab=valid_vocab)
+    assert_matches(sums, expected[0])
+    scaled = [-3 * gradient for gradient in expected[1]]
+    assert_matches(grads, scaled, rtol=1e-2 if dtype == "bfloat16" else 2e-5)
+
+
+@pytest.mark.usefixtures("compile_afresh")
+def test_losses_of_split_columns_and_their_gradient_are_those_of_one_device():
+    hidden_MD, head_DV, targets_M, _ = ugly_inputs()
+    mesh = jax.make_mesh((8,), ("vocab",), axis_types=(AUTO,))
+
+    def losses(hidden_MD, head_DV, vocab_axes=()):
+        options = dict(chunk=5, valid_vocab=33, vocab_axes=vocab_axes)
+        return token_losses(hidden_MD, head_DV, jnp.minimum(targets_M, 32), **options)
+
+    with jax.set_mesh(mesh):
+        run = jax.shard_map(
+            functools.partial(losses, vocab_axes=("vocab",)),
+            in_specs=(P(), P(None, "vocab")),
+            out_specs=P(),
+            check_vma=False,
+        )
+        found, pullback = jax.vjp(jax.jit(run), hidden_MD, head_DV)
+        found = jax.device_get((found, pullback(found)))
+    expected, pullback = jax.vjp(jax.jit(losses), hidden_MD, head_DV)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4),
+        found,
+        (expected, pullback(expected)),
+    )

@@ -1,0 +1,78 @@
+"""Both ends of the network on a mesh: the embedding of tokens, and the loss of the head.
+
+Each device has its own tokens (`batch`, `sequence`) and its own part of the vocabulary (`vocab`).
+Tokens are flattened inside the islands only, so `chunk` counts the tokens of one device.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from lightning_jax import sharding
+from lightning_jax.ops import embed, loss
+
+_TOKENS = ("batch", "sequence")
+
+
+def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """Returns the embeddings [B, T, D] of tokens; see `ops.embed.lookup`."""
+    vocab_axes = sharding.axes("vocab")
+
+    def local(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        return embed.lookup(table_VD, tokens_BT, vocab_axes=vocab_axes)
+
+    run = sharding.island(local, inputs=(("vocab", None), _TOKENS), outputs=_TOKENS)
+    return run(table_VD, tokens_BT)
+
+
+def cross_entropy(
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    z_weight: float | jax.Array,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the sums (loss, cross-entropy, z-loss) over all tokens; see `ops.loss`."""
+    token_axes, vocab_axes = sharding.axes(*_TOKENS), sharding.axes("vocab")
+
+    def local(hidden_BTD, head_DV, targets_BT, weights_BT, z_weight):
+        sums = loss.cross_entropy(
+            hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
+            head_DV,
+            targets_BT.reshape(-1),
+            weights_BT.reshape(-1),
+            z_weight=z_weight,
+            chunk=chunk,
+            vocab_axes=vocab_axes,
+        )
+        return jax.lax.psum(sums, token_axes)
+
+    names = _TOKENS, (None, "vocab"), _TOKENS, _TOKENS, ()
+    run = sharding.island(local, inputs=names, outputs=())
+    # In float32, for the gradient is summed over devices in the dtype that the head comes in. Where
+    # it is used it is rounded to the dtype of the hidden states, which changes nothing.
+    head_DV = head_DV.astype(jnp.float32)
+    return run(hidden_BTD, head_DV, targets_BT, weights_BT, jnp.asarray(z_weight))
+
+
+def token_losses(
+    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, chunk: int
+) -> jax.Array:
+    """Returns the cross-entropy of each token, [B, T] in nats; see `ops.loss.token_losses`."""
+    vocab_axes = sharding.axes("vocab")
+
+    def local(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        nll_M, _ = loss.token_losses(
+            hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
+            head_DV,
+            targets_BT.reshape(-1),
+            chunk=chunk,
+            vocab_axes=vocab_axes,
+        )
+        return nll_M.reshape(targets_BT.shape)
+
+    names = _TOKENS, (None, "vocab"), _TOKENS
+    return sharding.island(local, inputs=names, outputs=_TOKENS)(hidden_BTD, head_DV, targets_BT)
