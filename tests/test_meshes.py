@@ -29,6 +29,18 @@ MESHES = {
     "8 sequence": {"sequence": 8},
     "2 fsdp, 2 tensor, 2 sequence": {"fsdp": 2, "tensor": 2, "sequence": 2},
 }
+DENSE_MESHES = {
+    "2 data, 2 fsdp, 2 tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "2 fsdp, 4 tensor": {"fsdp": 2, "tensor": 4},
+}
+# Without experts; a head of its own, biases, and a loss in chunks that do not divide the tokens.
+DENSE = (
+    ("model__moe__num_experts", 0),
+    ("model__tie_embeddings", False),
+    ("model__attention__num_kv_heads", 4),
+    ("model__attention__qkv_bias", True),
+    ("model__head_chunk", 50),
+)
 
 # In this order: eight devices, other axes, four devices, one, and back.
 RESTORED_ON = [
@@ -65,16 +77,17 @@ def mesh_of(sizes):
 
 
 @functools.cache
-def gradients(mesh, accumulate=1):
-    """Loss, gradients and router metrics of a packed batch, computed twice; `mesh` as a tuple."""
-    config, mesh = run_config(), mesh_of(dict(mesh))
+def gradients(mesh, accumulate=1, changes=()):
+    """Loss, gradients and router metrics of a packed batch, computed twice; the rest as tuples."""
+    config, mesh = run_config(**dict(changes)), mesh_of(dict(mesh))
     knobs = Plan.of(config).knobs(0)
 
     def compute(state, batch):
         value, sums, grads = step.loss_and_grad(
             config, state.params, state.router, batch, knobs, accumulate=accumulate
         )
-        router = jax.vmap(jax.vmap(balance.routing_metrics))(sums.pop("stats"))
+        stats = sums.pop("stats")
+        router = {} if stats is None else jax.vmap(jax.vmap(balance.routing_metrics))(stats)
         return {"value": value, "sums": sums, "router": router, "gradients": grads}
 
     with jax.set_mesh(mesh):
@@ -88,10 +101,16 @@ def gradients(mesh, accumulate=1):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compile_afresh")
-@pytest.mark.parametrize("name", MESHES)
-def test_eight_devices_equal_one_and_repeat_bit_for_bit(name):
-    sizes = tuple(MESHES[name].items())
-    [expected, _], [found, again] = gradients(()), gradients(sizes, accumulate=2)
+@pytest.mark.parametrize(
+    ("sizes", "changes"),
+    [
+        *[pytest.param(sizes, (), id=name) for name, sizes in MESHES.items()],
+        *[pytest.param(sizes, DENSE, id=name) for name, sizes in DENSE_MESHES.items()],
+    ],
+)
+def test_eight_devices_equal_one_and_repeat_bit_for_bit(sizes, changes):
+    [expected, _] = gradients((), changes=changes)
+    [found, again] = gradients(tuple(sizes.items()), 2, changes)
     for (path, want), got in zip(
         jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True
     ):

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from lightning_jax import sharding
 from lightning_jax.ops import norm
 from lightning_jax.ops.activation import gated_unit
+from lightning_jax.ops.collectives import total
 from lightning_jax.ops.projection import project
 
 
@@ -131,9 +132,18 @@ class GatedMLP(nn.Module):
         gate_DF = param(self, "gate_DF", inward, (dim, hidden), ("embed", "mlp"), dtype)
         up_DF = param(self, "up_DF", inward, (dim, hidden), ("embed", "mlp"), dtype)
         down_FD = param(self, "down_FD", outward, (hidden, dim), ("mlp", "embed"), dtype)
-        hidden_BTF = gated_unit(
-            project("BTD,DF->BTF", x_BTD, gate_DF),
-            project("BTD,DF->BTF", x_BTD, up_DF),
-            clamp=self.clamp,
-        )
-        return project("BTF,FD->BTD", hidden_BTF, down_FD)
+        mlp_axes = sharding.axes("mlp")
+
+        def local(x_BTD, gate_DF, up_DF, down_FD):
+            hidden_BTF = gated_unit(
+                project("BTD,DF->BTF", x_BTD, gate_DF),
+                project("BTD,DF->BTF", x_BTD, up_DF),
+                clamp=self.clamp,
+            )
+            return total(project("BTF,FD->BTD", hidden_BTF, down_FD), mlp_axes)
+
+        # One sum over devices each way. A partitioner would send back the gradients by gate and by
+        # up apart.
+        tokens, into, out = ("batch", "sequence"), (None, "mlp"), ("mlp", None)
+        run = sharding.island(local, inputs=(tokens, into, into, out), outputs=tokens)
+        return run(x_BTD, gate_DF, up_DF, down_FD)

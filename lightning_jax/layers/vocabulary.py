@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lightning_jax import sharding
 from lightning_jax.ops import embed, loss
+from lightning_jax.ops.collectives import total
 
 _TOKENS = ("batch", "sequence")
 
@@ -48,14 +49,14 @@ def cross_entropy(
             chunk=chunk,
             vocab_axes=vocab_axes,
         )
-        return jax.lax.psum(sums, token_axes)
+        return total(jnp.stack(sums), token_axes)
 
     names = _TOKENS, (None, "vocab"), _TOKENS, _TOKENS, ()
     run = sharding.island(local, inputs=names, outputs=())
     # In float32, for the gradient is summed over devices in the dtype that the head comes in. Where
     # it is used it is rounded to the dtype of the hidden states, which changes nothing.
     head_DV = head_DV.astype(jnp.float32)
-    return run(hidden_BTD, head_DV, targets_BT, weights_BT, jnp.asarray(z_weight))
+    return tuple(run(hidden_BTD, head_DV, targets_BT, weights_BT, jnp.asarray(z_weight)))
 
 
 def token_losses(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from lightning_jax.ops.collectives import total
+
 
 def lookup(
     table_VD: jax.Array, tokens_BT: jax.Array, *, vocab_axes: tuple[str, ...] = ()
@@ -23,4 +25,4 @@ def lookup(
     row_BT = tokens_BT - jax.lax.axis_index(vocab_axes) * rows
     is_here_BT = (row_BT >= 0) & (row_BT < rows)
     x_BTD = jnp.where(is_here_BT[..., None], table_VD[jnp.clip(row_BT, 0, rows - 1)], 0)
-    return jax.lax.psum(x_BTD, vocab_axes)
+    return total(x_BTD, vocab_axes)

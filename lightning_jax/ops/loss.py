@@ -14,6 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from lightning_jax.ops import collectives
 from lightning_jax.ops.kernels.common import precision
 from lightning_jax.ops.kernels.cpu import narrow
 
@@ -180,8 +181,7 @@ def _sums_and_gradients(
 
 
 def _scale_gradients(chunk, valid_vocab, vocab_axes, gradients, cotangents):
-    # Each device's loss is that of all columns: what their copies are asked for adds up.
-    cotangent = jax.lax.psum(cotangents[0], vocab_axes) if vocab_axes else cotangents[0]
+    cotangent = cotangents[0] * collectives.size(vocab_axes)  # as `collectives.total`
     dhidden, dhead = (
         (gradient.astype(jnp.float32) * cotangent).astype(gradient.dtype) for gradient in gradients
     )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from lightning_jax.ops.collectives import total
 from lightning_jax.ops.loss import cross_entropy, token_losses
 
 M, D, V = 23, 8, 40
@@ -153,29 +154,28 @@ def split_sums_and_gradients(args, *, shards, chunk, valid_vocab=None, factor=1.
         sums = cross_entropy(
             hidden_MD, head_DV, targets_M, weights_M, **options, vocab_axes=("vocab",)
         )
-        return jax.lax.psum(sums, "data")
+        return total(jnp.stack(sums), ("data",))
 
-    specs = P("data"), P(None, "vocab"), P("data"), P("data")
-    with jax.set_mesh(mesh):
+    def scaled(hidden_MD, head_DV):
+        specs = P("data"), P(None, "vocab"), P("data"), P("data")
         run = jax.shard_map(local, in_specs=specs, out_specs=P(), check_vma=False)
+        sums = run(hidden_MD, head_DV, *args[2:])
+        return factor * sums[0], tuple(sums)
 
-        def total(hidden_MD, head_DV):
-            sums = run(hidden_MD, head_DV, *args[2:])
-            return factor * sums[0], sums
-
-        grads, sums = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(*args[:2])
+    with jax.set_mesh(mesh):
+        grads, sums = jax.jit(jax.grad(scaled, argnums=(0, 1), has_aux=True))(*args[:2])
         return jax.device_get((sums, grads))
 
 
-def ugly_inputs(dtype=jnp.float32):
-    """Targets in every column's shard and outside of all, tokens without weight; M = 24."""
+def inputs_with_gaps(dtype, valid_vocab):
+    """24 tokens: targets in every part of the columns, and outside of all where the weight is 0."""
     rng = np.random.default_rng(1)
     hidden_MD = jnp.asarray(rng.normal(size=(24, D)), dtype)
-    targets_M = np.arange(24, dtype=np.int32) * 5 % V
-    weights_M = rng.integers(1, 3, 24).astype(np.float32)
-    outside = [3, 11, 20]
-    targets_M[outside], weights_M[outside] = [-1, V, 2**31 - 1], 0
     head_DV = jnp.asarray(rng.normal(size=(D, V)), jnp.float32)
+    targets_M = np.arange(24, dtype=np.int32) * 5 % valid_vocab
+    weights_M = rng.integers(1, 3, 24).astype(np.float32)
+    gaps = [3, 11, 20]
+    targets_M[gaps], weights_M[gaps] = [-1, V, 2**31 - 1], 0
     return hidden_MD, head_DV, jnp.asarray(targets_M), jnp.asarray(weights_M)
 
 
@@ -183,34 +183,33 @@ def ugly_inputs(dtype=jnp.float32):
 @pytest.mark.parametrize(
     ("shards", "chunk", "valid_vocab", "dtype"),
     [
-        (2, 1, None, "float32"),
+        (2, 1, V, "float32"),
         (2, 4, 33, "bfloat16"),
-        (4, 5, None, "float32"),
-        (8, 7, None, "float32"),
-        (8, 1000, 33, "float32"),  # the last shard has padding alone
-        (8, 9, None, "bfloat16"),
+        (4, 5, V, "float32"),
+        (8, 7, V, "float32"),
+        (8, 1000, 33, "float32"),  # the last device has padding alone
+        (8, 9, V, "bfloat16"),
     ],
 )
 def test_columns_split_over_devices_change_nothing(shards, chunk, valid_vocab, dtype):
-    args, options = ugly_inputs(dtype), dict(chunk=chunk, valid_vocab=valid_vocab)
-    sums, grads = split_sums_and_gradients(args, shards=shards, factor=-3.0, **options)
+    args = inputs_with_gaps(dtype, valid_vocab)
+    sums, grads = split_sums_and_gradients(
+        args, shards=shards, chunk=chunk, valid_vocab=valid_vocab, factor=-3.0
+    )
     assert grads[0].dtype == dtype and grads[1].dtype == jnp.float32
-    targets_M = np.clip(args[2], 0, V - 1)  # where that changes one, its weight is 0
-    if valid_vocab is not None:
-        targets_M = np.minimum(targets_M, valid_vocab - 1)
-        args = (*args[:2], jnp.asarray(targets_M), args[3])
-        sums, grads = split_sums_and_gradients(args, shards=shards, factor=-3.0, **options)
-        assert not np.any(grads[1][:, valid_vocab:])
-    rounded = args[1].astype(dtype).astype(jnp.float32)
-    expected = oracle(args[0], rounded, targets_M, args[3], valid_vocab=valid_vocab)
+    rounded, targets_M = args[1].astype(dtype), np.clip(args[2], 0, valid_vocab - 1)
+    expected = oracle(
+        args[0], rounded.astype(jnp.float32), targets_M, args[3], valid_vocab=valid_vocab
+    )
     assert_matches(sums, expected[0])
     scaled = [-3 * gradient for gradient in expected[1]]
     assert_matches(grads, scaled, rtol=1e-2 if dtype == "bfloat16" else 2e-5)
+    assert not np.any(grads[1][:, valid_vocab:])
 
 
 @pytest.mark.usefixtures("compile_afresh")
 def test_losses_of_split_columns_and_their_gradient_are_those_of_one_device():
-    hidden_MD, head_DV, targets_M, _ = ugly_inputs()
+    hidden_MD, head_DV, targets_M, _ = inputs_with_gaps("float32", V)
     mesh = jax.make_mesh((8,), ("vocab",), axis_types=(AUTO,))
 
     def losses(hidden_MD, head_DV, vocab_axes=()):
