@@ -39,6 +39,7 @@ DENSE = (
     ("model__tie_embeddings", False),
     ("model__attention__num_kv_heads", 4),
     ("model__attention__qkv_bias", True),
+    ("model__attention__sinks", False),
     ("model__head_chunk", 50),
 )
 
@@ -61,8 +62,7 @@ def run_config(**changes):
             model__unit="LGlg",
             model__moe__switch_weight=0.1,
             model__moe__partition_weight=0.1,
-            model__attention__sinks=True,
-            **changes,
+            **{"model__attention__sinks": True, **changes},
         ),
     )
     stage = dataclasses.replace(
