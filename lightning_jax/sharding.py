@@ -131,7 +131,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def check_divisible(
-    model: ModelConfig, mesh: Mesh, *, batch: dict[str, int], seq_len: dict[str, int]
+    model: ModelConfig, mesh: Mesh | AbstractMesh, *, batch: dict[str, int], seq_len: dict[str, int]
 ) -> None:
     """Raises UserError where a size of the model, of a batch or of a row does not divide.
 
@@ -212,6 +212,12 @@ def ambient_shards(name: str) -> int:
     """Pieces into which the ambient mesh splits a logical axis: the smallest size that divides."""
     mesh = _ambient()
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in Rules.of(mesh).axes(name))
+
+
+def lies_as_used(*names: str | None) -> bool:
+    """Whether the ambient mesh stores an array of these logical axes as it is used, ungathered."""
+    mesh = _ambient()
+    return mesh is None or Rules.of(mesh, stored=True).spec(*names) == Rules.of(mesh).spec(*names)
 
 
 def axes(*names: str) -> tuple[str, ...]:

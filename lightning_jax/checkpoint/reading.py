@@ -58,7 +58,8 @@ def load_run(
 
     Args:
       step: which checkpoint; None is the newest.
-      mesh: where to put parameters, stored as in training; None is the first device.
+      mesh: where to put parameters, as they are in use: only the axes of heads, MLPs, experts and
+        vocabulary are split, so that no step of inference gathers one; None is the first device.
       weights: "params", "ema" (their moving average), or "auto": "ema" where it was saved.
 
     Raises UserError if there are no such checkpoint or weights, the checkpoint is damaged, or a
@@ -78,7 +79,7 @@ def load_run(
         split = jax.tree.map(lambda _: whole, params)
     else:
         whole = sharding.replicated(mesh)
-        split = sharding.tree_shardings(model.logical_axes(config.model), mesh)
+        split = sharding.tree_shardings(model.logical_axes(config.model), mesh, stored=False)
     with _read_errors(directory, step, _use_step):
         averaged = "ema" in folders.stored_items(directory / str(step))
     name = "ema" if weights == "ema" or (weights == "auto" and averaged) else "params"

@@ -105,13 +105,24 @@ class DecodeState:
           whole on every process of a mesh.
         """
         position_B = self.position_B + 1
-        token_B = sample(
+
+        def choose(logits_BV, key_B, temperature_B, top_k_B, top_p_B):
+            return sample(
+                logits_BV,
+                key_B,
+                temperature_B=temperature_B,
+                top_k_B=top_k_B,
+                top_p_B=top_p_B,
+                valid_vocab=valid_vocab,
+            )
+
+        # Each row whole on the devices that have it, for a partitioner would gather all to sort.
+        token_B = sharding.island(choose, inputs=[("batch",)] * 5, outputs=("batch",))(
             logits_BV,
             jax.vmap(jax.random.fold_in)(self.key_B, position_B),
-            temperature_B=self.temperature_B,
-            top_k_B=self.top_k_B,
-            top_p_B=self.top_p_B,
-            valid_vocab=valid_vocab,
+            self.temperature_B,
+            self.top_k_B,
+            self.top_p_B,
         )
         is_finite_B = jnp.isfinite(logits_BV[:, :valid_vocab]).all(axis=-1)
         made_B = jnp.where(is_finite_B, token_B, NOT_FINITE)

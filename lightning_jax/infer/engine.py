@@ -137,6 +137,10 @@ class Engine:
     expert. Memory is that of `model.init_cache`: rings for local layers, nothing for borrowers.
     Rows and lengths are rounded up to few sizes, so that new shapes seldom compile; the cost of a
     step follows the filled part of the cache, not its capacity.
+
+    Make and use it under `jax.set_mesh` to serve on several devices. Rows and caches are then split
+    over them, also by heads. Parameters stay where they are: as `checkpoint.load_run` puts them on
+    a mesh, no step gathers any; as they lie in training, each step gathers them.
     """
 
     def __init__(
@@ -158,7 +162,7 @@ class Engine:
           prefill_chunk: prompt tokens per row that one step of the prefill takes.
 
         Raises:
-          UserError: a number out of its range.
+          UserError: a number out of its range, or a size that the ambient mesh does not divide.
         """
         valid_vocab = config.vocab_size if valid_vocab is None else valid_vocab
         require(config.vocab_size >= 1, "model.vocab_size", config.vocab_size, "resolved, above 0")
@@ -170,6 +174,9 @@ class Engine:
         )
         require(max_length >= 2, "max_length", max_length, "at least 2")
         require(prefill_chunk >= 1, "prefill_chunk", prefill_chunk, "at least 1")
+        if sharding.is_split():
+            mesh = jax.sharding.get_abstract_mesh()
+            sharding.check_divisible(config, mesh, batch={}, seq_len={})
         self.config = config
         # The base is an argument of the compiled functions, so stages with other bases share them.
         attention = dataclasses.replace(config.attention, implementation="", rope_base_global=2.0)

@@ -99,10 +99,10 @@ def forward_with_caches(
 
 
 def _unit_params(params_U: Any, axes_U: Any, unit: jax.Array) -> Any:
-    """The parameters of one unit; its experts stay in the stack where one device has them all."""
+    """The parameters of one unit; its experts stay in the stack unless they must be gathered."""
+    in_place = sharding.lies_as_used("expert", "embed")
 
     def take(stack: jax.Array, axes: tuple[str, ...]) -> Any:
-        in_place = "expert" in axes and not sharding.is_split()
-        return Stacked(stack, unit) if in_place else stack[unit]
+        return Stacked(stack, unit) if in_place and "expert" in axes else stack[unit]
 
     return jax.tree.map(take, params_U, axes_U)
