@@ -179,9 +179,13 @@ def rows_here(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
     return tuple(np.unique(np.concatenate([np.arange(batch_size)[index] for index in held])))
 
 
-def tree_shardings(axes: Any, mesh: Mesh) -> Any:
-    """Maps a tree of tuples of logical names to the NamedShardings of stored parameters."""
-    rules = Rules.of(mesh, stored=True)
+def tree_shardings(axes: Any, mesh: Mesh, *, stored: bool = True) -> Any:
+    """Maps a tree of tuples of logical names to NamedShardings.
+
+    They are those of parameters as they are stored, or without `stored` as they are in use: for
+    serving, where no step should gather them.
+    """
+    rules = Rules.of(mesh, stored=stored)
     return jax.tree.map(
         lambda names: NamedSharding(mesh, rules.spec(*names)), axes, is_leaf=_are_names
     )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -214,8 +215,16 @@ def test_any_stop_id_ends_a_row():
     assert _generate(_engine(), stop_ids=ends) == expected
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_a_decode_step_holds_no_copy_of_a_cache_or_of_all_experts(dtype):
+@pytest.mark.usefixtures("compile_afresh")
+@pytest.mark.parametrize(
+    ("dtype", "shards"),
+    [
+        ("float32", 1),
+        pytest.param("bfloat16", 1, marks=pytest.mark.slow),
+        pytest.param("float32", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_decode_step_holds_no_copy_of_a_cache_or_of_all_experts(dtype, shards):
     config = dataclasses.replace(CONFIG, num_units=3, compute_dtype=dtype)
     moe = dataclasses.replace(config.moe, num_experts=64, implementation="")
     attention = dataclasses.replace(config.attention, implementation="")
@@ -224,23 +233,25 @@ def test_a_decode_step_holds_no_copy_of_a_cache_or_of_all_experts(dtype):
     params = jax.eval_shape(lambda p: lm.inference_params(config, p), params)
     router = jax.eval_shape(lambda: lm.init_router(config))
     weights = engine_module.Weights(params, router, jax.ShapeDtypeStruct((), "float32"))
-    cache = lm.abstract_cache(config, 1, 4096)
+    cache = lm.abstract_cache(config, shards, 4096)
     state = DecodeState.start(
-        [[1]],
-        [GREEDY],
+        [[1]] * shards,
+        [GREEDY] * shards,
         max_new_tokens=1,
         key=jax.random.key(0),
         stop_ids=(),
         routing_top_p=1,
-        rows=1,
+        rows=shards,
     )
-    compiled = engine_module._decode.lower(
-        config, weights, cache, state, valid_vocab=VALID
-    ).compile()
+    with jax.set_mesh(sharding.make_mesh(mesh_config(data=shards), jax.devices()[:shards])):
+        compiled = engine_module._decode.lower(
+            config, weights, cache, state, valid_vocab=VALID
+        ).compile()
     size = lambda tree: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))  # noqa: E731
     experts = size(params["units"]["0_L"]["moe"]["gate_EDF"]) / config.num_units
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    assert temporary < min(size(cache.units["2_G"]) / config.num_units / 2, 4 * experts)
+    one_cache = size(cache.units["2_G"]) / config.num_units / shards
+    assert temporary < min(one_cache / 2, 4 * experts)
 
 
 def test_a_row_may_fill_the_cache():
@@ -265,6 +276,58 @@ def test_generation_under_a_mesh():
         compiled = engine_module._decode._cache_size()
         assert _generate(engine, rows) == expected
         assert engine_module._decode._cache_size() == compiled
+
+
+def _some_steps(engine):
+    """Logits after the prompts, and the caches after three more tokens."""
+    state = DecodeState.start(
+        PROMPTS[1:],
+        [GREEDY] * 2,
+        max_new_tokens=NEW,
+        key=jax.random.key(0),
+        stop_ids=(),
+        routing_top_p=1,
+        rows=2,
+    )
+    cache, logits_BV = engine._prefill(PROMPTS[1:], state)
+    found = jax.device_get(logits_BV)
+    state, *_ = engine_module._advance(state, logits_BV, valid_vocab=VALID)
+    for _ in range(3):
+        arguments = engine.config, engine._weights, cache, state
+        cache, state, *_ = engine_module._decode(*arguments, valid_vocab=VALID)
+    text = engine_module._decode.lower(*arguments[:2], cache, state, valid_vocab=VALID)
+    return found, jax.device_get(cache), text.compile().as_text()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_afresh")
+def test_serving_splits_heads_mlp_and_vocabulary_and_gathers_no_parameter():
+    config = _config(num_experts=0)
+    attention = dataclasses.replace(config.attention, implementation="")
+    config = dataclasses.replace(config, attention=attention)
+    params, router = _params(0, config), lm.init_router(config)
+    options = dict(max_length=LENGTH, prefill_chunk=CHUNK, valid_vocab=VALID)
+    mesh = sharding.make_mesh(mesh_config(data=2, tensor=2), jax.devices()[:4])
+    alone = Engine(config, params, router, **options)
+    expected = *_some_steps(alone)[:2], _generate(alone), _generate(alone, sampling=WARM)
+    placement = sharding.tree_shardings(lm.logical_axes(config), mesh, stored=False)
+    with jax.set_mesh(mesh):
+        router = jax.device_put(router, sharding.replicated(mesh))
+        engine = Engine(config, jax.device_put(params, placement), router, **options)
+        *found, text = _some_steps(engine)
+        found += _generate(engine), _generate(engine, sampling=WARM)
+    assert found[2:] == list(expected[2:])
+    for got, want in zip(jax.tree.leaves(found[:2]), jax.tree.leaves(expected[:2]), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+    lines = [line for line in text.splitlines() if " all-gather(" in line]
+    shapes = {re.search(r"\[([\d,]*)\]", line)[1] for line in lines if "/attention/" not in line}
+    assert shapes == {f"1,1,{VOCAB}", "2"}  # the logits of a device's row; all tokens
+
+
+def test_an_engine_on_a_mesh_that_does_not_fit_is_refused():
+    mesh = sharding.make_mesh(mesh_config(tensor=4), jax.devices()[:4])
+    with jax.set_mesh(mesh), pytest.raises(UserError, match="num_kv_heads = 2: .* mesh.tensor = 4"):
+        _engine()
 
 
 @pytest.mark.parametrize(
