@@ -84,7 +84,9 @@ def cross_entropy(
       weights_M: weight of each token, 0 for padding.
       z_weight: factor of the z-loss; may be traced.
 
-    See `token_losses` for the other arguments and the dtypes.
+    See `token_losses` for the other arguments and the dtypes. With `vocab_axes` the gradient of
+    `hidden_MD` is that of this device's columns, to be summed over those that share them (as
+    `jax.shard_map` does), and the cotangents are to be equal parts as in `collectives.total`.
 
     Returns:
       `(loss_sum, nll_sum, z_sum)`, float32 scalars. `loss_sum` is the sum of the other two and the
