@@ -111,7 +111,12 @@ def get_config() -> ConfigDict:
     moe.true_group_weight = 0.0  # balance between groups, blind to imbalance inside a group
     moe.z_weight = 1e-4  # squared log-sum-exp of router logits
     moe.entropy_weight = 1e-4  # router entropy: keeps top_p from needing more and more experts
+    moe.max_groups = 0  # groups that a token's experts may come from: bounds its peers; 0: all
+    moe.capacity_factor = 0.0  # of all slots over E: what an expert takes of a row; 0: dropless
     moe.implementation = ""  # onehot, blocked or ragged_dot; "": chosen by device
+    # Where mesh.expert > 1: how rows reach the experts of other devices.
+    moe.transport = ""  # all_to_all, all_gather, ragged_all_to_all; "": chosen by number of tokens
+    moe.exchange_rows = 1.0  # buffer for one device, of its equal share: memory against rounds
 
     optimizer = config.optimizer = ConfigDict()
     optimizer.name = "adamw"  # adamw or muon (Muon on matrices, AdamW on the rest)

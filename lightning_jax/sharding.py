@@ -31,7 +31,6 @@ from lightning_jax.config import MeshConfig, ModelConfig
 from lightning_jax.config.errors import UserError, suggest
 
 MESH_AXES = ("replica", "data", "fsdp", "expert", "tensor", "sequence")
-_RESERVED = ("expert",)
 
 Names = tuple[str | None, ...]
 
@@ -100,17 +99,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     TPU slices are divided by the axis `replica`, so that only it crosses the network between them.
 
     Raises:
-      UserError: a reserved axis larger than 1, sizes whose product is not the device count, or a
-        number of replicas that the slices cannot share.
+      UserError: sizes whose product is not the device count, or a number of replicas that the
+        slices cannot share.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {name: getattr(config, name) for name in MESH_AXES}
-    for name in _RESERVED:
-        if sizes[name] != 1:
-            raise UserError(
-                f"mesh.{name} = {sizes[name]}: this axis is reserved and not implemented yet; "
-                "use mesh.data and mesh.fsdp"
-            )
     rest = len(devices) // math.prod(size for size in sizes.values() if size != -1)
     sizes = {name: rest if size == -1 else size for name, size in sizes.items()}
     if math.prod(sizes.values()) != len(devices):

@@ -39,13 +39,6 @@ def test_the_expert_axis_is_data_for_all_but_experts():
     assert in_use.spec("expert", "embed", "mlp") == P(("expert",), None, ("tensor",))
 
 
-@pytest.mark.parametrize("axis", ["expert"])
-def test_reserved_axes_are_refused_in_one_line(axis):
-    with pytest.raises(UserError, match=f"mesh.{axis} = 2: .*reserved.* use mesh.data and mesh.f"):
-        sharding.make_mesh(mesh_config(**{axis: 2}))
-    sharding.make_mesh(mesh_config(data=4, fsdp=2))  # its advice
-
-
 def test_mesh_sizes():
     assert sharding.make_mesh(mesh_config(data=-1)).shape["data"] == 8
     mesh = sharding.make_mesh(mesh_config(data=2, fsdp=-1))

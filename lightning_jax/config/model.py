@@ -15,6 +15,7 @@ ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 # The names that a model can take of registries on higher floors, which a test compares with them.
 # Every row of a batch has documents, which not all attention kernels honour.
 ATTENTION_IMPLEMENTATIONS = ("reference", "xla_banded", "pallas_tpu", "pallas_gpu")
+TRANSPORTS = ("all_to_all", "all_gather", "ragged_all_to_all")
 EXPERTS_IMPLEMENTATIONS = ("onehot", "blocked", "ragged_dot")
 # Beside none and full, the policies of `jax.checkpoint_policies` that take no arguments.
 REMATS = (
@@ -140,7 +141,11 @@ class MoeConfig:
     true_group_weight: float
     z_weight: float
     entropy_weight: float
+    max_groups: int
+    capacity_factor: float
     implementation: str
+    transport: str
+    exchange_rows: float
 
     def __post_init__(self) -> None:
         at = "model.moe."
@@ -150,6 +155,8 @@ class MoeConfig:
         require_choice(at + "router_score", self.router_score, ROUTER_SCORES)
         if self.implementation:
             require_choice(at + "implementation", self.implementation, EXPERTS_IMPLEMENTATIONS)
+        if self.transport:
+            require_choice(at + "transport", self.transport, TRANSPORTS)
         require(self.clamp >= 0, at + "clamp", self.clamp, "0 (SwiGLU) or above")
         if not self.num_experts:
             return
@@ -193,6 +200,24 @@ class MoeConfig:
             self.num_partitions,
             f"a divisor of the {self.num_experts // self.num_groups} experts of a group",
         )
+        group, most = (
+            self.num_experts // self.num_groups,
+            max(map(self.slots, (self.train_routing, self.eval_routing))),
+        )
+        require(
+            self.max_groups == 0 or -(-most // group) <= self.max_groups <= self.num_groups,
+            at + "max_groups",
+            self.max_groups,
+            f"0 (no limit) or between {-(-most // group)}, for {most} choices out of groups of "
+            f"{group} experts, and num_groups = {self.num_groups}",
+        )
+        require(
+            self.capacity_factor >= 0,
+            at + "capacity_factor",
+            self.capacity_factor,
+            "0 (dropless) or above",
+        )
+        require(self.exchange_rows > 0, at + "exchange_rows", self.exchange_rows, "above 0")
         require(self.routed_scale > 0, at + "routed_scale", self.routed_scale, "above 0")
         weights = [f.name for f in dataclasses.fields(self) if f.name.endswith("_weight")]
         for name in (*weights, "controller_kp", "controller_ki", "bias_update_rate"):

@@ -102,7 +102,7 @@ def is_exact(source: ModelConfig, target: ModelConfig) -> bool:
     cut = slices(source.mlp_dim, target)
     kinds = {moe.train_routing, moe.eval_routing}
     whole = kinds == {"top_k"} and moe.top_k % cut.routed == 0
-    return whole and moe.renormalize_gates and not moe.clamp
+    return whole and moe.renormalize_gates and not moe.clamp and not moe.max_groups
 
 
 def slices(width: int, target: ModelConfig) -> Slices:

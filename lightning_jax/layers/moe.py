@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,9 +13,12 @@ from lightning_jax import sharding
 from lightning_jax.config import MoeConfig
 from lightning_jax.layers.common import ZEROS, GatedMLP, Stacked, fan_in, output_scale, param
 from lightning_jax.ops import balance
-from lightning_jax.ops.experts import routed_experts
+from lightning_jax.ops.exchange import exchanged_experts
 from lightning_jax.ops.projection import project
-from lightning_jax.ops.routing import Choices, Routing, route
+from lightning_jax.ops.routing import Choices, Routing, limit_capacity, route
+
+_WEIGHTS = [("expert", "embed", "mlp"), ("expert", "embed", "mlp"), ("expert", "mlp", "embed")]
+_BIASES = [("expert", "mlp"), ("expert", "mlp"), ("expert", "embed")]
 
 
 class MoE(nn.Module):
@@ -38,12 +44,20 @@ class MoE(nn.Module):
             num_groups=config.num_groups,
             num_partitions=config.num_partitions,
         )
-        out_BTD = self._experts(x_BTD, routing.choices)
+        choices, dropped = self._limit(routing.choices)
+        out_BTD, exchange = self._experts(x_BTD, choices)
+        exchange = dataclasses.replace(exchange, empty=exchange.empty - dropped, dropped=dropped)
+        stats = dataclasses.replace(stats, exchange=exchange)
         out_BTD *= jnp.asarray(config.routed_scale, out_BTD.dtype)
         if config.num_shared_experts:
             hidden = config.num_shared_experts * config.expert_dim
             clamp = config.clamp or None
-            out_BTD += GatedMLP(hidden, self.num_layers, clamp, name="shared")(x_BTD)
+            shared_BTD = GatedMLP(hidden, self.num_layers, clamp, name="shared")(x_BTD)
+            if sharding.axes("expert"):
+                # The sum alone would let a compiler put the shared experts after the exchange, as
+                # part of the addition; finished apart, they run beside it.
+                out_BTD, shared_BTD = jax.lax.optimization_barrier((out_BTD, shared_BTD))
+            out_BTD += shared_BTD
         return out_BTD, stats
 
     def _route(
@@ -67,50 +81,70 @@ class MoE(nn.Module):
             bias_E=bias_E,
             renormalize=config.renormalize_gates,
             token_mask_M=token_mask_BT,
+            num_groups=config.num_groups,
+            max_groups=config.max_groups,
         )
 
-    def _experts(self, x_BTD: jax.Array, choices: Choices) -> jax.Array:
-        dim = x_BTD.shape[-1]
-        weights, biases = self._weights(dim, x_BTD.dtype), self._biases(dim)
-        unit, held = None, ("expert",)
-        if isinstance(weights[0], Stacked):
-            unit, held = weights[0].unit, ("layers", "expert")
-            weights, biases = ([p.array_U for p in group] for group in (weights, biases))
+    def _limit(self, choices: Choices) -> tuple[Choices, jax.Array]:
+        """Choices within the capacity of each expert, and how many were not."""
+        factor, (T, C) = self.config.capacity_factor, choices.gate_MC.shape[-2:]
+        if not (factor and self.train):
+            return choices, jnp.float32(0)
+        within = limit_capacity(choices, math.ceil(factor * T * C / choices.num_experts))
+        return within, jnp.sum(choices.filled_MC & ~within.filled_MC, dtype=jnp.float32)
 
-        def local(x_BTD, choices, weights, biases, unit):
+    def _experts(
+        self, x_BTD: jax.Array, choices: Choices
+    ) -> tuple[jax.Array, balance.ExchangeStats]:
+        config, dim = self.config, x_BTD.shape[-1]
+        parameters = self._weights(dim, x_BTD.dtype), self._biases(dim)
+        names, unit = (_WEIGHTS, _BIASES[: len(parameters[1])]), None
+        if isinstance(parameters[0][0], Stacked):
+            unit = parameters[0][0].unit
+            parameters = tuple([p.array_U for p in group] for group in parameters)
+            names = tuple([("layers", *axes) for axes in group] for group in names)
+        tokens = ("batch", "sequence")
+
+        def local(x_BTD, choices, parameters, unit):
             flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
-            y_MD = routed_experts(
+            weights, biases = parameters
+            y_MD, stats = exchanged_experts(
                 flat(x_BTD),
                 jax.tree.map(flat, choices),
                 *weights,
                 biases=tuple(biases),
-                clamp=self.config.clamp or None,
+                clamp=config.clamp or None,
                 unit=unit,
-                implementation=self.config.implementation or None,
+                implementation=config.implementation or None,
+                axis=next(iter(sharding.axes("expert")), None),
+                sync_axes=sharding.axes("batch", "sequence", "mlp"),
+                sum_axes=sharding.axes("mlp"),
+                transport=config.transport or None,
+                share=config.exchange_rows,
             )
-            return y_MD.reshape(x_BTD.shape)
+            return y_MD.reshape(x_BTD.shape), jax.lax.psum(stats, sharding.axes(*tokens))
 
-        # Sorting tokens by expert stays on the device that has them: experts come to the tokens.
-        tokens = ("batch", "sequence")
-        run = sharding.island(local, inputs=(tokens, tokens, held, held, ()), outputs=tokens)
-        return run(x_BTD, choices, weights, biases, unit)
+        # Sorting tokens by expert stays on the device that has them.
+        run = sharding.island(local, inputs=(tokens, tokens, names, ()), outputs=(tokens, ()))
+        return run(x_BTD, choices, parameters, unit)
 
     def _weights(self, dim: int, dtype: jnp.dtype) -> list[jax.Array | Stacked]:
         count, hidden = self.config.num_experts, self.config.expert_dim
         inward, outward = fan_in(dim), fan_in(hidden, output_scale(self.num_layers))
-        into, out = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
+        gate, up, down = _WEIGHTS
         return [
-            param(self, "gate_EDF", inward, (count, dim, hidden), into, dtype),
-            param(self, "up_EDF", inward, (count, dim, hidden), into, dtype),
-            param(self, "down_EFD", outward, (count, hidden, dim), out, dtype),
+            param(self, "gate_EDF", inward, (count, dim, hidden), gate, dtype),
+            param(self, "up_EDF", inward, (count, dim, hidden), up, dtype),
+            param(self, "down_EFD", outward, (count, hidden, dim), down, dtype),
         ]
 
     def _biases(self, dim: int) -> list[jax.Array | Stacked]:
         if not self.config.expert_bias:
             return []
         count, hidden = self.config.num_experts, self.config.expert_dim
+        gate, up, down = _BIASES
         return [
-            param(self, "gate_bias_EF", ZEROS, (count, hidden), ("expert", "mlp")),
-            param(self, "up_bias_EF", ZEROS, (count, hidden), ("expert", "mlp")),
-            param(self, "down_bias_ED", ZEROS, (count, dim), ("expert", "embed")),
+            param(self, "gate_bias_EF", ZEROS, (count, hidden), gate),
+            param(self, "up_bias_EF", ZEROS, (count, hidden), up),
+            param(self, "down_bias_ED", ZEROS, (count, dim), down),
         ]

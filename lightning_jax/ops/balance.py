@@ -20,6 +20,28 @@ from lightning_jax.ops.routing import Routing
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class ExchangeStats:
+    """How the slots of one layer reached their experts; sums, as those of `RoutingStats`.
+
+    Every slot is in one of the first three: sum(sent_P) + empty + dropped = tokens * C, padding
+    included.
+
+    sent_P: rows (filled slots) for each of the P parts of the experts; P is 1 on one device.
+    empty: slots without an expert.
+    dropped: slots beyond a capacity.
+    rounds: rounds of the exchange, on each device in each pass; 0 where nothing is exchanged.
+    passes: passes of a device through the layer, the divisor of `rounds`.
+    """
+
+    sent_P: jax.Array
+    empty: jax.Array
+    dropped: jax.Array
+    rounds: jax.Array
+    passes: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class RoutingStats:
     """Sums over the tokens of one layer; add two with `jax.tree.map(jnp.add, a, b)`.
 
@@ -36,6 +58,7 @@ class RoutingStats:
     z_sum: sum of logsumexp(logits)^2.
     kept_mass_sum: sum of the probability mass on the chosen experts.
     experts_histogram: C+1 bins, tokens that use c experts.
+    exchange: how the choices were carried out; None if they were only counted.
     """
 
     tokens: jax.Array
@@ -50,6 +73,7 @@ class RoutingStats:
     z_sum: jax.Array
     kept_mass_sum: jax.Array
     experts_histogram: jax.Array
+    exchange: ExchangeStats | None = None
 
 
 def routing_stats(
@@ -200,11 +224,13 @@ def routing_metrics(stats: RoutingStats) -> dict[str, jax.Array]:
 
     Keys: mean_experts (filled slots per token), load_max_over_mean (1 when balanced),
     dead_experts (how many had no token), entropy (nats per token), kept_mass (probability on the
-    chosen experts), histogram (share of tokens that use 0..C experts).
+    chosen experts), histogram (share of tokens that use 0..C experts). With `stats.exchange` also
+    rows_sent (to experts, wherever they are), part_max_over_mean (rows of the most loaded part of
+    the experts), exchange_rounds (per pass) and dropped_share (of the rows, beyond a capacity).
     """
     stats = jax.lax.stop_gradient(stats)
     assigned_E = stats.assigned_count_E
-    return {
+    metrics = {
         "mean_experts": _ratio(jnp.sum(assigned_E), stats.tokens),
         "load_max_over_mean": _ratio(jnp.max(assigned_E), jnp.mean(assigned_E)),
         "dead_experts": jnp.sum(assigned_E == 0, dtype=jnp.float32),
@@ -212,6 +238,15 @@ def routing_metrics(stats: RoutingStats) -> dict[str, jax.Array]:
         "kept_mass": _ratio(stats.kept_mass_sum, stats.tokens),
         "histogram": _ratio(stats.experts_histogram, stats.tokens),
     }
+    if (exchange := stats.exchange) is not None:
+        sent = jnp.sum(exchange.sent_P)
+        metrics |= {
+            "rows_sent": sent,
+            "part_max_over_mean": _ratio(jnp.max(exchange.sent_P), jnp.mean(exchange.sent_P)),
+            "exchange_rounds": _ratio(exchange.rounds, exchange.passes),
+            "dropped_share": _ratio(exchange.dropped, sent + exchange.dropped),
+        }
+    return metrics
 
 
 def update_bias(bias_E: jax.Array, assigned_count_E: jax.Array, *, rate: float) -> jax.Array:

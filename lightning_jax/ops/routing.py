@@ -80,6 +80,8 @@ def route(
     bias_E: jax.Array | None = None,
     renormalize: bool = False,
     token_mask_M: jax.Array | None = None,
+    num_groups: int = 1,
+    max_groups: int = 0,
 ) -> Routing:
     """Chooses experts for each token from router logits.
 
@@ -104,11 +106,18 @@ def route(
         "dense", which selects every expert.
       renormalize: divide the gates by their sum over the chosen; else raw scores.
       token_mask_M: bool, False for padding, whose slots are all empty and which has no gradient.
+      num_groups: groups of consecutive experts, E / num_groups in each.
+      max_groups: the experts of a token come from at most so many groups, those with the largest
+        sum of their two best selection scores; 0 for no limit (device-limited routing, 2405.04434
+        section 2.2.2; in this form 2412.19437 section 2.1.2). The probability mass that "top_p"
+        has to reach is still that of all experts, so it may take all `slots` and not reach it.
 
     Raises:
-      ValueError: unknown kind or score, bad `slots`, `top_p` not above 0, or shapes that misfit.
+      ValueError: unknown kind or score, bad `slots`, `top_p` not above 0, groups without enough
+        experts, or shapes that misfit.
     """
     _check(logits_ME, kind, score, slots, top_p, bias_E, token_mask_M)
+    _check_groups(logits_ME.shape[-1], slots, num_groups, max_groups)
     E = logits_ME.shape[-1]
     logits_ME = logits_ME.astype(jnp.float32)
     if token_mask_M is not None:
@@ -125,6 +134,8 @@ def route(
         if bias_E is not None:
             bias_E = jax.lax.stop_gradient(bias_E.astype(jnp.float32))
             order_ME += jnp.broadcast_to(bias_E, order_ME.shape)
+        if max_groups:
+            order_ME = _within_groups(order_ME, num_groups, max_groups)
         _, index_MC = jax.lax.top_k(order_ME, slots)
         gate_MC = jnp.take_along_axis(scores_ME, index_MC, axis=-1)
 
@@ -140,6 +151,32 @@ def route(
         gate_MC = gate_MC / jnp.where(total_M > 0, total_M, 1.0)[..., None]
     choices = Choices(jnp.where(keep_MC, index_MC, E), gate_MC, E)
     return Routing(choices, Scores(logits_ME, probs_ME, score))
+
+
+def _within_groups(order_ME: jax.Array, num_groups: int, max_groups: int) -> jax.Array:
+    """-inf for the experts outside of each token's best groups."""
+    order_MJG = order_ME.reshape(*order_ME.shape[:-1], num_groups, -1)
+    best_MJ2, _ = jax.lax.top_k(order_MJG, min(2, order_MJG.shape[-1]))
+    _, group_MK = jax.lax.top_k(jnp.sum(best_MJ2, axis=-1), max_groups)
+    allowed_MJ = jnp.any(jax.nn.one_hot(group_MK, num_groups, dtype=bool), axis=-2)
+    return jnp.where(allowed_MJ[..., None], order_MJG, -jnp.inf).reshape(order_ME.shape)
+
+
+def limit_capacity(choices: Choices, capacity: int) -> Choices:
+    """Empties the slots beyond `capacity` of each expert within each row of tokens.
+
+    Earlier tokens of a row win. A row is the last token axis: index [B, T, C] has B rows, so what
+    is dropped depends neither on the mesh nor on micro-batches (groups of GShard, 2006.16668
+    section 2.2). The gates that stay keep their values. Filled slots need no longer come first.
+    """
+    E = choices.num_experts
+    chosen_MTE = jnp.any(jax.nn.one_hot(choices.expert_index_MC, E, dtype=jnp.int32) > 0, axis=-2)
+    earlier_MTE = jnp.cumsum(chosen_MTE, axis=-2, dtype=jnp.int32) - chosen_MTE
+    index_MC = jnp.minimum(choices.expert_index_MC, E - 1)
+    keep_MC = jnp.take_along_axis(earlier_MTE, index_MC, axis=-1) < capacity
+    return Choices(
+        jnp.where(keep_MC, choices.expert_index_MC, E), jnp.where(keep_MC, choices.gate_MC, 0.0), E
+    )
 
 
 def _reaches(prob_MC: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -175,6 +212,20 @@ def _check(logits_ME, kind, score, slots, top_p, bias_E, token_mask_M) -> None:
         raise ValueError(
             f"token_mask_M must be bool of shape {M}, "
             f"got {token_mask_M.dtype} of shape {token_mask_M.shape}"
+        )
+
+
+def _check_groups(E: int, slots: int, num_groups: int, max_groups: int) -> None:
+    if num_groups < 1 or E % num_groups:
+        raise ValueError(f"num_groups must divide the number of experts, {E}, got {num_groups}")
+    if not 0 <= max_groups <= num_groups:
+        raise ValueError(
+            f"max_groups must be from 0 to num_groups = {num_groups}, got {max_groups}"
+        )
+    if max_groups and max_groups * (E // num_groups) < slots:
+        raise ValueError(
+            f"max_groups = {max_groups} groups of {E // num_groups} experts are too few for "
+            f"{slots} slots"
         )
 
 

@@ -52,6 +52,8 @@ MAY_CHANGE = (
             "model.head_chunk",
             "model.attention.implementation",
             "model.moe.implementation",
+            "model.moe.transport",
+            "model.moe.exchange_rows",
         ),
         ALWAYS,
         "They choose between programs that compute the same, up to rounding.",

@@ -69,7 +69,10 @@ _TRAINING: Json = {
     "true_group_weight": 0.0,
     "z_weight": 0.0,
     "entropy_weight": 0.0,
+    "capacity_factor": 0.0,
     "implementation": "",
+    "transport": "",
+    "exchange_rows": 1.0,
 }
 _NO_MOE: Json = {
     "num_experts": 0,
@@ -83,6 +86,7 @@ _NO_MOE: Json = {
     "router_bias": False,
     "expert_bias": False,
     "clamp": 0.0,
+    "max_groups": 0,
 }
 
 
