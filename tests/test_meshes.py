@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.checkpoint import Checkpointer
 from lightning_jax.config import RunConfig
@@ -22,16 +23,18 @@ BATCH, LENGTH, VOCABULARY = 16, 32, 64
 MESHES = {
     "8 data": {"data": 8},
     "8 fsdp": {"fsdp": 8},
-    "2 data, 4 fsdp": {"data": 2, "fsdp": 4},
-    "2 replica, 4 fsdp": {"replica": 2, "fsdp": 4},
     # Shards of 8 and 4 positions: the window of 8 takes one hop, or two.
     "2 data, 4 sequence": {"data": 2, "sequence": 4},
     "8 sequence": {"sequence": 8},
-    "2 fsdp, 2 tensor, 2 sequence": {"fsdp": 2, "tensor": 2, "sequence": 2},
+}
+EXPERT_MESHES = {
+    "2 data, 4 expert": {"data": 2, "expert": 4},
+    "2 replica, 2 fsdp, 2 expert": {"replica": 2, "fsdp": 2, "expert": 2},
+    "2 fsdp, 2 expert, 2 tensor": {"fsdp": 2, "expert": 2, "tensor": 2},
 }
 DENSE_MESHES = {
-    "2 data, 2 fsdp, 2 tensor": {"data": 2, "fsdp": 2, "tensor": 2},
     "2 fsdp, 4 tensor": {"fsdp": 2, "tensor": 4},
+    "2 expert, 2 tensor, 2 sequence": {"expert": 2, "tensor": 2, "sequence": 2},
 }
 # Without experts; a head of its own, biases, and a loss in chunks that do not divide the tokens.
 DENSE = (
@@ -39,14 +42,17 @@ DENSE = (
     ("model__tie_embeddings", False),
     ("model__attention__num_kv_heads", 4),
     ("model__attention__qkv_bias", True),
-    ("model__attention__sinks", False),
     ("model__head_chunk", 50),
 )
+TRANSPORT = "model__moe__transport"
+# What an exchange does depends on the mesh by nature.
+OF_THE_EXCHANGE = ("rows_sent", "part_max_over_mean", "exchange_rounds", "dropped_share")
 
 # In this order: eight devices, other axes, four devices, one, and back.
 RESTORED_ON = [
     {"fsdp": 8},
     {"data": 2, "fsdp": 4},
+    {"expert": 4, "tensor": 2},
     {"replica": 2, "fsdp": 2},
     {},
     {"fsdp": 8},
@@ -77,9 +83,13 @@ def mesh_of(sizes):
 
 
 @functools.cache
-def gradients(mesh, accumulate=1, changes=()):
-    """Loss, gradients and router metrics of a packed batch, computed twice; the rest as tuples."""
-    config, mesh = run_config(**dict(changes)), mesh_of(dict(mesh))
+def program(mesh, accumulate=1, changes=()):
+    """(state, batch) -> loss, gradients, router metrics, and those of the exchange, on a mesh.
+
+    `mesh` and `changes` of the config are tuples of pairs.
+    """
+    # A small buffer, so that unequal loads take several rounds.
+    config, mesh = run_config(model__moe__exchange_rows=0.25, **dict(changes)), mesh_of(dict(mesh))
     knobs = Plan.of(config).knobs(0)
 
     def compute(state, batch):
@@ -88,50 +98,75 @@ def gradients(mesh, accumulate=1, changes=()):
         )
         stats = sums.pop("stats")
         router = {} if stats is None else jax.vmap(jax.vmap(balance.routing_metrics))(stats)
-        return {"value": value, "sums": sums, "router": router, "gradients": grads}
+        exchange = {name: router.pop(name) for name in OF_THE_EXCHANGE if name in router}
+        return {"value": value, "sums": sums, "router": router, "gradients": grads}, exchange
 
     with jax.set_mesh(mesh):
-        program = placement.TrainProgram(config, mesh)
-        placements = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
-        batch = put_batch(random_batch(BATCH, LENGTH, VOCABULARY), mesh)
+        made = placement.TrainProgram(config, mesh)
+        placements = jax.tree.map(lambda leaf: leaf.sharding, made.abstract_state)
         run = jax.jit(compute, in_shardings=(placements, sharding.batch_sharding(mesh)))
-        state = program.init()
+        return mesh, run, made.init()
+
+
+@functools.cache
+def gradients(mesh, accumulate=1, changes=(), one_expert=False):
+    """What `program` returns for a packed batch, twice.
+
+    With `one_expert` the router sends all tokens to the last expert, and to no other.
+    """
+    mesh, run, state = program(mesh, accumulate, changes)
+    with jax.set_mesh(mesh):
+        if one_expert:
+            bias_URE, top_p = state.router.bias_URE, state.router.top_p
+            router = lm.Router(bias_URE.at[..., -1].add(10.0), top_p * 0 + 1e-6)
+            state = dataclasses.replace(state, router=router)
+        batch = put_batch(random_batch(BATCH, LENGTH, VOCABULARY), mesh)
         return [jax.device_get(run(state, batch)) for _ in range(2)]
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("compile_afresh")
-@pytest.mark.parametrize(
-    ("sizes", "changes"),
-    [
-        *[pytest.param(sizes, (), id=name) for name, sizes in MESHES.items()],
-        *[pytest.param(sizes, DENSE, id=name) for name, sizes in DENSE_MESHES.items()],
-    ],
-)
-def test_eight_devices_equal_one_and_repeat_bit_for_bit(sizes, changes):
-    [expected, _] = gradients((), changes=changes)
-    [found, again] = gradients(tuple(sizes.items()), 2, changes)
+def check(mesh, changes=(), **options):
+    """Compares a mesh with one device; returns the metrics of its exchange."""
+    of_all = tuple(pair for pair in changes if pair[0] != TRANSPORT)
+    [expected, _], _ = gradients((), changes=of_all, **options)
+    (found, exchange), again = gradients(tuple(mesh.items()), 2, changes, **options)
     for (path, want), got in zip(
         jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True
     ):
         where = jax.tree_util.keystr(path)
         np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5, err_msg=where)
-    jax.tree.map(np.testing.assert_array_equal, found, again)
+    jax.tree.map(np.testing.assert_array_equal, (found, exchange), again)
+    return exchange
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compile_afresh")
-def test_an_evaluation_gathers_the_losses_of_split_rows():
-    config = build(RunConfig, tiny_config(model__vocab_size=VOCABULARY, model__moe__num_experts=0))
-    batch, found = random_batch(4, LENGTH, VOCABULARY), []
-    for sizes in ({}, {"data": 2, "sequence": 4}):
-        mesh = mesh_of(sizes)
-        with jax.set_mesh(mesh):
-            state = placement.TrainProgram(config, mesh).init()
-            evaluate = evaluation.make_eval_step(config, mesh)
-            result = evaluate(state.params, state.router, placement.put_whole(batch, mesh), 1e4)
-        assert result["nll_BT"].is_fully_replicated
-        found.append(np.asarray(result["nll_BT"]))
-    np.testing.assert_allclose(*found, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("name", MESHES)
+def test_eight_devices_equal_one_and_repeat_bit_for_bit(name):
+    check(MESHES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_afresh")
+@pytest.mark.parametrize("name", DENSE_MESHES)
+def test_dense_models_on_eight_devices_equal_those_on_one(name):
+    check(DENSE_MESHES[name], DENSE)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_afresh")
+@pytest.mark.parametrize("transport", ["all_to_all", "all_gather"])
+@pytest.mark.parametrize("name", EXPERT_MESHES)
+def test_experts_on_eight_devices_equal_those_on_one(name, transport):
+    mesh, changes = EXPERT_MESHES[name], ((TRANSPORT, transport),)
+    exchange = check(mesh, changes)
+    assert exchange["part_max_over_mean"].max() < mesh["expert"]
+    uneven = check(mesh, changes, one_expert=True)
+    np.testing.assert_allclose(uneven["part_max_over_mean"], mesh["expert"], rtol=1e-6)
+    if transport == "all_to_all":
+        assert uneven["exchange_rounds"].min() > 1
+    else:
+        np.testing.assert_array_equal(uneven["exchange_rounds"], 1)
+    assert not uneven["dropped_share"].any()
 
 
 @pytest.mark.slow

@@ -114,7 +114,11 @@ def exchanging(setting, experts, **changes):
 def compiled(setting, experts):
     run = split(setting, experts, exchanging(setting, experts))
     with jax.set_mesh(setting.make_mesh()):
-        return jax.jit(functools.partial(value_and_grads, run)).lower(*inputs("full", experts)).compile()
+        return (
+            jax.jit(functools.partial(value_and_grads, run))
+            .lower(*inputs("full", experts))
+            .compile()
+        )
 
 
 def run(setting, arguments):
