@@ -187,6 +187,20 @@ class MoeConfig:
             self.target_experts,
             f'0 unless train_routing is "top_p" (it is "{self.train_routing}")',
         )
+        self._check_groups(at)
+        require(
+            self.capacity_factor >= 0,
+            at + "capacity_factor",
+            self.capacity_factor,
+            "0 (dropless) or above",
+        )
+        require(self.exchange_rows > 0, at + "exchange_rows", self.exchange_rows, "above 0")
+        require(self.routed_scale > 0, at + "routed_scale", self.routed_scale, "above 0")
+        weights = [f.name for f in dataclasses.fields(self) if f.name.endswith("_weight")]
+        for name in (*weights, "controller_kp", "controller_ki", "bias_update_rate"):
+            require(getattr(self, name) >= 0, at + name, getattr(self, name), "0 or more")
+
+    def _check_groups(self, at: str) -> None:
         require(
             self.num_groups >= 1 and self.num_experts % self.num_groups == 0,
             at + "num_groups",
@@ -211,17 +225,6 @@ class MoeConfig:
             f"0 (no limit) or between {-(-most // group)}, for {most} choices out of groups of "
             f"{group} experts, and num_groups = {self.num_groups}",
         )
-        require(
-            self.capacity_factor >= 0,
-            at + "capacity_factor",
-            self.capacity_factor,
-            "0 (dropless) or above",
-        )
-        require(self.exchange_rows > 0, at + "exchange_rows", self.exchange_rows, "above 0")
-        require(self.routed_scale > 0, at + "routed_scale", self.routed_scale, "above 0")
-        weights = [f.name for f in dataclasses.fields(self) if f.name.endswith("_weight")]
-        for name in (*weights, "controller_kp", "controller_ki", "bias_update_rate"):
-            require(getattr(self, name) >= 0, at + name, getattr(self, name), "0 or more")
 
     def slots(self, routing: str) -> int:
         """Static number C of choices per token under a routing kind (the last axis of `_MC`)."""

@@ -173,7 +173,8 @@ def limit_capacity(choices: Choices, capacity: int) -> Choices:
     chosen_MTE = jnp.any(jax.nn.one_hot(choices.expert_index_MC, E, dtype=jnp.int32) > 0, axis=-2)
     earlier_MTE = jnp.cumsum(chosen_MTE, axis=-2, dtype=jnp.int32) - chosen_MTE
     index_MC = jnp.minimum(choices.expert_index_MC, E - 1)
-    keep_MC = jnp.take_along_axis(earlier_MTE, index_MC, axis=-1) < capacity
+    rank_MC = jnp.take_along_axis(earlier_MTE, index_MC, axis=-1)
+    keep_MC = choices.filled_MC & (rank_MC < capacity)
     return Choices(
         jnp.where(keep_MC, choices.expert_index_MC, E), jnp.where(keep_MC, choices.gate_MC, 0.0), E
     )

@@ -17,6 +17,7 @@ from lightning_jax import sharding
 from lightning_jax.config import RunConfig
 from lightning_jax.data.batch import Batch
 from lightning_jax.ops.attention import check_device
+from lightning_jax.ops.exchange import check_transport
 from lightning_jax.runtime import compiler
 from lightning_jax.train import step
 from lightning_jax.train.optimizer import make_optimizer
@@ -28,12 +29,14 @@ def make_mesh(plan: Plan) -> Mesh:
 
     Raises:
       UserError: as `sharding.make_mesh`, the model or a micro-batch does not divide over it, or the
-        attention named does not run on its devices.
+        attention or the transport named does not run on its devices.
     """
     mesh = sharding.make_mesh(plan.config.mesh)
     attention = plan.config.model.attention
     platform = mesh.devices.flat[0].platform
     check_device(attention.implementation, platform, attention.head_dim)
+    if sharding.Rules.of(mesh).expert:
+        check_transport(plan.config.model.moe.transport, platform)
     for segment in plan.segments:
         at = f"stages.{segment.stage.name}"
         sharding.check_divisible(

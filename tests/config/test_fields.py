@@ -16,7 +16,7 @@ from lightning_jax.config import RunConfig
 from lightning_jax.config import model as names
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import LARGEST_COUNT, build, to_dict
-from lightning_jax.ops import attention, balance, experts, routing
+from lightning_jax.ops import attention, balance, exchange, experts, routing
 from lightning_jax.train.plan import Plan
 from tests.tiny import tiny_config
 
@@ -177,6 +177,7 @@ def test_names_are_those_of_the_registries():
     ]
     assert set(names.ATTENTION_IMPLEMENTATIONS) == {"reference", *honouring} <= set(registered)
     assert experts.IMPLEMENTATIONS == names.EXPERTS_IMPLEMENTATIONS
+    assert exchange.TRANSPORTS == names.TRANSPORTS
     assert names.ROUTINGS == routing.KINDS and names.ROUTER_SCORES == routing.SCORES
     policies = {
         name: inspect.signature(policy).parameters.values()

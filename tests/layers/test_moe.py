@@ -16,7 +16,15 @@ from tests.tiny import mesh_config, tiny_model
 
 B, T, D = 8, 6, 16
 ROUTED = {"gate_EDF", "up_EDF", "down_EFD", "gate_bias_EF", "up_bias_EF", "down_bias_ED"}
-MESH = mesh_config(data=2, fsdp=4)
+P_OF_TOKENS = jnp.linspace(0.1, 1.0, B * T).reshape(B, T)
+# A mesh, and changes of the layer that only matter there.
+MESHES = {
+    "fsdp": (dict(data=2, fsdp=4), {}),
+    "all_to_all": (dict(data=2, expert=4), dict(transport="all_to_all", exchange_rows=0.5)),
+    "all_gather": (dict(expert=8), dict(transport="all_gather")),
+    "tensor": (dict(data=2, expert=2, tensor=2), dict(transport="all_to_all")),
+    "tensor alone": (dict(data=4, tensor=2), {}),
+}
 
 
 @functools.cache
@@ -138,21 +146,94 @@ def test_stacked_experts_give_what_their_unit_gives(implementation, biases):
     assert_close(apply(module, stacked(values, jnp.int32(1)), *arguments), want, 1e-6)
 
 
+@functools.cache
+def one_device(**changes):
+    """Gradients and output of training; output with stacked weights."""
+    module = layer(**changes)
+    values = params(module)
+    return [run(module, values, *inputs(), P_OF_TOKENS) for run in (apply_and_grads, apply)]
+
+
+def on_mesh(sizes, **changes):
+    """The same on eight devices."""
+    module, (x_BTD, mask_BT, bias_E) = layer(**changes), inputs()
+    values, mesh = params(module), sharding.make_mesh(mesh_config(**sizes))
+    with jax.set_mesh(mesh):
+        x_BTD, mask_BT, top_p_BT = jax.device_put(
+            (x_BTD, mask_BT, P_OF_TOKENS), sharding.batch_sharding(mesh)
+        )
+        arguments = x_BTD, mask_BT, bias_E, top_p_BT
+        got = apply_and_grads(module, values, *arguments)
+        assert got[1][0].sharding.is_equivalent_to(sharding.batch_sharding(mesh), 3)
+        in_stack = apply(module, stacked(values, jnp.int32(1)), *arguments)
+        return jax.device_get((got, in_stack))
+
+
+def split_exchange(output):
+    """(output without the statistics of the exchange, these)."""
+    out_BTD, stats = output
+    return (out_BTD, dataclasses.replace(stats, exchange=None)), stats.exchange
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("compile_afresh")
-def test_eight_devices_give_what_one_gives():
-    module = layer()
-    values, arguments = params(module), (*inputs(), jnp.linspace(0.1, 1.0, B * T).reshape(B, T))
-    want, stacked_want = (run(module, values, *arguments) for run in (apply_and_grads, apply))
-    mesh = sharding.make_mesh(MESH)
-    with jax.set_mesh(mesh):
-        x_BTD, mask_BT, bias_E, top_p_BT = arguments
-        rows = jax.device_put((x_BTD, mask_BT, top_p_BT), sharding.batch_sharding(mesh))
-        on_mesh = (*rows[:2], bias_E, rows[2])
-        assert_close(jax.device_get(apply_and_grads(module, values, *on_mesh)), want)
-        got = apply(module, stacked(values, jnp.int32(1)), *on_mesh)
-        assert got[0].sharding.is_equivalent_to(sharding.batch_sharding(mesh), 3)
-    assert_close(jax.device_get(got), stacked_want)
+@pytest.mark.parametrize("name", MESHES)
+def test_eight_devices_give_what_one_gives(name, monkeypatch):
+    monkeypatch.setattr(sharding, "_RESERVED", ())
+    sizes, changes = MESHES[name]
+    want, got = one_device(), on_mesh(sizes, **changes)
+    for (grads, output), (want_grads, want_output) in [
+        (got[0], want[0]),
+        ((None, got[1]), (None, want[1])),
+    ]:
+        assert_close(grads, want_grads)
+        output, exchange = split_exchange(output)
+        want_output, alone = split_exchange(want_output)
+        assert_close(output, want_output)
+        assert exchange.sent_P.shape == (sizes.get("expert", 1),) and alone.rounds == 0
+        assert exchange.sent_P.sum() == alone.sent_P.sum() == output[1].assigned_count_E.sum()
+        assert exchange.sent_P.sum() + exchange.empty == B * T * layer().config.max_experts
+        assert exchange.passes == 8 // sizes.get("tensor", 1)
+        rounds = exchange.rounds / exchange.passes
+        assert rounds == 0 if "expert" not in sizes else rounds >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_afresh")
+@pytest.mark.parametrize("name", ["fsdp", "all_to_all", "all_gather"])
+def test_a_capacity_drops_the_same_tokens_on_every_mesh(name):
+    sizes, changes = MESHES[name]
+    [(want_grads, want), _] = one_device(capacity_factor=0.5)
+    [(grads, got), _] = on_mesh(sizes, capacity_factor=0.5, **changes)
+    assert_close(grads, want_grads)
+    (got, exchange), (want, alone) = split_exchange(got), split_exchange(want)
+    assert_close(got, want)
+    assert exchange.dropped == alone.dropped > 0
+    # A row has 6 tokens of 4 slots, for 8 experts: at most 2 for each expert.
+    demand = want[1].assigned_count_E.sum()
+    assert exchange.sent_P.sum() + exchange.dropped == demand
+    assert exchange.sent_P.sum() + exchange.empty + exchange.dropped == B * T * 4
+    assert exchange.sent_P.max() <= 2 * B * 8 / len(exchange.sent_P)
+
+
+@pytest.mark.slow
+def test_evaluation_drops_nothing():
+    free, limited = layer(), layer(capacity_factor=0.01)
+    values, arguments = params(free), (*inputs(), P_OF_TOKENS)
+    want = apply(free.clone(train=False), values, *arguments)
+    assert_close(apply(limited.clone(train=False), values, *arguments), want, 0)
+    assert apply(limited, values, *arguments)[1].exchange.dropped > 0
+
+
+@pytest.mark.slow
+def test_a_token_keeps_to_its_groups():
+    """Both of a token's choices are in one of four groups of two experts."""
+    changes = dict(num_groups=4, num_partitions=1, max_experts=2, eval_routing="top_p")
+    module = layer(max_groups=1, **changes)
+    _, stats = apply(module, params(module), *inputs(), 1.0)
+    assert stats.assigned_count_E.sum() == 2 * stats.tokens == 2 * stats.group_member_count_J.sum()
+    _, free = apply(layer(**changes), params(module), *inputs(), 1.0)
+    assert free.group_member_count_J.sum() > stats.tokens
 
 
 def test_router_logits_are_products_of_float32():

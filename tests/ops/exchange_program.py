@@ -1,6 +1,6 @@
-"""Compiles an exchange's gradient for TPUs that are not here; prints what is in it as JSON.
+"""Compiles exchanges' gradients for TPUs that are not here; prints what is in them as JSON.
 
-python tests/ops/exchange_program.py TRANSPORT    # in the environment of benchmarks.tpu_static
+python tests/ops/exchange_program.py TRANSPORT ...    # in the environment of benchmarks.tpu_static
 """
 
 import collections
@@ -22,7 +22,7 @@ from benchmarks.tpu_static import CHIPS
 from lightning_jax.ops.exchange import exchanged_experts
 from lightning_jax.ops.routing import Choices
 
-M, C, D, F, E = 4096, 2, 256, 128, 8  # tokens of four devices
+M, C, D, F, E = 4 * 4096, 2, 256, 128, 8  # M of four devices
 ROWS = M // 4 * C // 4
 
 
@@ -30,7 +30,7 @@ def loss(split, x_MD, index_MC, gate_MC, *weights):
     return jnp.sum(split(x_MD, index_MC, gate_MC, *weights).astype(jnp.float32) ** 2)
 
 
-def compiled(transport: str) -> str:
+def compiled(transport: str) -> jax.stages.Compiled:
     topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS["v5e"].topology)
     kinds = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((4,), ("expert",), axis_types=kinds, devices=topology.devices)
@@ -48,35 +48,34 @@ def compiled(transport: str) -> str:
     arguments = [jax.ShapeDtypeStruct(*shape, sharding=placement) for shape in shapes]
     with jax.set_mesh(mesh):
         grad = jax.grad(functools.partial(loss, split), argnums=(0, 2, 3, 4, 5))
-        return jax.jit(grad).lower(*arguments).compile().as_text()
+        return jax.jit(grad).lower(*arguments).compile()
 
 
 def in_loops(text: str) -> str:
-    """The computations that loops run, without those that are not of the main memory's size."""
+    """The bodies of all loops."""
     bodies = set(re.findall(r"body=%([\w.\-]+)", text))
     parts = re.split(r"\n(?=%|ENTRY)", text)
     return "\n".join(part for part in parts if part[1:].split(" ")[0] in bodies)
 
 
-def main() -> None:
-    text = compiled(sys.argv[1])
-    if len(sys.argv) > 2:
-        Path(sys.argv[2]).write_text(text)
-    kinds = collections.Counter(re.findall(r" ([a-z\-]+)(?:-start)?\(", text))
+def found(program: jax.stages.Compiled) -> dict[str, int]:
+    text, memory = program.as_text(), program.memory_analysis()
+    kinds = collections.Counter(re.findall(r" ([a-z\-]+?)(?:-start)?\(", text))
     # Fast memory is S(1): moves between it and the main memory are prefetches.
     copies = re.findall(r"= \w+\[([\d,]+)\](?!\S*S\(1\))\S* copy\(", in_loops(text))
     sizes = [int(np.prod([int(n) for n in shape.split(",")])) for shape in copies]
-    scatters = re.findall(r"= (f32|bf16)\[\S* scatter\(", text)
-    found = {
+    return {
         "exchanges": kinds["all-to-all"],
         "ragged": kinds["ragged-all-to-all"],
         "gathers": kinds["all-gather"],
-        "reduce_scatters": kinds["reduce-scatter"] + text.count("all-reduce-scatter("),
-        "float_scatters": len(scatters),
-        "large_copies": [size for size in sizes if size >= 4 * ROWS * D],
+        # A TPU hides a reduce-scatter in a fusion.
+        "reduce_scatters": kinds["reduce-scatter"] + text.count("%all-reduce-scatter"),
+        "float_scatters": len(re.findall(r"= (?:f32|bf16)\[\S* scatter\(", text)),
+        "large_copies": sum(size >= 4 * ROWS * D for size in sizes),
+        "temporary_mib": memory.temp_size_in_bytes >> 20,
+        "code_mib": memory.generated_code_size_in_bytes >> 20,
     }
-    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps({transport: found(compiled(transport)) for transport in sys.argv[1:]}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from lightning_jax.ops.balance import (
     HIGHEST_P,
     LOWEST_P,
+    ExchangeStats,
     balance_losses,
     control_top_p,
     routing_metrics,
@@ -353,3 +355,20 @@ def test_a_batch_without_tokens_does_not_move_p():
     p, error = control_top_p(jnp.float32(0.3), jnp.float32(0), 0.0, target=3.0, kp=0.5, ki=0.5)
     np.testing.assert_allclose(p, 0.3, rtol=1e-6)
     assert error == 0
+
+
+def test_metrics_of_an_exchange_add_up():
+    """Two micro-batches: 30 rows for four parts, 10 dropped, 3 rounds in 2 passes."""
+    plain = stats_of(random_logits())
+    assert "rows_sent" not in metrics_of(plain)
+
+    def stats(sent, dropped, rounds):
+        values = (jnp.array(sent), 7.0, dropped, rounds, 1.0)
+        return dataclasses.replace(plain, exchange=ExchangeStats(*map(jnp.float32, values)))
+
+    found = metrics_of(add(stats([9, 1, 2, 3], 8, 2), stats([6, 4, 3, 2], 2, 1)))
+    assert found["rows_sent"] == 30 and found["exchange_rounds"] == 1.5
+    np.testing.assert_allclose(found["part_max_over_mean"], 15 / 7.5)
+    np.testing.assert_allclose(found["dropped_share"], 10 / 40)
+    nothing = metrics_of(stats([0, 0, 0, 0], 0, 0))
+    assert nothing["part_max_over_mean"] == nothing["dropped_share"] == 0

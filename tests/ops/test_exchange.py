@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
+import json
 import logging
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +18,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.tpu_static import environment
 from lightning_jax.config.errors import UserError
 from lightning_jax.ops import exchange
 from lightning_jax.ops.exchange import exchanged_experts
@@ -297,3 +303,21 @@ def test_few_tokens_are_gathered_and_many_exchanged(caplog):
         "exchanged_experts of at most 256 tokens a device: all_gather",
         "exchanged_experts of more than 256 tokens a device: all_to_all",
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (tpu-aot)"
+)
+def test_programs_for_a_tpu_copy_and_gather_nothing():
+    script = Path(__file__).with_name("exchange_program.py")
+    command = [sys.executable, str(script), "all_to_all", "ragged_all_to_all"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    # Of the 13 exchanges 8 take rows, there and back; the others choices and their gradients.
+    exchanges = {name: (program["exchanges"], program["ragged"]) for name, program in found.items()}
+    assert exchanges == {"all_to_all": (13, 0), "ragged_all_to_all": (5, 8)}
+    for program in found.values():
+        assert program["gathers"] == program["reduce_scatters"] == program["float_scatters"] == 0
+        assert not program["large_copies"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lightning_jax.ops.routing import ordered_sum, route, sort_slots
+from lightning_jax.ops.routing import limit_capacity, ordered_sum, route, sort_slots
 
 
 def random_logits(tokens=64, experts=8, scale=1.0, seed=0):
@@ -293,3 +294,73 @@ def test_ordered_sum(choices):
     weight = rng.random((7, choices)).astype(np.float32)
     expected = np.einsum("mc,mcd->md", weight, rows[position])
     np.testing.assert_allclose(ordered_sum(jnp.asarray(rows), position, weight), expected, 1e-5)
+
+
+def choose_in_groups(scores, bias, groups, most, slots):
+    """The experts of one token by loops: best groups by their two best, then best experts."""
+    biased = scores + bias
+    size = len(scores) // groups
+    worth = [sum(sorted(biased[g * size : (g + 1) * size])[-2:]) for g in range(groups)]
+    best = sorted(range(groups), key=lambda g: (-worth[g], g))[:most]
+    among = [e for e in range(len(scores)) if e // size in best]
+    return sorted(among, key=lambda e: (-biased[e], e))[:slots]
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("groups", "most"), [(8, 3), (4, 1), (4, 2), (16, 4), (1, 1)])
+def test_experts_come_from_the_best_groups(score, groups, most):
+    logits, slots = random_logits(experts=16, tokens=40), 4
+    bias = 0.2 * np.random.default_rng(1).standard_normal(16).astype(np.float32)
+    limit = dict(slots=slots, score=score, bias_E=jnp.asarray(bias))
+    options = dict(limit, num_groups=groups, max_groups=most)
+    chosen = route(logits, kind="top_k", **options).choices
+    scores = softmax64(logits) if score == "softmax" else 1 / (1 + np.exp(-np.asarray(logits)))
+    shares = scores / scores.sum(-1, keepdims=True)
+    expected = [choose_in_groups(row, bias, groups, most, slots) for row in scores]
+    np.testing.assert_array_equal(chosen.expert_index_MC, expected)
+    np.testing.assert_allclose(
+        chosen.gate_MC, np.take_along_axis(scores, np.array(expected), -1), rtol=1e-5
+    )
+    # The mass of top-p is that of all experts: what is outside of the groups counts as missing.
+    prefix = np.asarray(route(logits, kind="top_p", top_p=0.4, **options).choices.filled_MC)
+    before = np.cumsum(np.take_along_axis(shares, np.array(expected), -1), -1)
+    np.testing.assert_array_equal(prefix[:, 1:], before[:, :-1] < 0.4)
+    if groups == most:
+        free = route(logits, kind="top_k", **limit).choices
+        np.testing.assert_array_equal(chosen.expert_index_MC, free.expert_index_MC)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(num_groups=3), "num_groups must divide the number of experts, 8, got 3"),
+        (dict(num_groups=4, max_groups=5), "max_groups must be from 0 to num_groups = 4, got 5"),
+        (dict(num_groups=4, max_groups=1), "max_groups = 1 groups of 2 experts are too few for 4"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        route(random_logits(), kind="top_k", slots=4, **options)
+
+
+def test_a_capacity_empties_the_slots_of_later_tokens():
+    rows, tokens, experts, capacity = 3, 20, 4, 5
+    logits = random_logits(rows * tokens, experts).reshape(rows, tokens, experts)
+    mask = jnp.arange(tokens)[None] % 7 != jnp.arange(rows)[:, None]
+    before = route(logits, kind="top_p", slots=3, top_p=0.7, token_mask_M=mask).choices
+    after = limit_capacity(before, capacity)
+    expected = np.array(before.expert_index_MC)
+    for row in expected:
+        used = [0] * experts
+        for token in row:
+            for c, e in enumerate(token):
+                if e < experts:
+                    used[e] += 1
+                    token[c] = e if used[e] <= capacity else experts
+    np.testing.assert_array_equal(after.expert_index_MC, expected)
+    kept = expected < experts
+    np.testing.assert_array_equal(after.gate_MC, np.where(kept, before.gate_MC, 0))
+    assert 0 < kept.sum() < before.filled_MC.sum()
+    grad = jax.grad(lambda gate: limit_capacity(dataclasses.replace(before, gate_MC=gate), capacity)
+                    .gate_MC.sum())(before.gate_MC)  # fmt: skip
+    np.testing.assert_array_equal(grad, kept)

@@ -19,6 +19,7 @@ from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build
 from lightning_jax.ops.attention import check_device
+from lightning_jax.ops.exchange import check_transport
 from lightning_jax.train import placement, step
 from lightning_jax.train.plan import Plan
 from tests.tiny import mesh_config, random_batch, tiny_config, tiny_run
@@ -72,6 +73,33 @@ def test_attention_that_the_devices_do_not_have_is_refused(name, platform, messa
     run = run_of(model__attention__implementation="pallas_tpu")
     with pytest.raises(UserError, match="runs on tpu, and this run's devices are cpu"):
         placement.make_mesh(Plan.of(run))
+
+
+def test_a_transport_that_the_devices_do_not_have_is_refused():
+    ragged = dict(model__moe__transport="ragged_all_to_all")
+    stage = dataclasses.replace(run_of().stages[0], batch_size=8, accumulate=1)
+    run = dataclasses.replace(run_of(mesh__data=4, mesh__expert=2, **ragged), stages=(stage,))
+    with pytest.raises(UserError, match="transport = 'ragged_all_to_all': runs on tpu and gpu"):
+        placement.make_mesh(Plan.of(run))
+    check_transport("ragged_all_to_all", "tpu")
+    # Without experts elsewhere nothing is exchanged.
+    alone = dataclasses.replace(run_of(mesh__data=8, **ragged), stages=(stage,))
+    assert placement.make_mesh(Plan.of(alone)).size == 8
+
+
+# Right numbers, but the same tokens on all devices of an expert group.
+def test_a_batch_that_is_not_split_over_the_experts_devices_is_refused():
+    config = run_of(mesh__data=2, mesh__expert=4)
+    mesh, segment = sharding.make_mesh(config.mesh), Plan.of(config).segments[0]
+    with jax.set_mesh(mesh):
+        program = placement.TrainProgram(config, mesh)
+        described = placement.abstract_batch(segment, mesh)
+        assert described.tokens.sharding.spec == P(("data", "expert"), None)
+        batch = random_batch(*described.tokens.shape, 64)
+        batch = jax.device_put(batch, jax.NamedSharding(mesh, P("data")))
+        knobs = Plan.of(config).knobs(0)
+        with pytest.raises(ValueError, match="(?s)Sharding.*does not match.*'data', 'exp"):
+            program.step(program.abstract_state, batch, knobs, 1)
 
 
 def test_batches_lie_where_the_abstract_batch_says():
