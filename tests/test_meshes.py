@@ -124,11 +124,11 @@ def gradients(mesh, accumulate=1, changes=(), one_expert=False):
         return [jax.device_get(run(state, batch)) for _ in range(2)]
 
 
-def check(mesh, changes=(), **options):
+def check(mesh, changes=(), accumulate=1, **options):
     """Compares a mesh with one device; returns the metrics of its exchange."""
     of_all = tuple(pair for pair in changes if pair[0] != TRANSPORT)
     [expected, _], _ = gradients((), changes=of_all, **options)
-    (found, exchange), again = gradients(tuple(mesh.items()), 2, changes, **options)
+    (found, exchange), again = gradients(tuple(mesh.items()), accumulate, changes, **options)
     for (path, want), got in zip(
         jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True
     ):
@@ -142,7 +142,7 @@ def check(mesh, changes=(), **options):
 @pytest.mark.usefixtures("compile_afresh")
 @pytest.mark.parametrize("name", MESHES)
 def test_eight_devices_equal_one_and_repeat_bit_for_bit(name):
-    check(MESHES[name])
+    check(MESHES[name], accumulate=2)
 
 
 @pytest.mark.slow
@@ -158,15 +158,32 @@ def test_dense_models_on_eight_devices_equal_those_on_one(name):
 @pytest.mark.parametrize("name", EXPERT_MESHES)
 def test_experts_on_eight_devices_equal_those_on_one(name, transport):
     mesh, changes = EXPERT_MESHES[name], ((TRANSPORT, transport),)
-    exchange = check(mesh, changes)
+    options = dict(accumulate=2 if transport == "all_to_all" else 1)
+    exchange = check(mesh, changes, **options)
     assert exchange["part_max_over_mean"].max() < mesh["expert"]
-    uneven = check(mesh, changes, one_expert=True)
+    uneven = check(mesh, changes, one_expert=True, **options)
     np.testing.assert_allclose(uneven["part_max_over_mean"], mesh["expert"], rtol=1e-6)
     if transport == "all_to_all":
         assert uneven["exchange_rounds"].min() > 1
     else:
         np.testing.assert_array_equal(uneven["exchange_rounds"], 1)
     assert not uneven["dropped_share"].any()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_afresh")
+def test_an_evaluation_gathers_the_losses_of_split_rows():
+    config = build(RunConfig, tiny_config(model__vocab_size=VOCABULARY, model__moe__num_experts=0))
+    batch, found = random_batch(4, LENGTH, VOCABULARY), []
+    for sizes in ({}, {"data": 2, "sequence": 4}):
+        mesh = mesh_of(sizes)
+        with jax.set_mesh(mesh):
+            state = placement.TrainProgram(config, mesh).init()
+            evaluate = evaluation.make_eval_step(config, mesh)
+            result = evaluate(state.params, state.router, placement.put_whole(batch, mesh), 1e4)
+        assert result["nll_BT"].is_fully_replicated
+        found.append(np.asarray(result["nll_BT"]))
+    np.testing.assert_allclose(*found, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow

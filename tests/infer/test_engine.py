@@ -262,7 +262,7 @@ def test_a_row_may_fill_the_cache():
 @pytest.mark.slow
 @pytest.mark.usefixtures("compile_afresh")
 def test_generation_under_a_mesh():
-    mesh = sharding.make_mesh(mesh_config(data=2, fsdp=2), jax.devices()[:4])
+    mesh = sharding.make_mesh(mesh_config(fsdp=2, expert=2), jax.devices()[:4])
     rows = [PROMPTS[1], PROMPTS[2], PROMPTS[0], PROMPTS[1]]
     expected = _generate(_engine(), rows)
     placement = sharding.tree_shardings(lm.logical_axes(CONFIG), mesh)

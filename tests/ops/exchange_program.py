@@ -22,7 +22,7 @@ from benchmarks.tpu_static import CHIPS
 from lightning_jax.ops.exchange import exchanged_experts
 from lightning_jax.ops.routing import Choices
 
-M, C, D, F, E = 4 * 4096, 2, 256, 128, 8  # M of four devices
+M, C, D, F, E = 4 * 4096, 4, 512, 128, 8  # M of four devices
 ROWS = M // 4 * C // 4
 
 
