@@ -29,8 +29,8 @@ class ExchangeStats:
     sent_P: rows (filled slots) for each of the P parts of the experts; P is 1 on one device.
     empty: slots without an expert.
     dropped: slots beyond a capacity.
-    rounds: rounds of the exchange, on each device in each pass; 0 where nothing is exchanged.
-    passes: passes of a device through the layer, the divisor of `rounds`.
+    rounds: rounds of all exchanges, counted on each device; 0 where nothing is exchanged.
+    passes: exchanges, counted likewise: the divisor of `rounds`.
     """
 
     sent_P: jax.Array
@@ -226,7 +226,7 @@ def routing_metrics(stats: RoutingStats) -> dict[str, jax.Array]:
     dead_experts (how many had no token), entropy (nats per token), kept_mass (probability on the
     chosen experts), histogram (share of tokens that use 0..C experts). With `stats.exchange` also
     rows_sent (to experts, wherever they are), part_max_over_mean (rows of the most loaded part of
-    the experts), exchange_rounds (per pass) and dropped_share (of the rows, beyond a capacity).
+    the experts), exchange_rounds (of one exchange) and dropped_share (of the rows, beyond a capacity).
     """
     stats = jax.lax.stop_gradient(stats)
     assigned_E = stats.assigned_count_E

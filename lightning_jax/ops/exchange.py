@@ -95,7 +95,7 @@ def exchanged_experts(
     parameters = ((gate_LDF, up_LDF, down_LFD), tuple(biases))
     run = functools.partial(_run, clamp=clamp, implementation=implementation)
     if axis is None:
-        y_MD, stats = run(x_MD, choices, parameters, unit), _stats(choices, 1, jnp.int32(0))
+        y_MD, stats = run(x_MD, choices, parameters, unit), _stats(choices, 1, rounds=None)
     else:
         _check_experts(axis, gate_LDF.shape[-3], choices.num_experts)
         transport = _resolve(transport, x_MD.shape[0])
@@ -136,14 +136,15 @@ def _choose(few: bool) -> str:
     return transport
 
 
-def _stats(choices: Choices, peers: int, rounds: jax.Array) -> ExchangeStats:
+def _stats(choices: Choices, peers: int, rounds: jax.Array | None) -> ExchangeStats:
+    """Statistics of one pass; `rounds` is None where nothing is exchanged."""
     sent_P = exchange_plan.rows_of_peers(choices, peers)
     return ExchangeStats(
         sent_P=sent_P,
         empty=choices.expert_index_MC.size - jnp.sum(sent_P),
         dropped=jnp.float32(0),
-        rounds=rounds.astype(jnp.float32),
-        passes=jnp.float32(1),
+        rounds=jnp.float32(0) if rounds is None else rounds.astype(jnp.float32),
+        passes=jnp.float32(rounds is not None),
     )
 
 
@@ -172,7 +173,7 @@ def _gathered(run, axis, x_MD, choices, parameters, unit):
     y_ND = run(x_ND, here, parameters, unit)
     wide = jnp.promote_types(y_ND.dtype, jnp.float32)
     y_MD = lax.psum_scatter(y_ND.astype(wide), axis, tiled=True).astype(y_ND.dtype)
-    return y_MD, _stats(choices, lax.axis_size(axis), jnp.int32(1))
+    return y_MD, _stats(choices, lax.axis_size(axis), jnp.float32(1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -193,9 +193,8 @@ def test_eight_devices_give_what_one_gives(name, monkeypatch):
         assert exchange.sent_P.shape == (sizes.get("expert", 1),) and alone.rounds == 0
         assert exchange.sent_P.sum() == alone.sent_P.sum() == output[1].assigned_count_E.sum()
         assert exchange.sent_P.sum() + exchange.empty == B * T * layer().config.max_experts
-        assert exchange.passes == 8 // sizes.get("tensor", 1)
-        rounds = exchange.rounds / exchange.passes
-        assert rounds == 0 if "expert" not in sizes else rounds >= 1
+        exchanges = 8 // sizes.get("tensor", 1) if "expert" in sizes else 0
+        assert exchange.passes == exchanges <= exchange.rounds
 
 
 @pytest.mark.slow
