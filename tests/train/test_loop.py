@@ -130,6 +130,8 @@ def test_a_run_leaves_all_that_it_did_in_its_folder(corpus, tmp_path):
     assert [row["tokens"] for row in logged] == [128 * step for step in range(1, 11)]
     assert logged[-1]["loss"] < logged[0]["loss"]
     assert len(logged[0]["mean_experts"]) == 2
+    for name in ("rows_sent", "part_max_over_mean", "exchange_rounds", "dropped_share"):
+        assert len(logged[0][name]) == 2
     assert [row["step"] for row in rows if "eval" in row] == [5]
     assert texts == [(10_000.0, 258), (50_000.0, 258)]
 
