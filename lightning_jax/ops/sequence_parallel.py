@@ -43,15 +43,16 @@ def with_earlier_keys(
       axis: mesh axis, or axes, over which the positions are split, in order.
 
     Returns:
-      Keys and values with S - T more positions in front, and their segment_BS. S - T is
-      min(window - 1, (n - 1) T), or (n - 1) T where the window holds a whole row of n T positions:
-      the `query_offset` of the shard's queries.
+      Keys and values with S - T more positions in front, and their segment_BS. S - T, the
+      `query_offset` of the shard's queries, is min(window - 1, (n - 1) T).
     """
     T, shards = segment_BT.shape[1], lax.axis_size(axis)
     if window is not None and window < shards * T:
         rows = min(window - 1, (shards - 1) * T)
         return jax.tree.map(lambda x: _with_halo(x, axis, rows), (kv, segment_BT))
     kv, segment_BS = jax.tree.map(lambda x: _all_before(x, axis), (kv, segment_BT))
+    # Later shards stand between the others, hidden. That makes distances longer, but no window here
+    # is shorter than a row.
     shard_S = jnp.arange(shards * T) // T
     is_later_S = (shard_S >= lax.axis_index(axis)) & (shard_S < shards - 1)
     return kv, jnp.where(is_later_S[None], 0, segment_BS)
