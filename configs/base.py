@@ -149,6 +149,7 @@ def get_config() -> ConfigDict:
     data.eval_fraction = 0.05  # of documents, by a hash of their text; of one document, its tail
     data.packing = "concat"  # concat: no padding; first_fit: documents are cut only if too long
     data.prefetch = 2  # batches made ahead in a background thread
+    data.streams = 1  # parts of each source, read and packed apart, that processes share out
 
     mesh = config.mesh = ConfigDict()
     mesh.replica = 1  # copies of the model, one or more on each TPU slice or group of hosts

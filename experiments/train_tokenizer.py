@@ -30,6 +30,7 @@ def main() -> None:
         eval_fraction=0.5,
         packing="concat",
         prefetch=0,
+        streams=1,
     )
     source = Sources.open(config).eval["input"]
     tokenizer = train_bpe(source.texts(), _VOCAB_SIZE.value, _OUT.value)

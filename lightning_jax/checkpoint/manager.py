@@ -69,7 +69,8 @@ class Checkpointer:
 
         `items` maps names to pytrees of arrays and Python numbers, which the caller may donate or
         overwrite afterwards. The position of the Grain iterator (or None) is saved in one file per
-        process. `meta` is a `CheckpointMeta` as a plain dict; `load_run` reads it.
+        process: what each knows of a nested dict. `meta` is a `CheckpointMeta` as a plain dict;
+        `load_run` reads it.
         """
         reserved = {DATA_ITEM, META_ITEM} & set(items)
         if reserved:
@@ -109,8 +110,8 @@ class Checkpointer:
           step: which checkpoint; None is the newest.
           abstract_items: names to trees of `jax.ShapeDtypeStruct` with shardings (arrays and Python
             numbers serve as examples); other items of the checkpoint are not read.
-          data_iterator: Grain iterator to move to the saved position; or None. If other processes
-            saved, more or fewer, its `set_states` gets the positions of all.
+          data_iterator: Grain iterator to move to the saved position; or None. It gets what all the
+            processes that saved know, in one dict.
           verified: whether `read_meta` has compared the whole checkpoint with its digests already,
             since this process has the folder.
 

@@ -129,28 +129,36 @@ def read(
     wanted = {name: trees.leaves(tree) for name, tree in abstract_items.items()}
     nested = {name: trees.nested(leaves, trees.to_restore) for name, leaves in wanted.items()}
     args = {name: ocp.args.StandardRestore(tree) for name, tree in nested.items() if tree}
-    positions = sorted((folder / DATA_ITEM).glob("process_*.json"))
-    dealt_anew = data_iterator is not None and len(positions) not in (0, jax.process_count())
-    if data_iterator is not None and not dealt_anew:
-        import grain.checkpoint
-
-        args[DATA_ITEM] = grain.checkpoint.CheckpointRestore(data_iterator)
     with _read_errors(directory, step, advice):
         if not verified:
             folders.check_number(folder, folders.meta_values(folder))
-            folders.verify(folder, [*args, DATA_ITEM] if dealt_anew else args)
+            folders.verify(folder, [*args, *([] if data_iterator is None else [DATA_ITEM])])
         for name in [name for name, tree in nested.items() if tree]:
             _check(folder / name, trees.leaves(nested[name]))
         with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as reader:
             stored = reader.restore(folder, args=ocp.args.Composite(**args))
-        if dealt_anew:
-            data_iterator.set_states([read_json(path) for path in positions])
+        if data_iterator is not None:
+            data_iterator.set_state(_position(folder / DATA_ITEM))
+            data_iterator.start_prefetch()
     result = {}
     for name, leaves in wanted.items():
         found = trees.leaves(stored[name]) if name in args else {}
         values = [trees.restored(leaf, found.get(key)) for key, leaf in leaves.items()]
         result[name] = jax.tree.unflatten(jax.tree.structure(abstract_items[name]), values)
     return result
+
+
+def _position(folder: Path) -> dict[str, Any]:
+    """Returns what the processes have saved, each in a file of its own, of the data's position.
+
+    Each knows entries of it; what several know is the same.
+    """
+    position: dict[str, Any] = {}
+    for path in sorted(folder.glob("process_*.json")):
+        for name, value in read_json(path).items():
+            is_part = isinstance(value, dict)
+            position[name] = {**position.get(name, {}), **value} if is_part else value
+    return position
 
 
 def _read_meta(

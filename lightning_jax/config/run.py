@@ -144,6 +144,7 @@ class DataConfig:
     eval_fraction: float
     packing: str
     prefetch: int
+    streams: int
 
     def __post_init__(self) -> None:
         require(bool(self.tokenizer), "data.tokenizer", self.tokenizer, '"bytes" or a path')
@@ -156,6 +157,7 @@ class DataConfig:
             self.prefetch,
             f"between 0 and {_MOST_PREFETCHED} batches",
         )
+        require(self.streams >= 1, "data.streams", self.streams, "at least 1")
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -227,6 +229,12 @@ class RunConfig:
             names = [item.name for item in items]
             require(len(set(names)) == len(names), field, names, "of distinct names")
         for stage in self.stages:
+            require(
+                stage.batch_size % self.data.streams == 0,
+                "data.streams",
+                self.data.streams,
+                f"a divisor of stages.{stage.name}.batch_size = {stage.batch_size}",
+            )
             for source, _ in stage.mixture:
                 require(
                     source in self.data.source_names,

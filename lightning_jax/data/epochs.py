@@ -19,23 +19,40 @@ MOST_EPOCHS = 4
 _SAMPLE = 2**18  # characters of a source that say how many tokens it has
 
 
-def consumed(
-    state: Mapping[str, Any], sources: Sources, process_count: int = 1
-) -> dict[str, dict[str, float]]:
+# By stream, by source: targets that it has given, and documents, parts of them included.
+Counts = dict[str, dict[str, tuple[int, float]]]
+
+
+def counts(state: Mapping[str, Any]) -> Counts:
+    """Returns what the streams of a process have read of each source, over all stages.
+
+    Args:
+      state: of `mixture.make_train_iterator` after a batch. The result survives JSON.
+    """
+    return {
+        stream: {
+            name: (source["pairs"], source["documents"])
+            for name, source in position["sources"].items()
+        }
+        for stream, position in state["streams"].items()
+    }
+
+
+def consumed(counts: Counts, sources: Sources) -> dict[str, dict[str, float]]:
     """Returns, by source, the `tokens` and `epochs` that a run has read, over all its stages.
 
     Args:
-      state: of `mixture.make_train_iterator` after a batch: its own or a later stage's.
+      counts: of all streams. The sums are in the order of the streams, whoever has counted them.
       sources: of the run.
-      process_count: of the run. Each process knows its own part, which is about that of any other.
     """
+    streams = [counts[stream] for stream in sorted(counts, key=int)]
+    names = [name for name in streams[0] if name in sources.train]
     return {
         name: {
-            "tokens": stream["pairs"] * process_count,
-            "epochs": stream["documents"] * process_count / len(sources.train[name]),
+            "tokens": sum(stream[name][0] for stream in streams),
+            "epochs": sum(stream[name][1] for stream in streams) / len(sources.train[name]),
         }
-        for name, stream in state["streams"].items()
-        if name in sources.train
+        for name in names
     }
 
 

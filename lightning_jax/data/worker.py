@@ -11,7 +11,6 @@ import queue
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,22 +29,15 @@ class WorkerIterator(grain.DatasetIterator):
     """The batches of `parent`, made in a thread, up to `ahead` of them before they are asked for.
 
     The state is that after the last batch taken, whatever has been made ahead. An error of the
-    thread is raised by the `next` that reaches it and by all later ones. `regroup` makes one state
-    of those of other processes.
+    thread is raised by the `next` that reaches it and by all later ones.
 
     Raises (`next`):
       UserError: whatever ended the thread.
     """
 
-    def __init__(
-        self,
-        parent: grain.DatasetIterator,
-        *,
-        ahead: int,
-        regroup: Callable[[Sequence[dict[str, Any]]], dict[str, Any]] | None = None,
-    ) -> None:
+    def __init__(self, parent: grain.DatasetIterator, *, ahead: int) -> None:
         super().__init__(parent)
-        self._ahead, self._regroup = ahead, regroup
+        self._ahead = ahead
         self._state = parent.get_state()
         self._worker: _Worker | None = None
         self._asked = False
@@ -89,10 +81,6 @@ class WorkerIterator(grain.DatasetIterator):
         self._stop()
         self._parent.set_state(state)
         self._state = self._parent.get_state()
-
-    def set_states(self, states: Sequence[dict[str, Any]]) -> None:
-        """Goes on after the states of all processes, which were more or fewer than now."""
-        self.set_state(self._regroup(states))
 
     def start_prefetch(self) -> None:
         if self._ahead and self._worker is None:

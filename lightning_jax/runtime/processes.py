@@ -9,10 +9,14 @@ that no device waits. A single process talks to nobody.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import json
 import logging
+import os
+import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -23,12 +27,15 @@ from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require
 
 _ANSWER_SECONDS = 300.0
+# A process that does not answer for so long is dead; less than a minute, for its chips cost money.
+_HEARTBEAT_SECONDS = 45
 # While a process waits for the words of another, Python's signal handlers run this often.
 _POLL_MILLISECONDS = 500
 # Before the error of a process that takes part in nothing any more.
 _LEAVES = "leaves: "
 _turns = itertools.count()
 _apart = False
+_outlook: Callable[[], str] = str
 
 
 class Left(UserError):
@@ -57,8 +64,9 @@ def start(distributed: bool, address: str | None, number: int | None, index: int
         _wait_for(address)
     # jax's own handler of SIGTERM would swallow the signals before `train.signals` has its own.
     jax.config.update("jax_enable_preemption_service", False)
+    _explain_aborts()
     try:
-        jax.distributed.initialize(**given)
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
     except Exception as error:
         missing = ", ".join(f"--{name}" for name, value in given.items() if value is None)
         hint = f"; outside of a cluster that jax knows, give {missing}" if missing else ""
@@ -92,6 +100,37 @@ def _wait_for(address: str) -> None:
                 message = f"--coordinator_address={address}: process 0 does not answer ({error})"
                 raise UserError(message) from error
             time.sleep(0.5)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _end(_signal: int) -> None:
+    message = "this process was ended by jax, most often because another one has died (see above)"
+    with contextlib.suppress(Exception):
+        print("; ".join(filter(None, (f"error: {message}", _outlook()))), file=sys.stderr)
+    os._exit(2)
+
+
+def _explain_aborts() -> None:
+    """Makes an abort of this process end it with a line and status 2.
+
+    When a process dies, the devices of the others wait for it, and nothing can interrupt them. Then
+    jax aborts the processes from a thread of C++, after `_HEARTBEAT_SECONDS`, or at once if it was
+    process 0. Its handler of lost heartbeats cannot be one of Python in jax 0.10, nor can a handler
+    of `signal.signal` run, for the main thread waits. Whatever is being written stays a leftover,
+    as after any kill.
+    """
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), _end)
+
+
+@contextlib.contextmanager
+def if_lost(outlook: Callable[[], str]) -> Iterator[None]:
+    """While it is entered, `outlook()` says after the death of another process how to go on."""
+    global _outlook
+    before, _outlook = _outlook, outlook
+    try:
+        yield
+    finally:
+        _outlook = before
 
 
 def count() -> int:

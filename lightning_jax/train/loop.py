@@ -6,15 +6,16 @@ dispatch (so the host never makes the device wait), evaluate, save.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from lightning_jax import accounting
+from lightning_jax import accounting, sharding
+from lightning_jax.checkpoint import all_steps, checkpoints_dir
 from lightning_jax.config import RunConfig
-from lightning_jax.data import epochs, mixture
+from lightning_jax.data import epochs, mixture, streams
 from lightning_jax.runtime import compiler, processes, tables
 from lightning_jax.runtime.files import write_json
 from lightning_jax.train import placement
@@ -26,6 +27,8 @@ from lightning_jax.train.screens import closing, opening
 from lightning_jax.train.session import Sampler, Session, open_session
 from lightning_jax.train.start import Start, look
 from lightning_jax.train.step import TrainState
+
+logger = logging.getLogger(__name__)
 
 
 def run(
@@ -60,7 +63,11 @@ def run(
       Stopped: a signal (see `signals`); the state has been saved.
     """
     config.require_trainable()
-    with processes.together(), folder.claim(workdir) as claim:
+    with (
+        processes.together(),
+        folder.claim(workdir) as claim,
+        processes.if_lost(lambda: _goes_on(claim.path)),
+    ):
         # None writes before all have read.
         with processes.together():
             start = look(config, claim.path, allow_changed_data=allow_changed_data)
@@ -70,6 +77,11 @@ def run(
         if keep_compiled:
             compiler.cache_in(claim.path / "compiled")
         return _run(start, claim.path, mesh, sampler=sampler, profile=profile)
+
+
+def _goes_on(path: Path) -> str:
+    steps = all_steps(checkpoints_dir(path))
+    return f"the run goes on from checkpoint {steps[-1]}" if steps else "nothing was saved yet"
 
 
 def _run(
@@ -90,6 +102,7 @@ def _run(
         profile=profile,
     ) as session:
         session.progress.open(opening(path, plan, session.start, mesh))
+        _warn_of_shared_streams(session)
         state = _train(session)
         session.checkpointer.wait()
         try:
@@ -102,6 +115,19 @@ def _run(
         write_json(path / "evaluation.json", results)
     session.progress.note(closing(path, plan))
     return results
+
+
+def _warn_of_shared_streams(session: Session) -> None:
+    """Says so where processes read the same text because there are too few streams."""
+    size, count = session.plan.segments[0].batch_size, session.plan.config.data.streams
+    rows, each = sharding.rows_here(session.mesh, size), size // count
+    times = len(streams.needed(rows, each)) * each / len(rows)
+    if times > 1 and processes.is_writer():
+        logger.warning(
+            "data.streams = %d: each process reads and tokenizes the text of %.3g times its rows; "
+            "in a new run, data.streams = %d would share the text out",
+            *(count, times, sharding.batch_shards(session.mesh)),
+        )
 
 
 def _train(session: Session) -> TrainState:
@@ -131,8 +157,7 @@ def _batches(session: Session, segment: Segment, before: Any) -> Any:
         segment.stage,
         tokenizer=session.tokenizer,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=sharding.rows_here(session.mesh, segment.batch_size),
     )
     if before is not None:
         before.close()
@@ -153,13 +178,13 @@ def _run_segment(session: Session, segment: Segment, state: TrainState, batches:
             _evaluate(session, segment, step, state)
         while step < segment.end_step:
             batch = placement.put_batch(watch.next_batch(batches), session.mesh)
-            consumed = epochs.consumed(batches.get_state(), session.sources, jax.process_count())
+            read = epochs.counts(batches.get_state())
             session.trace.before_step()
             knobs = session.plan.knobs(step)
             state, metrics = session.program.step(state, batch, knobs, segment.accumulate)
             if unread is not None:
                 session.report(step, unread, state, batches)
-            step, unread = step + 1, metrics | {"data": consumed}
+            step, unread = step + 1, metrics | {"data": read}
             last = step == segment.end_step
             saving = last or step % config.checkpoint_every == 0
             evaluating = session.is_evaluated(step) and not last

@@ -6,9 +6,11 @@ a mesh of devices that are not present.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -49,19 +51,32 @@ def make_mesh(plan: Plan) -> Mesh:
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Places this process's rows of a global batch onto the mesh."""
-    placement = sharding.batch_sharding(mesh)
-    return jax.tree.map(
-        lambda array: jax.make_array_from_process_local_data(placement, array), batch
-    )
+    """Places a global batch, of which this process has the rows `sharding.rows_here`, on the mesh.
+
+    Processes that hold parts of the same rows must have equal ones.
+    """
+    shards = sharding.batch_shards(mesh)
+    size = len(batch.tokens) * shards // len(sharding.rows_here(mesh, shards))
+    return _put(batch, mesh, sharding.rows_here(mesh, size), size)
 
 
 def put_whole(batch: Batch, mesh: Mesh) -> Batch:
     """Places a global batch, which every process holds whole, onto the mesh."""
+    size = len(batch.tokens)
+    return _put(batch, mesh, range(size), size)
+
+
+def _put(batch: Batch, mesh: Mesh, rows: Sequence[int], size: int) -> Batch:
+    """Places a batch of `size` rows, of which `batch` has `rows`, ascending."""
     placement = sharding.batch_sharding(mesh)
-    return jax.tree.map(
-        lambda array: jax.make_array_from_callback(array.shape, placement, array.__getitem__), batch
-    )
+
+    def place(array: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, slice]) -> np.ndarray:
+            return array[np.searchsorted(rows, np.arange(size)[index[0]]), index[1]]
+
+        return jax.make_array_from_callback((size, array.shape[1]), placement, part)
+
+    return jax.tree.map(place, batch)
 
 
 def abstract_batch(segment: Segment, mesh: Mesh) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from lightning_jax.checkpoint import Checkpointer
 from lightning_jax.config import CheckpointMeta, RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import to_dict
+from lightning_jax.data import epochs
 from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import Tokenizer
 from lightning_jax.runtime import processes
@@ -104,6 +106,8 @@ class Session:
     def report(self, step: int, metrics: dict[str, Any], state: TrainState, batches: Any) -> None:
         """Fetches the metrics of the last of `step` steps, checks them, and logs them when due.
 
+        `metrics["data"]` is what the streams of this process have read, of `epochs.counts`.
+
         Raises:
           UserError: the loss is not finite and `on_nan` is "stop", or too many steps in a row were
             skipped; the state has been saved.
@@ -120,6 +124,7 @@ class Session:
         if step % config.log_every and step not in self.plan.stage_ends:
             return
         row = {"step": step, "stage": segment.stage.name, "tokens": self.plan.tokens_at(step)}
+        metrics = metrics | {"data": self._consumed(metrics["data"])}
         row |= flatten(jax.device_get(metrics)) | self.throughput.end_lap()
         self.writer.write(row)
         if config.histogram_every and step % config.histogram_every == 0:
@@ -128,6 +133,13 @@ class Session:
                     self.writer.histogram(f"router/{key}", row[key], step)
             largest = [float(abs(leaf).max()) for leaf in jax.tree.leaves(state.params)]
             self.writer.histogram("params/absmax", largest, step)
+
+    def _consumed(self, counts: epochs.Counts) -> dict[str, Any]:
+        """Tokens and epochs by source over the streams of all processes."""
+        said = [json.loads(word) for word in processes.exchange(json.dumps(counts))]
+        return epochs.consumed(
+            {name: of for each in said for name, of in each.items()}, self.sources
+        )
 
     def _halt(self, step: int, state: TrainState, batches: Any) -> None:
         """Saves the last good state under the number of the failed step, and raises."""

@@ -15,7 +15,7 @@ from lightning_jax.checkpoint import Checkpointer
 from lightning_jax.config import CheckpointMeta, RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import to_dict
-from lightning_jax.data import epochs
+from lightning_jax.data import epochs, mixture
 from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import Tokenizer
 from lightning_jax.runtime.files import write_json
@@ -100,6 +100,7 @@ def look(config: RunConfig, path: Path, *, allow_changed_data: bool = False) -> 
     past = folder.Past.read(path)
     changed = _changed(past, config)
     sources = Sources.open(config.data)
+    mixture.require_streams(sources, config.stages)
     data = sources.fingerprint()
     if past.has_trained:
         _compare_data(past, data, changed, allow_changed_data)

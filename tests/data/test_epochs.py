@@ -8,7 +8,7 @@ import pytest
 
 from lightning_jax.config import DataConfig, SourceConfig
 from lightning_jax.config.errors import UserError
-from lightning_jax.data import epochs, mixture, regroup
+from lightning_jax.data import epochs, mixture
 from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import ByteTokenizer
 from tests.tiny import tiny_stage
@@ -35,7 +35,7 @@ def data(tmp_path):
     (tmp_path / "held_out.txt").write_text("held out")
     held_out = str(tmp_path / "held_out.txt")
     sources = tuple(SourceConfig(n, f"{tmp_path}/{n}.jsonl", held_out) for n in "abc")
-    return DataConfig("bytes", sources, "text", 0.2, "concat", 0)
+    return DataConfig("bytes", sources, "text", 0.2, "concat", 0, 1)
 
 
 def run(data, state=None, first=0, skip=0):
@@ -48,7 +48,13 @@ def run(data, state=None, first=0, skip=0):
         for step in range(skip, count):
             batch = next(batches)
             state = json.dumps(batches.get_state())
-            yield index, step, batch, epochs.consumed(batches.get_state(), sources), state
+            yield (
+                index,
+                step,
+                batch,
+                epochs.consumed(epochs.counts(batches.get_state()), sources),
+                state,
+            )
         batches.close()
         skip = 0
 
@@ -86,10 +92,20 @@ def test_counts_go_on_after_a_resume(prefetch, data):
         assert resumed == [consumed for _, _, _, consumed, _ in steps[at + 1 :]]
 
 
-def test_processes_count_for_all():
-    state = {"streams": {"a": {"pairs": 5, "documents": 1.5}, "gone": {}}}
-    sources = type("sources", (), {"train": {"a": range(3)}})
-    assert epochs.consumed(state, sources, 2) == {"a": {"tokens": 10, "epochs": 1.0}}
+def test_streams_are_summed_in_order_whoever_has_counted_them(data):
+    data, config = dataclasses.replace(data, streams=2), stage(batch_size=4)
+    sources, options = Sources.open(data), dict(tokenizer=TOKENIZER, seed=0)
+    parts = [
+        mixture.make_train_iterator(sources, data, config, rows=rows, **options)
+        for rows in (None, (2, 3), (0, 1))
+    ]
+    for _ in range(5):
+        for part in parts:
+            next(part)
+    all_streams, *each = [epochs.counts(json.loads(json.dumps(p.get_state()))) for p in parts]
+    consumed = epochs.consumed(all_streams, sources)
+    assert epochs.consumed(each[0] | each[1], sources) == consumed
+    assert sum(row["tokens"] for row in consumed.values()) == 5 * 4 * 16
 
 
 # Case B6
@@ -116,25 +132,3 @@ def test_a_planned_source_must_have_something_left(data, tmp_path):
         epochs.planned_epochs(Sources.open(data), [stage()], TOKENIZER)
     only_b = stage(mixture=(("a", 0.0), ("b", 1.0)))
     assert list(epochs.planned_epochs(Sources.open(data), [only_b], TOKENIZER)) == ["b"]
-
-
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 2)])
-def test_counts_go_on_among_other_processes(before, after, data):
-    sources, config = Sources.open(data), stage(batch_size=4)
-    options = dict(tokenizer=TOKENIZER, seed=0)
-    states = []
-    for process in range(before):
-        batches = mixture.make_train_iterator(
-            sources, data, config, process_index=process, process_count=before, **options
-        )
-        for _ in range(5):
-            next(batches)
-        states.append(batches.get_state())
-    counts = [
-        epochs.consumed(regroup.regroup(states, process, after), sources, after)
-        for process in range(after)
-    ]
-    for name in "ab":
-        tokens = sum(state["streams"][name]["pairs"] for state in states)
-        for each in counts:
-            assert abs(each[name]["tokens"] - tokens) < after

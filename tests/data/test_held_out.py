@@ -25,7 +25,7 @@ def content(text):
 def open_all(cache, *sources):
     """Sources of (name, path, eval_path)."""
     configs = tuple(SourceConfig(*source) for source in sources)
-    return Sources.open(DataConfig("bytes", configs, "text", FRACTION, "concat", 0), cache)
+    return Sources.open(DataConfig("bytes", configs, "text", FRACTION, "concat", 0, 1), cache)
 
 
 def contents(split):

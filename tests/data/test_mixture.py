@@ -27,7 +27,7 @@ def data(tmp_path):
             text = f"{letter}{i:03} " * int(rng.integers(1, 30))
             (tmp_path / letter / f"{i}.txt").write_text(text)
     sources = tuple(SourceConfig(n, f"{tmp_path}/{n}/*.txt", "") for n in "abc")
-    return DataConfig("bytes", sources, "text", 0.2, "concat", 2)
+    return DataConfig("bytes", sources, "text", 0.2, "concat", 2, 1)
 
 
 def stage(**changes):
@@ -102,38 +102,6 @@ def test_mix_passes_grains_own_checkpoint_test():
     )
 
 
-def document_counts(batches):
-    """How often each document begins, by its name in its first tokens."""
-    counts = {}
-    for batch in batches:
-        for tokens in batch.tokens:
-            for at in np.flatnonzero(tokens[:-4] == TOKENIZER.bos_id):
-                name = bytes(tokens[at + 1 : at + 5].astype(np.uint8)).decode()
-                counts[name] = counts.get(name, 0) + 1
-    return counts
-
-
-def test_processes_share_each_epoch(data):
-    """Documents of single-row size under first_fit: none is cut, so each can be counted."""
-    data = dataclasses.replace(data, packing="first_fit")
-    config = stage(mixture=(("a", 1.0), ("b", 0.0)), seq_len=160, batch_size=2)
-    source = Sources.open(data).train["a"]
-    names = {text[:4] for text in source.texts()}
-    rows = {}
-    for process in range(2):
-        documents = mixture._endless(source, TOKENIZER, 0, slice(process, None, 2))
-        share = len(source) // 2 + (process == 0 and len(source) % 2)
-        rows[process] = [bytes(documents[i][1:5].astype(np.uint8)).decode() for i in range(share)]
-    assert not set(rows[0]) & set(rows[1])
-    assert set(rows[0]) | set(rows[1]) == names
-    assert len(rows[0]) + len(rows[1]) == len(names)
-    data = dataclasses.replace(data, packing="concat")  # reads no second epoch for its first row
-    batches = take(iterator(data, config, process_index=1, process_count=2), 3)
-    assert batches[0].tokens.shape == (1, 160)
-    first = [name for name in document_counts(batches[:1])]
-    assert first and set(first) <= set(rows[1])
-
-
 def test_epochs_are_whole_and_in_different_orders(data):
     source = Sources.open(data).train["c"]
     documents = mixture._endless(source, TOKENIZER, 3, slice(0, None, 1))
@@ -148,11 +116,6 @@ def test_a_source_without_weight_is_opened_for_what_it_holds_out(data):
     data = dataclasses.replace(data, sources=(data.sources[0], missing))
     with pytest.raises(UserError, match="data.sources.b.path"):
         iterator(data, stage(mixture=(("a", 1.0), ("b", 0.0))))
-
-
-def test_batch_must_divide(data):
-    with pytest.raises(UserError, match="stages.s.batch_size = 4: .*multiple of the 3 processes"):
-        iterator(data, process_count=3)
 
 
 def test_bad_record_reaches_the_caller_through_the_thread(data, tmp_path):
@@ -197,7 +160,7 @@ def traced(tmp_path):
     (tmp_path / "held_out.txt").write_text("held out")
     held_out = str(tmp_path / "held_out.txt")
     files = tuple(SourceConfig(n, f"{tmp_path}/{n}.jsonl", held_out) for n in "abc")
-    return DataConfig("bytes", files, "text", 0.2, "concat", 2)
+    return DataConfig("bytes", files, "text", 0.2, "concat", 2, 1)
 
 
 # Seams with another length, batch size and mixture; weights that drop to 0 and come back.
@@ -232,6 +195,12 @@ def document_pairs(documents, spans):
     return pairs
 
 
+def own_rows(batch, stream, count):
+    """The rows of a batch that one of `count` streams gives."""
+    each = len(batch.tokens) // count
+    return Batch(*(array[stream * each : (stream + 1) * each] for array in batch))
+
+
 def seen_pairs(batches):
     """By source, the pairs of all batches in order."""
     seen = {name: [] for name in "abc"}
@@ -245,30 +214,29 @@ def seen_pairs(batches):
     return seen
 
 
-@pytest.mark.parametrize(
-    "process", [(1, 2), *(pytest.param(p, marks=pytest.mark.slow) for p in [(0, 1), (0, 2)])]
-)
+@pytest.mark.parametrize("count", [2, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("packing_kind", ["concat", "first_fit"])
-def test_seams_neither_repeat_nor_drop(traced, packing_kind, process, monkeypatch):
-    data = dataclasses.replace(traced, packing=packing_kind)
+def test_seams_neither_repeat_nor_drop(traced, packing_kind, count, monkeypatch):
+    data = dataclasses.replace(traced, packing=packing_kind, streams=count)
     monkeypatch.setattr(packing, "_OPEN_ROWS", 6)
-    index, count = process
-    steps = [*run_stages(data, process_index=index, process_count=count)]
-    streams = json.loads(steps[-1][-1])["streams"]
-    seen = seen_pairs(batch for _, _, batch, _ in steps)
-    for name, source in Sources.open(data).train.items():
-        documents = mixture._endless(source, TRACED, 0, slice(index, None, count))
-        state = streams[name]
-        assert state["next"] * count > len(source), "the second epoch was begun"
-        given = document_pairs(
-            documents, [(i, 0, len(documents[i]) - 1) for i in range(state["next"])]
-        )
-        rows, spans = json.loads(state.get("rows", "[]")), json.loads(state["spans"])
-        held = document_pairs(documents, [*sum(rows, []), *spans])
-        if packing_kind == "concat":
-            assert seen[name] + held == given
-        else:
-            assert sorted(seen[name] + held) == sorted(given)
+    steps = [*run_stages(data)]
+    positions = json.loads(steps[-1][-1])["streams"]
+    assert [*positions] == [str(stream) for stream in range(count)]
+    for stream in range(count):
+        seen = seen_pairs(own_rows(batch, stream, count) for _, _, batch, _ in steps)
+        for name, source in Sources.open(data).train.items():
+            documents = mixture._endless(source, TRACED, 0, slice(stream, None, count))
+            state = positions[str(stream)]["sources"][name]
+            assert state["next"] * count > len(source), "the second epoch was begun"
+            given = document_pairs(
+                documents, [(i, 0, len(documents[i]) - 1) for i in range(state["next"])]
+            )
+            rows, spans = json.loads(state.get("rows", "[]")), json.loads(state["spans"])
+            held = document_pairs(documents, [*sum(rows, []), *spans])
+            if packing_kind == "concat":
+                assert seen[name] + held == given
+            else:
+                assert sorted(seen[name] + held) == sorted(given)
 
 
 @pytest.mark.slow
@@ -335,33 +303,19 @@ def eval_source(data, name="a"):
     return Sources.open(data).eval[name]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_eval_predicts_every_token_once(data, processes):
+def test_eval_predicts_every_token_once(data):
     source = eval_source(data)
-    parts = [
-        mixture.eval_batches(
-            source,
-            tokenizer=TOKENIZER,
-            seq_len=16,
-            batch_size=4,
-            process_index=process,
-            process_count=processes,
-        )
-        for process in range(processes)
-    ]
-    batches = []
-    for shards in zip(*parts, strict=True):
-        assert all(a.shape == (4 // processes, 16) for s in shards for a in s)
-        batches.append(Batch(*map(np.concatenate, zip(*shards, strict=True))))
-    assert len(batches) == len(parts[0])
-    mask = np.concatenate([b.loss_mask.ravel() for b in batches]) > 0
-    targets = np.concatenate([b.targets.ravel() for b in batches])
+    batches = mixture.eval_batches(source, tokenizer=TOKENIZER, seq_len=16, batch_size=4)
+    read = list(batches)
+    assert len(read) == len(batches) and all(a.shape == (4, 16) for batch in read for a in batch)
+    mask = np.concatenate([b.loss_mask.ravel() for b in read]) > 0
+    targets = np.concatenate([b.targets.ravel() for b in read])
     expected = [t for text in source.texts() for t in [*text.encode(), TOKENIZER.eos_id]]
     assert targets[mask].tolist() == expected
     assert np.all(np.diff(mask.astype(int)) <= 0)
-    assert parts[0].num_targets == len(expected)
-    assert parts[0].num_bytes == source.num_bytes
-    np.testing.assert_equal(list(parts[0]), list(parts[0]))  # as often as one likes
+    assert batches.num_targets == len(expected)
+    assert batches.num_bytes == source.num_bytes
+    np.testing.assert_equal(list(batches), read)  # as often as one likes
 
 
 def test_eval_truncates_by_whole_documents(data):

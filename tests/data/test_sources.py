@@ -17,7 +17,7 @@ from lightning_jax.data.index import key_of
 
 def data_of(path, *, eval_path="", eval_fraction=0.2, text_field="text"):
     config = SourceConfig("it", str(path), str(eval_path))
-    return DataConfig("bytes", (config,), text_field, eval_fraction, "concat", 0)
+    return DataConfig("bytes", (config,), text_field, eval_fraction, "concat", 0, 1)
 
 
 def open_one(path, split="train", **options):
@@ -241,7 +241,7 @@ def test_fingerprint_counts_both_splits(tmp_path):
         for i in range(count):
             (tmp_path / letter / f"{i}.txt").write_text(f"{letter}{i}é " * (i + 1))
     configs = tuple(SourceConfig(name, f"{tmp_path}/{name}/*.txt", "") for name in "ab")
-    data = DataConfig("bytes", configs, "text", 0.2, "concat", 0)
+    data = DataConfig("bytes", configs, "text", 0.2, "concat", 0, 1)
     opened = sources.Sources.open(data)
     prints = opened.fingerprint()
     assert list(prints) == list(opened.train) == list(opened.eval) == ["a", "b"]
@@ -257,7 +257,7 @@ def test_fingerprint_counts_both_splits(tmp_path):
 
 def open_many(*configs, eval_fraction=0.2):
     configs = tuple(SourceConfig(*config) for config in configs)
-    return sources.Sources.open(DataConfig("bytes", configs, "text", eval_fraction, "concat", 0))
+    return sources.Sources.open(DataConfig("bytes", configs, "text", eval_fraction, "concat", 0, 1))
 
 
 # Case B1

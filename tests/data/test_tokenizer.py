@@ -138,7 +138,7 @@ def data(tmp_path):
     for i in range(20):
         (folder / f"{i}.txt").write_text(f"words and words of document {i}\n" * 3)
     source = SourceConfig("words", f"{folder}/*.txt", "")
-    return DataConfig("bpe:270", (source,), "text", 0.1, "concat", 0)
+    return DataConfig("bpe:270", (source,), "text", 0.1, "concat", 0, 1)
 
 
 def resolve(data, workdir):
