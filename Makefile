@@ -15,10 +15,23 @@ comma := ,
 INSTALLED_TEST := $(VENV)/.installed-$(subst $(comma),-,$(TEST_EXTRAS))
 PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test check help
+.PHONY: quickstart multiprocess test check help
 
 quickstart: $(VENV)/.installed  ## train, evaluate and judge a small complete model on this machine
 	$(BIN)/python -m experiments.quickstart --workdir="$(WORKDIR)"
+
+# Ends with the first status that is not 0, after both have ended.
+multiprocess: WORKDIR = runs/multiprocess
+multiprocess: $(VENV)/.installed  ## two processes train one tiny run on this machine's CPU
+	set -o pipefail; \
+	port=$$($(BIN)/python -c 'import socket; s = socket.create_server(("", 0)); print(s.getsockname()[1])'); \
+	process() { \
+	  JAX_PLATFORMS=cpu $(BIN)/python -m experiments.train --config=configs/tour.py \
+	    --workdir="$(WORKDIR)" --config.data.streams=2 $(FLAGS) --distributed \
+	    --coordinator_address=127.0.0.1:$$port --num_processes=2 --process_id=$$1 2>&1 \
+	    | sed "s/^/[process $$1] /"; \
+	}; \
+	process 1 & process 0; first=$$?; wait $$! && exit $$first
 
 test: $(INSTALLED_TEST)  ## run every test
 	$(BIN)/python -m pytest -n 2 -q tests

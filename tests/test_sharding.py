@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import types
 
+import jax
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
@@ -46,6 +49,36 @@ def test_mesh_sizes():
     with pytest.raises(UserError, match="8 devices"):
         sharding.make_mesh(mesh_config(data=3))
     sharding.make_mesh(mesh_config(data=8))  # its advice
+
+
+class Elsewhere:
+    """A device of a process, as process `here` sees it."""
+
+    platform = device_kind = "cpu"
+
+    def __init__(self, index, process, here):
+        self.id, self.process_index = index, process
+        self.client = types.SimpleNamespace(process_index=lambda: here, platform="cpu")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "owners", "rows"),
+    [
+        ({"data": 4}, [0, 0, 1, 1], [(0, 1, 2, 3), (4, 5, 6, 7)]),
+        ({"data": 4}, [0, 1, 0, 1], [(0, 1, 4, 5), (2, 3, 6, 7)]),
+        ({"replica": 2, "expert": 2}, [1, 0, 0, 1], [(2, 3, 4, 5), (0, 1, 6, 7)]),
+        # Both processes need all rows, if not all columns of them.
+        ({"data": 2, "sequence": 2}, [0, 1, 0, 1], [tuple(range(8))] * 2),
+        ({"fsdp": 2, "tensor": 2}, [0, 0, 1, 1], [(0, 1, 2, 3), (4, 5, 6, 7)]),
+    ],
+    ids=str,
+)
+def test_a_process_has_the_rows_of_its_devices(sizes, owners, rows):
+    shape = [sizes.get(axis, 1) for axis in sharding.MESH_AXES]
+    for here, expected in enumerate(rows):
+        devices = [Elsewhere(index, owner, here) for index, owner in enumerate(owners)]
+        mesh = jax.sharding.Mesh(np.array(devices).reshape(shape), sharding.MESH_AXES)
+        assert sharding.rows_here(mesh, 8) == expected
 
 
 def test_slices_are_divided_by_replicas(monkeypatch):

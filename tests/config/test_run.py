@@ -152,6 +152,8 @@ REFUSED = [
     ("data.eval_fraction", 0.0, r"in \(0, 1\)"),
     ("data.packing", "first", 'did you mean "first_fit"'),
     ("data.prefetch", -1, "between 0 and 1024 batches"),
+    ("data.streams", 0, "at least 1"),
+    ("data.streams", 3, "a divisor of stages.stable.batch_size = 8"),
     ("mesh.fsdp", 0, "at least 1, or -1"),
     ("log_every", 0, "at least 1"),
     ("eval_every", -1, r"0 \(never\) or more"),

@@ -3,6 +3,8 @@
 import json
 import logging
 import socket
+import subprocess
+import sys
 import threading
 
 import jax
@@ -190,6 +192,25 @@ def test_the_first_process_may_be_late(monkeypatch):
         listener.bind(("127.0.0.1", 0))
         threading.Timer(0.2, listener.listen).start()
         processes._wait_for(f"127.0.0.1:{listener.getsockname()[1]}")
+
+
+# Case F9
+def test_an_abort_in_any_thread_is_a_line():
+    program = """
+import os, threading, time
+from lightning_jax.runtime import processes
+
+processes._explain_aborts()
+with processes.if_lost(lambda: "over"), processes.if_lost(lambda: "go on from 3"):
+    threading.Thread(target=os.abort).start()
+    time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: this process was ended by jax, most often because another one has died (see above);"
+        " go on from 3"
+    ]
 
 
 def test_nothing_is_started_alone(monkeypatch):

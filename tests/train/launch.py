@@ -21,15 +21,15 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start(corpus, workdir, *changes, count=2, faults=("", "")):
+def start(corpus, workdir, *changes, count=2, devices=1, faults=("",) * 4):
     """Starts `count` processes that train `tiny_run(corpus, **changes)`; faults are by process."""
     environment = {
         **os.environ,
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         # As `compiler.cache_in` says: a program on several devices is not to come from a file.
-        "JAX_ENABLE_COMPILATION_CACHE": str(count == 1).lower(),
+        "JAX_ENABLE_COMPILATION_CACHE": str(count * devices == 1).lower(),
     }
     port, changes = str(free_port()), (*QUICK, *changes)
     return [

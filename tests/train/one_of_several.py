@@ -4,6 +4,9 @@ python tests/train/one_of_several.py CORPUS WORKDIR PORT COUNT INDEX [FAULT [CHA
 """
 
 import ast
+import dataclasses
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -15,6 +18,10 @@ from lightning_jax.data import mixture
 from lightning_jax.runtime import processes, program
 from lightning_jax.train import loop, placement
 from tests.tiny import tiny_run
+
+
+# Shorter than that of runs, so that a test of it is short.
+HEARTBEAT_SECONDS = 6
 
 
 class PanicException(BaseException):
@@ -45,6 +52,17 @@ def make_fault(fault: str) -> None:
         placement.put_batch = put_batch
     elif fault == "hang":
         mixture.document_tokens = lambda text, tokenizer: time.sleep(1000)
+    elif fault.startswith(("SIGKILL", "SIGTERM")):
+        name, number = fault[:7], int(fault[7:])
+        steps, taken = placement.put_batch, []
+
+        def put_batch(*args):
+            taken.append(args)
+            if len(taken) == number:
+                os.kill(os.getpid(), signal.Signals[name])
+            return steps(*args)
+
+        placement.put_batch = put_batch
     elif fault == "slow":
         steps = placement.put_batch
         placement.put_batch = lambda *args: time.sleep(0.3) or steps(*args)
@@ -58,6 +76,7 @@ def make_fault(fault: str) -> None:
 
 def main() -> None:
     corpus, workdir, port, count, index, fault, *changes = sys.argv[1:]
+    processes._HEARTBEAT_SECONDS = HEARTBEAT_SECONDS
     processes.start(count != "1", *_cluster(port, int(count), int(index)))
     make_fault(fault)
     values = dict(change.split("=", 1) for change in changes)
@@ -65,7 +84,10 @@ def main() -> None:
     if fault == "seed":
         values["seed"] = 7
     sys.argv[1:] = []
-    program.run(lambda: loop.run(tiny_run(corpus, **values), workdir), huge_pages=False)
+    config = tiny_run(corpus, **values)
+    wide = tuple(dataclasses.replace(s, batch_size=8, tokens=2 * s.tokens) for s in config.stages)
+    config = dataclasses.replace(config, stages=wide)
+    program.run(lambda: loop.run(config, workdir), huge_pages=False)
 
 
 def _cluster(port: str, count: int, index: int) -> tuple[str | None, int | None, int | None]:

@@ -102,8 +102,10 @@ def test_a_batch_that_is_not_split_over_the_experts_devices_is_refused():
             program.step(program.abstract_state, batch, knobs, 1)
 
 
-def test_batches_lie_where_the_abstract_batch_says():
-    mesh, segment = mesh_of(2, 4), Plan.of(run_of()).segments[0]
+@pytest.mark.parametrize(("sizes", "part"), [({"fsdp": 8}, (1, 24)), ({"sequence": 2}, (2, 12))])
+def test_batches_lie_where_the_abstract_batch_says(sizes, part):
+    mesh = sharding.make_mesh(mesh_config(**{"data": 8 // max(sizes.values()), **sizes}))
+    segment = Plan.of(run_of()).segments[0]
     host = random_batch(8, 24, 64)
     abstract = placement.abstract_batch(segment, mesh)
     for put in (placement.put_batch, placement.put_whole):
@@ -112,7 +114,7 @@ def test_batches_lie_where_the_abstract_batch_says():
         for leaf, described in zip(batch, abstract, strict=True):
             assert (leaf.shape, leaf.dtype) == (described.shape, described.dtype)
             assert leaf.sharding == described.sharding
-    assert batch.tokens.addressable_shards[0].data.shape == (1, 24)
+    assert batch.tokens.addressable_shards[0].data.shape == part
 
 
 def test_what_mirrors_a_parameter_is_split_as_it_is():

@@ -102,6 +102,16 @@ def test_a_session_is_recorded_with_config_and_tokenizer(tmp_path, config):
 
 
 # Case A1: any change of the text, of one file of records or of many files.
+def test_more_streams_than_documents_are_refused_before_anything_is_written(tmp_path):
+    config = run_of(
+        write_corpus(tmp_path, documents=3), write_texts(tmp_path / "b"), data__streams=4
+    )
+    refused(
+        config, tmp_path / "run", r"^data.streams = 4: must be at most 2, the documents of data"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def halve(folder):
     lines = (folder / "corpus.jsonl").read_text().splitlines(keepends=True)
     (folder / "corpus.jsonl").write_text("".join(lines[:30]))
