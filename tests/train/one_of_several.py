@@ -19,7 +19,6 @@ from lightning_jax.runtime import processes, program
 from lightning_jax.train import loop, placement
 from tests.tiny import tiny_run
 
-
 # Shorter than that of runs, so that a test of it is short.
 HEARTBEAT_SECONDS = 6
 
