@@ -180,8 +180,8 @@ class EvalBatches:
 
     Attributes:
       documents: numbers of the source's documents, in order.
-      num_bytes: UTF-8 bytes of their text: bits per byte is the summed loss
-        of all targets in bits over this.
+      num_bytes: UTF-8 bytes of their text: bits per byte is the summed loss of all targets in bits
+        over this.
       lost_bytes: those of documents that do not come back from their tokens; see `round_trip`.
       num_targets: predictions: one per token, and one eos per document.
     """
@@ -218,10 +218,9 @@ def eval_batches(
     """Returns batches `[batch_size, seq_len]` that predict every token once.
 
     Documents are whole and in order, packed by `concat`; the last batch is filled up with rows of
-    padding. With `max_tokens`, documents are
-    drawn in hash order until they have that many targets, and no others are read. Tokens stay in
-    memory, 4 bytes each, so that later passes cost no tokenizer. `before_document` is called before
-    each document is read, and may raise.
+    padding. With `max_tokens`, documents are drawn in hash order until they have that many targets,
+    and no others are read. Tokens stay in memory, 4 bytes each, so that later passes cost no
+    tokenizer. `before_document` is called before each document is read, and may raise.
     """
     tokens: dict[int, np.ndarray] = {}
     num_targets = num_bytes = lost_bytes = 0
