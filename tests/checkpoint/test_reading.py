@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lightning_jax import model, sharding
-from lightning_jax.checkpoint import Checkpointer, checkpoints_dir, load_run, read_meta
+from lightning_jax.checkpoint import Checkpointer, checkpoints_dir, load_run, read_meta, reading
 from lightning_jax.config import CheckpointMeta
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import to_dict
@@ -245,3 +245,11 @@ def test_a_checkpoint_that_training_replaces_meanwhile_is_not_called_damaged(
     monkeypatch.setattr(model, "abstract_params", replaced)
     with pytest.raises(UserError, match="; the run has replaced it by a newer one meanwhile$"):
         load_run(workdir)
+
+
+def test_the_position_is_what_all_processes_know(tmp_path):
+    parts = [{"streams": {"0": {"at": 5}, "1": {"at": 6}}}, {"streams": {"1": {"at": 6}, "2": {}}}]
+    for index, part in enumerate(parts):
+        (tmp_path / f"process_{index}-of-2.json").write_text(json.dumps(part))
+    whole = {"streams": {"0": {"at": 5}, "1": {"at": 6}, "2": {}}}
+    assert reading._position(tmp_path) == whole
