@@ -104,10 +104,11 @@ def _wait_for(address: str) -> None:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _end(_signal: int) -> None:
-    message = "this process was ended by jax, most often because another one has died (see above)"
-    with contextlib.suppress(Exception):
-        print("; ".join(filter(None, (f"error: {message}", _outlook()))), file=sys.stderr)
-    os._exit(2)
+    try:
+        cause = "this process was ended by jax, most often because another one has died (see above)"
+        print("; ".join(filter(None, (f"error: {cause}", _outlook()))), file=sys.stderr)
+    finally:
+        os._exit(2)
 
 
 def _explain_aborts() -> None:

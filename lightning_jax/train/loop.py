@@ -63,11 +63,9 @@ def run(
       Stopped: a signal (see `signals`); the state has been saved.
     """
     config.require_trainable()
-    with (
-        processes.together(),
-        folder.claim(workdir) as claim,
-        processes.if_lost(lambda: _goes_on(claim.path)),
-    ):
+    # Outermost: at the end of `together` this process waits for the others.
+    outlook = processes.if_lost(lambda: _outlook(workdir))
+    with outlook, processes.together(), folder.claim(workdir) as claim:
         # None writes before all have read.
         with processes.together():
             start = look(config, claim.path, allow_changed_data=allow_changed_data)
@@ -79,8 +77,8 @@ def run(
         return _run(start, claim.path, mesh, sampler=sampler, profile=profile)
 
 
-def _goes_on(path: Path) -> str:
-    steps = all_steps(checkpoints_dir(path))
+def _outlook(workdir: str | Path) -> str:
+    steps = all_steps(checkpoints_dir(workdir))
     return f"the run goes on from checkpoint {steps[-1]}" if steps else "nothing was saved yet"
 
 
