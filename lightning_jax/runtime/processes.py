@@ -35,7 +35,7 @@ _POLL_MILLISECONDS = 500
 _LEAVES = "leaves: "
 _turns = itertools.count()
 _apart = False
-_outlook: Callable[[], str] = str
+_outlook: Callable[[], str] = lambda: "nothing was begun yet"  # noqa: E731
 
 
 class Left(UserError):
@@ -104,11 +104,13 @@ def _wait_for(address: str) -> None:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _end(_signal: int) -> None:
-    try:
-        cause = "this process was ended by jax, most often because another one has died (see above)"
-        print("; ".join(filter(None, (f"error: {cause}", _outlook()))), file=sys.stderr)
-    finally:
-        os._exit(2)
+    line = (
+        "error: this process was ended by jax, most often because another one has died (see above)"
+    )
+    with contextlib.suppress(Exception):
+        line += f"; {_outlook()}"
+    print(line, file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def _explain_aborts() -> None:
