@@ -29,7 +29,13 @@ STATE = TrainState(
     controller={},
 )
 ROUTER = {"histogram": jnp.ones((1, 2, 5)), "mean_experts": jnp.ones((1, 2))}
-METRICS = {"loss": jnp.float32(2.0), "bad_steps": jnp.int32(0), "router": ROUTER}
+READ = {"0": {"a": (100, 1.5)}, "1": {"a": (80, 1.0)}}
+METRICS = {
+    "loss": jnp.float32(2.0),
+    "bad_steps": jnp.int32(0),
+    "router": ROUTER,
+    "data": READ,
+}
 
 
 class Recorder:
@@ -61,7 +67,7 @@ def session_of(
 
     made = Session(
         plan=Plan.of(tiny_run("unread", model__vocab_size=64, **changes)),
-        sources=None,
+        sources=SimpleNamespace(train={"a": range(5)}),
         tokenizer="tokenizer",
         mesh=None,
         program=program,
@@ -94,6 +100,7 @@ def test_every_step_moves_the_bar_and_due_ones_are_written():
         (10, "decay"),
     ]
     assert [row["tokens"] for row in rows] == [512, 768, 1024, 1280]
+    assert rows[0]["data"] == {"a": {"tokens": 180, "epochs": 0.5}}
     assert rows[0]["loss"] == 2.0 and rows[0]["mean_experts"] == [1.0, 1.0]
     assert all(row["tokens_per_second"] > 0 for row in rows)
     names = [call[0] for call in session.writer.of("histogram")]
