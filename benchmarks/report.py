@@ -28,6 +28,7 @@ SUITES = (
     "startup",
     "data",
     "kernels_tpu",
+    "tpu_program",
     "kernels_gpu",
 )
 PROFILED = ("attention", "moe", "train")

@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     model.tie_embeddings = True  # the head is the embedding, transposed
     model.compute_dtype = "float32"  # float32 or bfloat16; parameters are always float32
     model.scan = True  # scan over units: compile time does not grow with depth; False unrolls
-    model.remat = "none"  # none, full, or a name in jax.checkpoint_policies
+    model.remat = "none"  # layer by layer: none, full, or a name in jax.checkpoint_policies
     model.head_chunk = 2048  # tokens of a device whose logits the loss holds at one time
 
     attention = model.attention = ConfigDict()

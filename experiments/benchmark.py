@@ -15,7 +15,7 @@ _CONFIG = program.define_config("configs/mixtral_28m.py")
 _SUITE = flags.DEFINE_string(
     "suite",
     None,
-    "attention, moe, train, serve_small, startup, data, kernels_tpu or kernels_gpu.",
+    "attention, moe, train, serve_small, startup, data, kernels_tpu, tpu_program or kernels_gpu.",
     required=True,
 )
 _OUT = flags.DEFINE_string("out", None, "File for the JSON, besides standard output.")

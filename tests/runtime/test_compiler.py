@@ -7,10 +7,10 @@ from lightning_jax.runtime import compiler
 from tests.targets import TPU
 
 
-def test_options_are_for_the_cpu_alone():
+def test_options_are_those_of_the_platform():
     assert "while-loop-invariant-code-motion" in compiler.options()["xla_disable_hlo_passes"]
     with jax.sharding.use_abstract_mesh(TPU):
-        assert compiler.options() == {}
+        assert compiler.options() == {"xla_tpu_enable_deduplicated_calls": True}
 
 
 def test_a_loop_converts_the_weights_that_it_reads_and_no_others():
