@@ -19,6 +19,7 @@ from benchmarks import tpu_splash, tpu_static
 from benchmarks.measure import Options
 from benchmarks.tpu_static import CHIPS, Case
 from lightning_jax import accounting
+from lightning_jax.aot import topologies
 from lightning_jax.ops.kernels.tpu.backward import backward
 from lightning_jax.ops.kernels.tpu.band import Band
 from lightning_jax.ops.kernels.tpu.blocks import blocks_for, fast_memory
@@ -47,7 +48,7 @@ def run(options: Options) -> list[dict[str, Any]]:
     Raises:
       UserError: libtpu is not installed.
     """
-    about = tpu_static.versions()
+    about = topologies.versions()
     rows = []
     for chip in CHIPS:
         for name in cases(chip):

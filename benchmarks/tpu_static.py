@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -23,46 +22,21 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from lightning_jax.config.errors import UserError
+from lightning_jax.aot import chips, topologies
+from lightning_jax.aot.chips import Chip
 
 # Bytes that a child may use.
 _MEMORY = 12 * 2**30
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Public figures of one tensor core, to compare a count of cycles with.
-
-    Attributes:
-      topology: smallest that libtpu accepts.
-      kind: `device_kind` of its devices.
-      clock: cycles per second.
-      flops: bfloat16 FLOPs per cycle of one core.
-      cores: tensor cores that share the bandwidth; a parallel grid axis is split among them.
-      bandwidth: bytes per second of the main memory.
-    """
-
-    topology: str
-    kind: str
-    clock: float
-    flops: int
-    cores: int
-    bandwidth: float
-
-
-CHIPS = {
-    "v5e": Chip("v5e:2x2", "TPU v5 lite", 1.5e9, 131_072, 1, 819e9),
-    "v5p": Chip("v5p:2x2x1", "TPU v5", 1.75e9, 131_072, 2, 2765e9),
-    "v6e": Chip("v6e:2x2", "TPU v6 lite", 1.75e9, 524_288, 1, 1640e9),
-}
+# Those that libtpu's profiler models.
+CHIPS = {name: chips.CHIPS[name] for name in ("v5e", "v5p", "v6e")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,17 +59,6 @@ class Case:
     pairs: tuple[int, int] | None = None
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that a figure depends on.
-
-    Raises:
-      UserError: libtpu is not installed.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("libtpu is not installed: pip install -e '.[tpu-aot]'")
-    return {name: metadata.version(name) for name in ("jax", "libtpu")}
-
-
 def environment(folder: Path | None = None, trace: bool = False) -> dict[str, str]:
     """The environment in which libtpu compiles without a TPU; dumps go to `folder`."""
     flags = []
@@ -108,15 +71,7 @@ def environment(folder: Path | None = None, trace: bool = False) -> dict[str, st
         ]
     if trace:
         flags.append("--xla_tpu_impure_dump_unrolled_bundles=true")
-    return dict(
-        os.environ,
-        JAX_PLATFORMS="cpu",
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_ACCELERATOR_TYPE="v5litepod-8",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        LIBTPU_INIT_ARGS=" ".join(flags),
-    )
+    return topologies.environment(flags)
 
 
 def measure(module: str, name: str, chip: str, *, trace: bool) -> dict[str, Any]:
@@ -242,8 +197,8 @@ def _only(path: Path, pattern: str) -> Path | None:
 
 def compile_case(case: Case, chip: str) -> Any:
     """Compiles for one device of a chip; the process needs the variables of `environment`."""
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
-    sharding = SingleDeviceSharding(topology.devices[0])
+    devices = topologies.Slice.parse(CHIPS[chip].topology).devices()
+    sharding = SingleDeviceSharding(devices[0])
     arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in case.arguments]
     return jax.jit(case.function).lower(*arguments).compile()
 

@@ -3,7 +3,8 @@
 Letters as everywhere: D model width, N query heads, K key/value heads, H head size, E experts,
 F expert or MLP hidden, V vocabulary, W window, T sequence length. One multiply-add is two FLOPs;
 only matrix products count, and a backward pass is two forward passes. Rematerialisation does not
-count: these are the FLOPs that the model needs, not those that a device spent.
+count: these are the FLOPs that the model needs, not those that a device spends, which only
+`device_flops_per_token` counts.
 
 Under top-p routing the number of experts per token depends on the input, so functions of it take
 the measured mean `experts_per_token`; None stands for the nominal number (`nominal_experts`).
@@ -104,6 +105,52 @@ def flops_per_token(
     forward = 2 * _matmul_parameters(config, experts_per_token)
     forward += attention_flops(config, seq_len) / seq_len
     return forward * (_TRAINING_PASSES if training else 1)
+
+
+def device_flops_per_token(
+    config: ModelConfig,
+    *,
+    seq_len: int,
+    accumulate: int = 1,
+    experts_per_token: float | None = None,
+) -> float:
+    """Returns FLOPs per trained token that devices spend: `flops_per_token` and what is repeated.
+
+    Rematerialisation computes the forward pass of the units again: all of it, or, where a policy
+    saves products, what is done by kernels, that is attention and routed experts. With gradient
+    accumulation and balance losses one more forward pass counts the assignments first. An upper
+    bound: of what is repeated, a compiler leaves out what nothing needs.
+
+    Args:
+      accumulate: micro-batches per step.
+    """
+    used = nominal_experts(config.moe) if experts_per_token is None else experts_per_token
+    needed = flops_per_token(config, seq_len=seq_len, experts_per_token=used)
+    units = dataclasses.replace(config, prefix="")
+    kernels = attention_flops(units, seq_len) / seq_len
+    kernels += 2 * parameters(units, used).used_experts
+    head = 2 * config.vocab_size * config.model_dim
+    forward = flops_per_token(units, seq_len=seq_len, experts_per_token=used, training=False)
+    if config.remat in ("full", "nothing_saveable"):
+        needed += forward - head
+    elif config.remat not in ("none", "everything_saveable"):
+        needed += kernels
+    if accumulate > 1 and config.moe.num_experts and any(config.moe.balance_weights.values()):
+        whole = flops_per_token(config, seq_len=seq_len, experts_per_token=used, training=False)
+        needed += whole - head
+    return needed
+
+
+def prefill_flops(
+    config: ModelConfig, start: int, end: int, *, experts_per_token: float | None = None
+) -> float:
+    """Returns FLOPs of reading tokens `start..end` of one prompt, and of the logits of the last."""
+    if experts_per_token is None:
+        experts_per_token = nominal_experts(config.moe, training=False)
+    head = config.vocab_size * config.model_dim
+    body = _matmul_parameters(config, experts_per_token) - head
+    attention = attention_flops(config, end) - attention_flops(config, start)
+    return 2 * body * (end - start) + 2 * head + attention
 
 
 def decode_flops(

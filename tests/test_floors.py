@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "arena": BELOW_TRAINING,
     "interop": BELOW_TRAINING | {"train", "infer"},
     "ablation": BELOW_TRAINING | {"train"},
+    "aot": BELOW_TRAINING | {"train", "infer"},
 }
 # The values that kernels take; the ops that choose a kernel stand above it.
 KERNELS_MAY_IMPORT = {f"lightning_jax.ops.{name}" for name in ("activation", "mask", "routing")}

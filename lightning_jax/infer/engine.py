@@ -66,6 +66,16 @@ def _experts_used(stats: RoutingStats | None) -> jax.Array:
 # The functions below are jitted once for the whole process: a second engine of the same config (a
 # sample at every evaluation of a training run) compiles nothing.
 
+
+def compiled_for(config: ModelConfig) -> ModelConfig:
+    """Returns the config that they are compiled for, which models that differ elsewhere share.
+
+    The RoPE base is an argument, so that stages with other bases share them too.
+    """
+    attention = dataclasses.replace(config.attention, implementation="", rope_base_global=2.0)
+    return dataclasses.replace(config, attention=attention)
+
+
 _cast = compiler.jit(lm.inference_params, static_argnames=("config",))
 _advance = compiler.jit(DecodeState.advance, static_argnames=("valid_vocab",))
 
@@ -80,7 +90,7 @@ def _make_cache(config: ModelConfig, batch: int, length: int, mesh: Any) -> Any:
 @functools.partial(
     compiler.jit, static_argnames=("config",), donate_argnames=("cache", "logits_BV")
 )
-def _prefill_chunk(
+def prefill_step(
     config: ModelConfig,
     weights: Weights,
     cache: lm.Cache,
@@ -110,7 +120,7 @@ def _prefill_chunk(
 @functools.partial(
     compiler.jit, static_argnames=("config", "valid_vocab"), donate_argnames=("cache",)
 )
-def _decode(
+def decode_step(
     config: ModelConfig, weights: Weights, cache: lm.Cache, state: DecodeState, *, valid_vocab: int
 ) -> tuple[lm.Cache, DecodeState, jax.Array, jax.Array, jax.Array]:
     """Reads the last token of each active row and chooses the next one.
@@ -178,9 +188,7 @@ class Engine:
             mesh = jax.sharding.get_abstract_mesh()
             sharding.check_divisible(config, mesh, batch={}, seq_len={})
         self.config = config
-        # The base is an argument of the compiled functions, so stages with other bases share them.
-        attention = dataclasses.replace(config.attention, implementation="", rope_base_global=2.0)
-        self._compiled_for = dataclasses.replace(config, attention=attention)
+        self._compiled_for = compiled_for(config)
         base = jnp.float32(config.attention.rope_base_global)
         self.max_length, self.valid_vocab = max_length, valid_vocab
         self._weights = Weights(_cast(self._compiled_for, params), router, base)
@@ -277,7 +285,7 @@ class Engine:
         state, made_B, goes_on = _advance(state, logits_BV, valid_vocab=self.valid_vocab)
         for _ in range(1, max_new_tokens):
             # Dispatched before the last tokens are fetched: the device never waits for the reader.
-            cache, state, next_B, next_goes_on, used = _decode(
+            cache, state, next_B, next_goes_on, used = decode_step(
                 self._compiled_for, self._weights, cache, state, valid_vocab=self.valid_vocab
             )
             yield self._tokens(made_B, len(prompts))
@@ -313,7 +321,7 @@ class Engine:
         logits_BV = jnp.zeros((batch, self.config.vocab_size), jnp.float32)
         counts = []
         for start in range(0, padded, chunk):
-            cache, logits_BV, used = _prefill_chunk(
+            cache, logits_BV, used = prefill_step(
                 self._compiled_for,
                 self._weights,
                 cache,

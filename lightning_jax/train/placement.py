@@ -26,14 +26,14 @@ from lightning_jax.train.optimizer import make_optimizer
 from lightning_jax.train.plan import Knobs, Plan, Segment
 
 
-def make_mesh(plan: Plan) -> Mesh:
-    """Builds the mesh of a run.
+def make_mesh(plan: Plan, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Builds the mesh of a run, of all devices or of those given.
 
     Raises:
       UserError: as `sharding.make_mesh`, the model or a micro-batch does not divide over it, or the
         attention or the transport named does not run on its devices.
     """
-    mesh = sharding.make_mesh(plan.config.mesh)
+    mesh = sharding.make_mesh(plan.config.mesh, devices)
     attention = plan.config.model.attention
     platform = mesh.devices.flat[0].platform
     check_device(attention.implementation, platform, attention.head_dim)
