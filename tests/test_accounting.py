@@ -155,3 +155,41 @@ def test_tables():
 def test_an_unknown_vocabulary_is_refused_where_it_counts():
     with pytest.raises(UserError, match="model.vocab_size = 0: must be the tokenizer's size"):
         accounting.parameters(model(vocab_size=0))
+
+
+def test_flops_that_devices_repeat():
+    """One global layer and a local one, both routed, 3 experts each; a dense prefix layer."""
+    config = model(prefix="G", unit="LG", attention={"window": 16})
+    needed = accounting.flops_per_token(config, seq_len=64)
+    assert accounting.device_flops_per_token(config, seq_len=64) == needed
+    units = dataclasses.replace(config, prefix="")
+    head = 2 * 100 * 128
+    once = accounting.flops_per_token(units, seq_len=64, training=False) - head
+    full = dataclasses.replace(config, remat="full")
+    assert accounting.device_flops_per_token(full, seq_len=64) == needed + once
+    # A policy that saves products repeats attention (16.. of 64 keys) and the routed experts.
+    dots = dataclasses.replace(config, remat="dots_saveable")
+    local, whole = 16 * 17 / 2 + 48 * 16, 64 * 65 / 2
+    kernels = 4 * 4 * 32 * (local + whole) / 64 + 2 * 2 * 3 * (3 * 128 * 96)
+    assert accounting.device_flops_per_token(dots, seq_len=64) == pytest.approx(needed + kernels)
+    # Micro-batches count assignments in a forward pass of their own, the prefix included.
+    counted = accounting.flops_per_token(config, seq_len=64, training=False) - head
+    several = accounting.device_flops_per_token(config, seq_len=64, accumulate=2)
+    assert several == needed + counted
+    weights = ("switch", "group", "partition", "true_group", "z", "entropy")
+    unbalanced = model(prefix="G", unit="LG", moe={f"{name}_weight": 0.0 for name in weights})
+    assert accounting.device_flops_per_token(
+        unbalanced, seq_len=64, accumulate=2
+    ) == accounting.flops_per_token(unbalanced, seq_len=64)
+
+
+def test_chunks_of_a_prefill_add_up():
+    """One head for each chunk, whose last logits are made, instead of one for each token."""
+    config, head = model(unit="LG"), 2 * 100 * 128
+    whole = accounting.prefill_flops(config, 0, 64)
+    parts = accounting.prefill_flops(config, 0, 40) + accounting.prefill_flops(config, 40, 64)
+    assert parts == whole + head
+    per_token = accounting.flops_per_token(config, seq_len=64, training=False)
+    assert whole == pytest.approx(64 * per_token - 63 * head)
+    one = accounting.prefill_flops(config, 63, 64)
+    assert one == accounting.decode_flops(config, 64)

@@ -26,6 +26,7 @@ COLLECTIVES = (
 KERNEL = 'custom_call_target="tpu_custom_call"'
 # Ops that only name what is there, and ends of transfers, whose starts count.
 _FREE = (
+    "add-dependency",
     "after-all",
     "bitcast",
     "call",
@@ -68,6 +69,8 @@ def hbm_bytes(program: Program, computation: str, op: Op) -> int:
         return moved * sum(array.in_hbm for array in ends)
     operands = program.operand_arrays(computation, op)
     written = sum(array.num_bytes for array in op.arrays if array.in_hbm)
+    if op.opcode == "async-start":
+        return written  # Its result names its operands too.
     if op.opcode == "fusion":
         return _fusion_bytes(program, computation, op)
     if op.opcode == "dynamic-update-slice":

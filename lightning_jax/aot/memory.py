@@ -72,7 +72,7 @@ def largest(assignment: str, program: Program) -> list[dict[str, Any]]:
     ops = {op.name: op for ops in program.computations.values() for op in ops}
     groups: dict[tuple[str, str, int, str], int] = {}
     for buffer in _buffers(assignment):
-        source = _source(program, ops[buffer.op]) if buffer.op in ops else ""
+        source = _source(program, ops[buffer.op]) if buffer.op in ops else buffer.op
         key = buffer.kind, buffer.arrays, buffer.num_bytes, source
         groups[key] = groups.get(key, 0) + 1
     first = sorted(groups, key=lambda key: key[2] * groups[key], reverse=True)[:_LARGEST]
@@ -89,9 +89,9 @@ def largest(assignment: str, program: Program) -> list[dict[str, Any]]:
 
 
 def _source(program: Program, op: Op) -> str:
-    """The place in the code of an op; of a fusion that has none, of the last op in it."""
+    """The place in the code of an op, else of the last op inside of it, else its name."""
     inside = [inner.source for _, inner in program.inside(op)]
-    return next((source for source in (op.source, *reversed(inside)) if source), "")
+    return next((source for source in (op.source, *reversed(inside)) if source), op.name)
 
 
 def _kind(text: str) -> str | None:

@@ -37,13 +37,13 @@ class Shape:
       stage: of which the train step is compiled; None: the one with the longest sequences.
       rows: requests in one prefill or decode step; None: one for each part of the batch.
       length: tokens for which the cache has room, all filled; None: the stage's `seq_len`.
-      chunk: tokens of each prompt that one prefill step reads: the last ones before `length`.
+      prefill_chunk: tokens of each prompt that one prefill step reads: the last ones before `length`.
     """
 
     stage: str | None = None
     rows: int | None = None
     length: int | None = None
-    chunk: int = 2048
+    prefill_chunk: int = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ def lower(name: str, config: RunConfig, shape: Shape, devices: Sequence[jax.Devi
     sharding.check_divisible(config.model, mesh, batch={"rows": rows}, seq_len={})
     with jax.set_mesh(mesh):
         if name == "prefill":
-            return _lower_prefill(config.model, mesh, rows, length, min(shape.chunk, length))
+            return _lower_prefill(config.model, mesh, rows, length, min(shape.prefill_chunk, length))
         return _lower_decode(config.model, mesh, rows, length)
 
 
@@ -107,7 +107,7 @@ def segment_of(config: RunConfig, stage: str | None) -> Segment:
 
 def check_shape(shape: Shape) -> None:
     """Raises UserError for a size that is no size."""
-    for name in ("rows", "length", "chunk"):
+    for name in ("rows", "length", "prefill_chunk"):
         value = getattr(shape, name)
         require(value is None or value >= 1, name, value, "at least 1")
 

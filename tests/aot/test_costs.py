@@ -1,0 +1,95 @@
+"""FLOPs and bytes of ops, by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lightning_jax.aot import costs, hlo
+from tests.aot.samples import PROGRAM
+
+
+@pytest.fixture(scope="module")
+def program():
+    return hlo.parse(PROGRAM)
+
+
+def bytes_of(program, computation, name):
+    return costs.hbm_bytes(program, computation, program.by_name[computation][name])
+
+
+def test_a_product_inside_a_fusion(program):
+    op = program.by_name["body"]["fusion.2"]
+    assert costs.flops(program, "body", op) == 2 * 32 * 128 * 512
+    loop = program.by_name["main.1"]["while.1"]
+    assert costs.flops(program, "main.1", loop) == 0
+
+
+def test_of_a_stack_only_the_slice_counts(program):
+    slice_bytes = 128 * 512 * 2
+    assert bytes_of(program, "body", "fusion.1") == 2 * slice_bytes
+    update = 32 * 256 * 4
+    assert bytes_of(program, "body", "fusion.4") == 2 * update
+
+
+def test_pieces_of_a_transfer_and_fast_memory_are_free(program):
+    # The product reads two operands and writes one result; what the transfer hands on is in VMEM.
+    assert bytes_of(program, "body", "fusion.2") == 2 * (32 * 128 + 128 * 512 + 32 * 512)
+    assert bytes_of(program, "body", "async-collective-done") == 0
+    assert bytes_of(program, "body", "collective-permute-done") == 0
+    assert bytes_of(program, "main.1", "kernel.1") == 2 * 8 * 128 * 4
+    assert bytes_of(program, "main.1", "while.1") == 0
+
+
+def convolution(out, lhs, rhs, attributes):
+    text = f"""\
+ENTRY %main (a: {lhs}, b: {rhs}) -> {out} {{
+  %a = {lhs}{{0}} parameter(0)
+  %b = {rhs}{{0}} parameter(1)
+  ROOT %c = {out}{{0}} convolution(%a, %b), {attributes}
+}}
+"""
+    program = hlo.parse(text)
+    return costs.flops(program, "main", program.by_name["main"]["c"])
+
+
+@pytest.mark.parametrize(
+    ("shapes", "attributes", "expected"),
+    [
+        # A plain product.
+        (("f32[4,7]", "f32[4,5]", "f32[5,7]"), "dim_labels=bf_io->bf", 2 * 4 * 5 * 7),
+        # Three matrices, each with its own: a convolution with holes.
+        (
+            ("f32[3,4,7]", "f32[3,4,5]", "f32[3,5,7]"),
+            "window={size=3 stride=2 lhs_dilate=3}, dim_labels=0bf_0io->0bf",
+            3 * 2 * 4 * 5 * 7,
+        ),
+        # A contraction over two axes, one of them spatial.
+        (
+            ("f32[4,7,1]", "f32[4,2,5]", "f32[2,5,7]"),
+            "window={size=2}, dim_labels=b0f_0io->bf0",
+            2 * 4 * 7 * 2 * 5,
+        ),
+        # A real convolution with padding: three places, of which the outer miss one tap.
+        (
+            ("f32[1,3,1]", "f32[1,3,1]", "f32[3,1,1]"),
+            "window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f",
+            2 * (2 + 3 + 2),
+        ),
+    ],
+)
+def test_convolutions(shapes, attributes, expected):
+    assert convolution(*shapes, attributes) == expected
+
+
+def test_dots_of_another_compiler():
+    """XLA writes plain dots on a CPU; the sum is that of its own analysis."""
+    f = jax.jit(lambda a, b: jnp.einsum("bij,bjk->bik", a, b))
+    compiled = f.lower(jnp.ones((3, 4, 5)), jnp.ones((3, 5, 7))).compile()
+    program = hlo.parse(compiled.as_text())
+    total = sum(
+        costs.flops(program, name, op)
+        for name, ops in program.computations.items()
+        for op in ops
+        if op.opcode == "dot"
+    )
+    assert total == 2 * 3 * 4 * 5 * 7
