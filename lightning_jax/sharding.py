@@ -115,11 +115,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
     shape = tuple(sizes.values())
     kinds = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+    # A mesh axis may be a part of an axis of the torus: 16 x 32 on 8 x 8 x 8 chips.
+    split = {"allow_split_physical_axes": True}
     if slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices)
-    inside = (sizes["replica"] // slices, *shape[1:])
-    across = (slices, *(1,) * len(shape[1:]))
-    grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+        grid = mesh_utils.create_device_mesh(shape, devices, **split)
+    else:
+        inside = (sizes["replica"] // slices, *shape[1:])
+        across = (slices, *(1,) * len(shape[1:]))
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, **split)
     return Mesh(grid, MESH_AXES, axis_types=kinds)
 
 

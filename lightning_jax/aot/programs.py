@@ -37,7 +37,7 @@ class Shape:
       stage: of which the train step is compiled; None: the one with the longest sequences.
       rows: requests in one prefill or decode step; None: one for each part of the batch.
       length: tokens for which the cache has room, all filled; None: the stage's `seq_len`.
-      prefill_chunk: tokens of each prompt that one prefill step reads: the last ones before `length`.
+      prefill_chunk: tokens of each prompt that one prefill step reads, the last before `length`.
     """
 
     stage: str | None = None
@@ -87,7 +87,9 @@ def lower(name: str, config: RunConfig, shape: Shape, devices: Sequence[jax.Devi
     sharding.check_divisible(config.model, mesh, batch={"rows": rows}, seq_len={})
     with jax.set_mesh(mesh):
         if name == "prefill":
-            return _lower_prefill(config.model, mesh, rows, length, min(shape.prefill_chunk, length))
+            return _lower_prefill(
+                config.model, mesh, rows, length, min(shape.prefill_chunk, length)
+            )
         return _lower_decode(config.model, mesh, rows, length)
 
 
