@@ -48,9 +48,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         end = os.times()
         assignment = _dump(folder, _ASSIGNMENT)
         text = compiled.as_text() if compiled else _dump(folder, _TEXT)
-    held = memory.of_assignment(assignment)
-    if compiled:
-        held = memory.of_compiled(compiled.memory_analysis())
+    code = compiled.memory_analysis().generated_code_size_in_bytes if compiled else None
     mesh = lowered.mesh
     devices = list(mesh.devices.flat)
     network = Network(
@@ -65,7 +63,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         model_flops=lowered.model_flops / len(devices),
         device_flops=lowered.device_flops / len(devices),
         least_bytes=lowered.least_bytes,
-        memory=held,
+        memory=memory.held(assignment, code),
     )
     found = report.describe(text, assignment, facts)
     if compiled:

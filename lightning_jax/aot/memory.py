@@ -1,7 +1,7 @@
 """The memory of a compiled program on one device, and its largest buffers.
 
-Both come from the compiler: sizes from its analysis of a program that it accepted, and buffers from
-its dump of the assignment, which also exists for a program that does not fit.
+Both come from the compiler's dump of its buffer assignment, which also exists for a program that
+does not fit.
 """
 
 from __future__ import annotations
@@ -30,33 +30,32 @@ class Buffer(NamedTuple):
     arrays: str
 
 
-def of_compiled(stats: Any) -> dict[str, int]:
-    """Returns bytes by name from the compiler's `memory_analysis`; `peak` is all that is held."""
-    found = {
-        "arguments": stats.argument_size_in_bytes,
-        "outputs": stats.output_size_in_bytes,
-        "aliased": stats.alias_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes,
-        "program": stats.generated_code_size_in_bytes,
-    }
-    return found | {"peak": sum(found.values()) - 2 * found["aliased"]}
+def held(assignment: str, code: int | None) -> dict[str, int | None]:
+    """Returns the bytes of one device by name.
 
+    The compiler compares these sums with the memory that there is. Its `memory_analysis` has the
+    same arguments, outputs and aliased bytes, but counts temporaries about twice (libtpu 0.0.42).
 
-def of_assignment(assignment: str) -> dict[str, int | None]:
-    """Returns the same bytes from a dump, for a program that does not fit and has no code.
+    Args:
+      assignment: the compiler's dump of the buffer assignment.
+      code: bytes of the program; None if it does not fit, so that none was made.
 
-    Outputs that take the place of an argument count as neither.
+    Returns:
+      `arguments`; `outputs`, of which those `aliased` take the place of an argument; `temporaries`,
+      constants among them; `program`; and `peak`, all that is held.
     """
     found = {"argument": 0, "output": 0, "temporary": 0, "constant": 0}
-    for kind, size in _allocations(assignment):
+    aliased = 0
+    for kind, size, words in _allocations(assignment):
         found[kind] += size
+        aliased += size * (kind == "argument" and "live-out" in words)
     return {
         "arguments": found["argument"],
-        "outputs": found["output"],
-        "aliased": 0,
+        "outputs": found["output"] + aliased,
+        "aliased": aliased,
         "temporaries": found["temporary"] + found["constant"],
-        "program": None,
-        "peak": sum(found.values()),
+        "program": code,
+        "peak": sum(found.values()) + (code or 0),
     }
 
 
@@ -102,11 +101,12 @@ def _kind(text: str) -> str | None:
     return next((kind for word, kind in names.items() if word in text), "temporary")
 
 
-def _allocations(assignment: str) -> Iterator[tuple[str, int]]:
+def _allocations(assignment: str) -> Iterator[tuple[str, int, str]]:
+    """Kind, bytes and description of each allocation in the main memory."""
     for line in assignment.splitlines():
         found = _ALLOCATION.match(line)
         if found and (kind := _kind(found[2])):
-            yield kind, int(found[1])
+            yield kind, int(found[1]), found[2]
 
 
 def _buffers(assignment: str) -> Iterator[Buffer]:

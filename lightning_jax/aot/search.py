@@ -79,7 +79,7 @@ def search(
       `compiling.about`, `candidates` (one row each), `left_out` (those beyond the bound), and as
       `programs.train` the report on the best one, None if nothing fits.
     """
-    compiled, rows, left_out = 0, [], []
+    compiled, tried, left_out = 0, [], []
     best: dict[str, Any] | None = None
     done: set[str] = set()
     for remat, accumulate, candidate in _candidates(config, shape, space):
@@ -97,16 +97,16 @@ def search(
             try:
                 entry = run(task)
             except UserError as error:
-                rows.append({**name, "refused": str(error)})
+                tried.append({**name, "refused": str(error)})
                 continue
             compiled += 1
             _keep(file, entry)
-        rows.append({**name, **_row(entry)})
+        tried.append({**name, **_row(entry)})
         if entry["fits"]:
             done.add(remat)
             if best is None or _time(entry) < _time(best):
                 best = entry
-    found = {**compiling.about(config, topology), "candidates": rows, "left_out": left_out}
+    found = {**compiling.about(config, topology), "candidates": tried, "left_out": left_out}
     return {**found, "programs": {"train": best}}
 
 

@@ -146,7 +146,7 @@ ASSIGNMENT = """\
 BufferAssignment:
 allocation 0: size 512, thread-local:
  value: <2 add.2 @0> (size=512,offset=0): f32[]{:T(128)}
-allocation 1: size 8192, parameter 0, shape |bf16[32,128]| at ShapeIndex {}:
+allocation 1: size 8192, parameter 0, shape |bf16[32,128]| at ShapeIndex {}, maybe-live-out:
  value: <40 x.0 @0> (size=8192,offset=0): bf16[32,128]{1,0:T(8,128)(2,1)}
 allocation 2: size 393216, parameter 1, shape |bf16[3,128,512]| at ShapeIndex {}:
  value: <41 stack.0 @0> (size=393216,offset=0): bf16[3,128,512]{2,1,0:T(8,128)(2,1)}

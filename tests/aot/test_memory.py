@@ -1,31 +1,22 @@
 """Bytes of a program from the compiler's own statements."""
 
-from types import SimpleNamespace
-
 from lightning_jax.aot import hlo, memory
 from tests.aot.samples import ASSIGNMENT, PROGRAM
 
 
-def test_a_compiled_program_counts_what_it_reuses_once():
-    stats = SimpleNamespace(
-        argument_size_in_bytes=100,
-        output_size_in_bytes=90,
-        alias_size_in_bytes=80,
-        temp_size_in_bytes=40,
-        generated_code_size_in_bytes=7,
-    )
-    found = memory.of_compiled(stats)
-    assert found["peak"] == 100 + 90 - 80 + 40 + 7
-    assert found["program"] == 7 and found["aliased"] == 80
-
-
-def test_a_program_that_does_not_fit_from_its_dump():
-    found = memory.of_assignment(ASSIGNMENT)
-    assert found["arguments"] == 8192 + 393216
-    assert found["outputs"] == 4608
-    assert found["temporaries"] == 262144
-    assert found["peak"] == 8192 + 393216 + 4608 + 262144
-    assert found["program"] is None
+def test_bytes_of_an_assignment():
+    found = memory.held(ASSIGNMENT, 1000)
+    assert found == {
+        "arguments": 8192 + 393216,
+        "outputs": 4608 + 8192,
+        "aliased": 8192,
+        "temporaries": 262144,
+        "program": 1000,
+        "peak": 8192 + 393216 + 4608 + 262144 + 1000,
+    }
+    # No program was made: it did not fit.
+    without = memory.held(ASSIGNMENT, None)
+    assert without["program"] is None and without["peak"] == found["peak"] - 1000
 
 
 def test_the_largest_buffers_of_the_main_memory():

@@ -16,14 +16,13 @@ PLACES = np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
 
 @pytest.fixture(scope="module")
 def entry():
-    held = memory.of_assignment(ASSIGNMENT) | {"program": 1000}
     facts = Facts(
         mesh=MESH,
         network=Network(CHIPS["v5e"], (2, 2), PLACES, np.zeros(4, int)),
         model_flops=1e6,
         device_flops=2e6,
         least_bytes=1e6,
-        memory=held,
+        memory=memory.held(ASSIGNMENT, 1000),
     )
     found = report.describe(PROGRAM, ASSIGNMENT, facts)
     shape = {"rows": 4}
@@ -74,6 +73,6 @@ def test_a_program_without_code_does_not_fit():
         model_flops=1.0,
         device_flops=1.0,
         least_bytes=1.0,
-        memory=memory.of_assignment(ASSIGNMENT),
+        memory=memory.held(ASSIGNMENT, None),
     )
     assert not report.describe(PROGRAM, ASSIGNMENT, facts)["fits"]
