@@ -34,7 +34,7 @@ def held(assignment: str, code: int | None) -> dict[str, int | None]:
     """Returns the bytes of one device by name.
 
     The compiler compares these sums with the memory that there is. Its `memory_analysis` has the
-    same arguments, outputs and aliased bytes, but counts temporaries about twice (libtpu 0.0.42).
+    same arguments, outputs and aliased bytes, but counts some temporaries twice (libtpu 0.0.42).
 
     Args:
       assignment: the compiler's dump of the buffer assignment.
