@@ -167,7 +167,7 @@ def test_a_dense_model_has_no_experts_to_count():
 
 
 def test_a_second_engine_compiles_nothing():
-    functions = (engine_module._prefill_chunk, engine_module._decode, engine_module._advance)
+    functions = (engine_module.prefill_step, engine_module.decode_step, engine_module._advance)
     _generate(_engine())
     compiled = [function._cache_size() for function in functions]
     # Other weights, lengths, a batch of the same bucket, other settings and room in the cache.
@@ -179,7 +179,7 @@ def test_a_second_engine_compiles_nothing():
 # Case F14
 @pytest.mark.slow
 def test_settings_and_lengths_compile_by_bucket():
-    functions = (engine_module._prefill_chunk, engine_module._decode, engine_module._advance)
+    functions = (engine_module.prefill_step, engine_module.decode_step, engine_module._advance)
     _generate(_engine(), [[1]], new=2, stop_ids=[1, 2])
     compiled = [function._cache_size() for function in functions]
     caches = engine_module._make_cache.cache_info().currsize
@@ -244,7 +244,7 @@ def test_a_decode_step_holds_no_copy_of_a_cache_or_of_all_experts(dtype, shards)
         rows=shards,
     )
     with jax.set_mesh(sharding.make_mesh(mesh_config(data=shards), jax.devices()[:shards])):
-        compiled = engine_module._decode.lower(
+        compiled = engine_module.decode_step.lower(
             config, weights, cache, state, valid_vocab=VALID
         ).compile()
     size = lambda tree: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))  # noqa: E731
@@ -273,9 +273,9 @@ def test_generation_under_a_mesh():
             CONFIG, params, router, max_length=LENGTH, prefill_chunk=CHUNK, valid_vocab=VALID
         )
         assert _generate(engine, rows) == expected
-        compiled = engine_module._decode._cache_size()
+        compiled = engine_module.decode_step._cache_size()
         assert _generate(engine, rows) == expected
-        assert engine_module._decode._cache_size() == compiled
+        assert engine_module.decode_step._cache_size() == compiled
 
 
 def _some_steps(engine):
@@ -294,8 +294,8 @@ def _some_steps(engine):
     state, *_ = engine_module._advance(state, logits_BV, valid_vocab=VALID)
     for _ in range(3):
         arguments = engine.config, engine._weights, cache, state
-        cache, state, *_ = engine_module._decode(*arguments, valid_vocab=VALID)
-    text = engine_module._decode.lower(*arguments[:2], cache, state, valid_vocab=VALID)
+        cache, state, *_ = engine_module.decode_step(*arguments, valid_vocab=VALID)
+    text = engine_module.decode_step.lower(*arguments[:2], cache, state, valid_vocab=VALID)
     return found, jax.device_get(cache), text.compile().as_text()
 
 
