@@ -50,18 +50,15 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         text = compiled.as_text() if compiled else _dump(folder, _TEXT)
     code = compiled.memory_analysis().generated_code_size_in_bytes if compiled else None
     mesh = lowered.mesh
-    devices = list(mesh.devices.flat)
-    network = Network(
-        topology.chip,
-        topology.sizes,
-        np.array([device.coords for device in devices]),
-        np.array([getattr(device, "slice_index", 0) for device in devices]),
-    )
+    # The axis of replicas is the first, so the devices of the first slice are the first too.
+    inside = list(mesh.devices.flat)[: mesh.size // topology.count]
+    coords = np.array([device.coords for device in inside])
     facts = report.Facts(
-        mesh=dict(mesh.shape),
-        network=network,
-        model_flops=lowered.model_flops / len(devices),
-        device_flops=lowered.device_flops / len(devices),
+        mesh={**mesh.shape, "replica": mesh.shape["replica"] // topology.count},
+        slices=topology.count,
+        network=Network(topology.chip, topology.sizes, coords),
+        model_flops=lowered.model_flops / mesh.size,
+        device_flops=lowered.device_flops / mesh.size,
         least_bytes=lowered.least_bytes,
         memory=memory.held(assignment, code),
     )

@@ -8,6 +8,7 @@ along beside a product, one that ends it. Each counts once here, as what it is.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -17,6 +18,9 @@ from lightning_jax.aot.costs import COLLECTIVES
 from lightning_jax.aot.hlo import Op, Program
 from lightning_jax.aot.loops import visits
 
+# A transfer between slices is a pair of send and receive that meet by name in the hosts.
+_MEGASCALE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_MEETING = re.compile(r'_xla_host_transfer_rendezvous="[^"]*"')
 # Ops that hand on the state of a transfer which has started.
 _HANDS_ON = ("bitcast", "get-tuple-element", "opt-barrier", "tuple")
 _START, _DONE = 'custom_call_target="AsyncCollectiveStart"', '"AsyncCollectiveDone"'
@@ -36,6 +40,7 @@ class Collective:
       is_open: within a loop of unknown length, of which one turn is counted.
       is_async: whether other ops may run until it is done.
       between: (computation, op) scheduled between its start and its end.
+      across_slices: between slices, over the hosts' network; the members are then slices.
     """
 
     kind: str
@@ -47,6 +52,7 @@ class Collective:
     is_open: bool
     is_async: bool
     between: tuple[tuple[str, Op], ...]
+    across_slices: bool = False
 
     @property
     def members(self) -> int:
@@ -75,15 +81,18 @@ class Collective:
         )
 
 
-def find(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
+def find(program: Program, mesh: Mapping[str, int], slices: int = 1) -> list[Collective]:
     """Returns all collectives that move something between devices.
 
     Args:
       program: compiled for the devices of the mesh.
-      mesh: the size of each axis, in order.
+      mesh: the size of each axis within one slice, in order; the program numbers the devices of
+        one slice.
+      slices: number of slices, which transfers between hosts join.
     """
     found = []
     for computation, times, is_open in visits(program):
+        found += _across_slices(program, computation, times, is_open, slices)
         for kind, op, inside, between in _in_computation(program, computation):
             members = groups.groups_of(op, int(np.prod(list(mesh.values()))))
             axes = groups.axes_of(members, mesh)
@@ -105,6 +114,36 @@ def find(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
                 )
             )
     return found
+
+
+def _across_slices(
+    program: Program, computation: str, times: int, is_open: bool, slices: int
+) -> Iterator[Collective]:
+    """What a computation sends to the hosts, and receives from them, for other slices."""
+    ops = program.computations[computation]
+    for place, op in enumerate(ops):
+        kind = _MEGASCALE.search(op.attributes) if op.opcode == "send" else None
+        if not kind:
+            continue
+        meeting = _MEETING.search(op.attributes)
+        received = {
+            other.name
+            for other in ops
+            if other.opcode == "recv" and meeting and meeting[0] in other.attributes
+        }
+        ends = [at for at, other in enumerate(ops) if received & set(other.operands)]
+        yield Collective(
+            kind=kind[1].lower().replace("_", "-"),
+            source=op.source,
+            groups=np.arange(slices)[None],
+            axes=("replica",),
+            operand_bytes=op.arrays[0].num_bytes,
+            times=times,
+            is_open=is_open,
+            is_async=True,
+            between=tuple((computation, op) for op in ops[place + 1 : min(ends, default=place)]),
+            across_slices=True,
+        )
 
 
 def _in_computation(

@@ -19,14 +19,16 @@ class Facts:
     """What is known of a program besides its text.
 
     Attributes:
-      mesh: size of each axis, in order.
-      network: its devices.
+      mesh: size of each axis within one slice, in order.
+      slices: number of slices.
+      network: the devices of one slice.
       model_flops, device_flops: of one device, see `programs.Lowered`.
       least_bytes: that a device moves at least: its arguments, and results in other places.
       memory: bytes by name, see `aot.memory`.
     """
 
     mesh: dict[str, int]
+    slices: int
     network: Network
     model_flops: float
     device_flops: float
@@ -58,7 +60,7 @@ def describe(text: str, assignment: str, facts: Facts) -> dict[str, Any]:
         return max(products, costs.hbm_bytes(program, computation, op) / chip.bandwidth)
 
     moved = roofline.transfers(
-        collectives.find(program, facts.mesh),
+        collectives.find(program, facts.mesh, facts.slices),
         facts.network,
         lambda computation, op: seconds_of(computation, op.name),
     )

@@ -25,19 +25,17 @@ class Network:
     Attributes:
       chip: their figures.
       sizes: chips along each axis of a slice.
-      coords: place of each device in its slice [devices, axes], in the order of the mesh.
-      slices: number of the slice of each device.
+      coords: place of each device of one slice [devices, axes], in the order of the mesh.
     """
 
     chip: Chip
     sizes: tuple[int, ...]
     coords: np.ndarray
-    slices: np.ndarray
 
     def seconds(self, collective: Collective) -> float:
         """Seconds of one run of a collective."""
         groups = collective.groups
-        if (self.slices[groups] != self.slices[groups[:, :1]]).any():
+        if collective.across_slices:
             return collective.moved_bytes / self.chip.dcn
         if collective.kind == "collective-permute":
             return collective.moved_bytes / self.chip.link
@@ -76,7 +74,6 @@ class Transfer:
     collective: Collective
     seconds: float
     hidden: float
-    crosses_slices: bool
 
 
 def transfers(
@@ -102,9 +99,7 @@ def transfers(
             used = min(spare, seconds - hidden)
             left[key] = spare - used
             hidden += used
-        slices = network.slices[collective.groups]
-        crosses = bool((slices != slices[:, :1]).any())
-        found.append(Transfer(collective, seconds, hidden, crosses))
+        found.append(Transfer(collective, seconds, hidden))
     return found
 
 
@@ -130,7 +125,7 @@ def times(
     counted = [(move, move.collective.times) for move in moved if not move.collective.is_open]
     total = sum(move.seconds * times for move, times in counted)
     exposed = total - sum(move.hidden * times for move, times in counted)
-    across = sum(move.seconds * times for move, times in counted if move.crosses_slices)
+    across = sum(move.seconds * times for move, times in counted if move.collective.across_slices)
     step = max(compute, hbm, total)
     scheduled = max(compute, hbm) + exposed
     needed = model_flops / chip.peak

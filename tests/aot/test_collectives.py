@@ -58,6 +58,28 @@ def test_a_transfer_that_ends_in_the_next_turn_runs_to_the_end_of_this_one():
     assert between[-1] == "tuple.2" and "fusion.4" in between
 
 
+MEETING = '_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="ALL_REDUCE"'
+SLICES = f"""\
+ENTRY %main (x: f32[64,128]) -> f32[64,128] {{
+  %x = f32[64,128]{{1,0:T(8,128)}} parameter(0)
+  %token = token[] after-all()
+  %send = (f32[64,128]{{1,0:T(8,128)}}, u32[], token[]) send(%x, %token), channel_id=2, is_host_transfer=true, frontend_attributes={{{MEETING}}}
+  %recv = (f32[64,128]{{1,0:T(8,128)}}, u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true, frontend_attributes={{{MEETING}}}
+  %work = f32[64,128]{{1,0:T(8,128)}} negate(%x)
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %recv-done = (f32[64,128]{{1,0:T(8,128)}}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  ROOT %out = f32[64,128]{{1,0:T(8,128)}} get-tuple-element(%recv-done), index=0
+}}
+"""  # noqa: E501
+
+
+def test_slices_meet_in_their_hosts():
+    (found,) = collectives.find(hlo.parse(SLICES), MESH, slices=2)
+    assert (found.kind, found.axes, found.across_slices) == ("all-reduce", ("replica",), True)
+    assert found.moved_bytes == 64 * 128 * 4
+    assert [op.name for _, op in found.between] == ["recv", "work", "send-done"]
+
+
 def op(attributes):
     return hlo.Op("x", "all-reduce", (), (), attributes, False)
 

@@ -18,7 +18,8 @@ PLACES = np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
 def entry():
     facts = Facts(
         mesh=MESH,
-        network=Network(CHIPS["v5e"], (2, 2), PLACES, np.zeros(4, int)),
+        slices=1,
+        network=Network(CHIPS["v5e"], (2, 2), PLACES),
         model_flops=1e6,
         device_flops=2e6,
         least_bytes=1e6,
@@ -69,7 +70,8 @@ def test_tables_and_json(entry):
 def test_a_program_without_code_does_not_fit():
     facts = Facts(
         mesh=MESH,
-        network=Network(CHIPS["v5e"], (2, 2), PLACES, np.zeros(4, int)),
+        slices=1,
+        network=Network(CHIPS["v5e"], (2, 2), PLACES),
         model_flops=1.0,
         device_flops=1.0,
         least_bytes=1.0,

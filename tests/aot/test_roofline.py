@@ -11,12 +11,10 @@ from lightning_jax.aot.roofline import Network
 from tests.aot.samples import MESH, PROGRAM
 
 
-def network(chip, *sizes, slices=1):
+def network(chip, *sizes):
     """Devices of a slice in the order of their places, the last axis fastest."""
     coords = np.stack(np.meshgrid(*map(np.arange, sizes), indexing="ij"), -1)
-    coords = np.tile(coords.reshape(-1, len(sizes)), (slices, 1))
-    numbers = np.repeat(np.arange(slices), len(coords) // slices)
-    return Network(CHIPS[chip], sizes, coords, numbers)
+    return Network(CHIPS[chip], sizes, coords.reshape(-1, len(sizes)))
 
 
 def collective(kind, members, operand_bytes=8e9, **changes):
@@ -60,12 +58,15 @@ LINE = [0, 4, 8, 12]  # of v5e:4x4, without
         (network("v5p", 8, 8, 8), "all-to-all", range(512), 8 * 8 / 8 / 100),
         (network("v5p", 2, 2, 1), "all-gather", [0, 2], 8 / 100),
         (network("v5p", 2, 2, 1), "collective-permute", [0, 1], 8 / 100),
-        # Between slices: the hosts' network.
-        (network("v5e", 2, 2, slices=2), "all-reduce", [0, 4], 8 / 3.125),
     ],
 )
 def test_seconds_of_a_collective(where, kind, members, seconds):
     assert where.seconds(collective(kind, list(members))) == pytest.approx(seconds)
+
+
+def test_between_slices_the_network_of_the_hosts():
+    between = collective("all-reduce", [0, 1], across_slices=True)
+    assert network("v5e", 2, 2).seconds(between) == 8 / 3.125
 
 
 def test_peaks_are_the_published_ones():
@@ -91,9 +92,9 @@ def test_times_of_a_step():
     chip = dataclasses.replace(CHIPS["v5e"], clock=1.0, flops=100, bandwidth=10.0)
     here, far = collective("all-gather", [0, 1]), collective("all-gather", [0, 1], is_open=True)
     moved = [
-        roofline.Transfer(dataclasses.replace(here, times=2), 1.0, 0.25, False),
-        roofline.Transfer(here, 0.5, 0.0, True),
-        roofline.Transfer(far, 99.0, 0.0, False),
+        roofline.Transfer(dataclasses.replace(here, times=2), 1.0, 0.25),
+        roofline.Transfer(dataclasses.replace(here, across_slices=True), 0.5, 0.0),
+        roofline.Transfer(far, 99.0, 0.0),
     ]
     found = roofline.times(chip, flops=400, hbm_bytes=50, moved=moved, model_flops=300)
     assert (found["compute_s"], found["hbm_s"], found["ici_s"]) == (4.0, 5.0, 2.5)
