@@ -113,7 +113,8 @@ def get_config() -> ConfigDict:
     moe.entropy_weight = 1e-4  # router entropy: keeps top_p from needing more and more experts
     moe.max_groups = 0  # groups that a token's experts may come from: bounds its peers; 0: all
     moe.capacity_factor = 0.0  # of all slots over E: what an expert takes of a row; 0: dropless
-    moe.implementation = ""  # onehot, blocked or ragged_dot; "": chosen by device
+    # onehot, blocked, ragged_dot, pallas_tpu or pallas_gpu; "": chosen by device.
+    moe.implementation = ""
     # Where mesh.expert > 1: how rows reach the experts of other devices.
     moe.transport = ""  # all_to_all, all_gather, ragged_all_to_all; "": chosen by number of tokens
     moe.exchange_rows = 1.0  # buffer for one device, of its equal share: memory against rounds

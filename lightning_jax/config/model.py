@@ -16,7 +16,7 @@ ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 # Every row of a batch has documents, which not all attention kernels honour.
 ATTENTION_IMPLEMENTATIONS = ("reference", "xla_banded", "pallas_tpu", "pallas_gpu")
 TRANSPORTS = ("all_to_all", "all_gather", "ragged_all_to_all")
-EXPERTS_IMPLEMENTATIONS = ("onehot", "blocked", "ragged_dot")
+EXPERTS_IMPLEMENTATIONS = ("onehot", "blocked", "ragged_dot", "pallas_tpu", "pallas_gpu")
 # Beside none and full, the policies of `jax.checkpoint_policies` that take no arguments.
 REMATS = (
     "none",

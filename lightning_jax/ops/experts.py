@@ -10,19 +10,26 @@ Letters: M tokens, E experts, C choices (slots) per token, S = M*C slots, D mode
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 
 import jax
 import jax.numpy as jnp
 
-from lightning_jax.config.errors import suggest
+from lightning_jax.config.errors import UserError, suggest
 from lightning_jax.ops.activation import gated_unit
 from lightning_jax.ops.kernels.common import precision
 from lightning_jax.ops.kernels.cpu.experts import blocked_experts, blocked_grouped_mlp
 from lightning_jax.ops.routing import Choices, SlotOrder, ordered_sum, sort_slots
 from lightning_jax.runtime import target
 
-IMPLEMENTATIONS = ("onehot", "blocked", "ragged_dot")
+# Kernels of our own: imported when first used, as importing Pallas takes a second.
+_KERNELS = {
+    "pallas_tpu": "lightning_jax.ops.kernels.tpu.grouped",
+    "pallas_gpu": "lightning_jax.ops.kernels.gpu.grouped",
+}
+IMPLEMENTATIONS = ("onehot", "blocked", "ragged_dot", *_KERNELS)
+_PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 
 
 def routed_experts(
@@ -54,7 +61,7 @@ def routed_experts(
     Raises:
       ValueError: unknown implementation or shapes that do not fit.
     """
-    implementation = _resolve(implementation)
+    implementation = _resolve(implementation, x_MD.dtype)
     weights = (gate_EDF, up_EDF, down_EFD)
     _check_weights(x_MD.shape[-1], choices.num_experts, weights, biases, unit)
     M, C = choices.expert_index_MC.shape
@@ -126,23 +133,29 @@ def grouped_mlp(
       biases: gate_EF, up_EF, down_ED of the three projections; empty for none.
       clamp: of the gated unit; None for SwiGLU.
       unit: int32 scalar, may be traced: weights and biases then have a leading axis of units, and
-        this entry of it is used. "blocked" reads it expert by expert, so that no expert without
-        rows is copied; the others take out the unit first.
+        this entry of it is used. "blocked" and the kernels read it expert by expert, so that no
+        expert without rows is copied; the others take out the unit first.
       implementation:
         "onehot": every expert on every row, in float32; the oracle, E times the work.
         "blocked": blocks of rows in plain XLA; cost follows the filled rows.
-        "ragged_dot": `jax.lax.ragged_dot` over the real group sizes. On CPU it expands to E
-          dense matmuls.
-        None: "blocked" on CPU, else "ragged_dot".
+        "ragged_dot": `jax.lax.ragged_dot` over the real group sizes. It expands to E dense
+          matmuls: on CPU and GPU always, on TPU for the weight gradients.
+        "pallas_tpu": our Pallas kernels for TPUs, bfloat16 and float32.
+        "pallas_gpu": our Pallas Triton kernels for GPUs, bfloat16, float16 and float32.
+        None: "blocked" on CPU, our kernels on TPU and GPU, or "ragged_dot" for other dtypes.
 
     Raises:
-      ValueError: unknown implementation or shapes that do not fit.
+      ValueError: unknown implementation, one that does not take the dtype, or shapes that do not
+        fit.
     """
-    implementation = _resolve(implementation)
+    implementation = _resolve(implementation, rows_SD.dtype)
     weights = (gate_EDF, up_EDF, down_EFD)
     _check_weights(rows_SD.shape[-1], size_E.shape[0], weights, biases, unit)
     if implementation == "blocked":
         return blocked_grouped_mlp(rows_SD, size_E, weights, biases, clamp=clamp, unit=unit)
+    if implementation in _KERNELS:
+        kernel = importlib.import_module(_KERNELS[implementation]).grouped_mlp
+        return kernel(rows_SD, size_E, weights, biases, clamp=clamp, unit=unit)
     if unit is not None:
         weights, biases = jax.tree.map(lambda a: a[unit], (weights, tuple(biases)))
     grouped = _onehot if implementation == "onehot" else _ragged
@@ -152,9 +165,19 @@ def grouped_mlp(
     return y_SD.astype(rows_SD.dtype)
 
 
-def _resolve(implementation: str | None) -> str:
+def check_device(implementation: str, platform: str) -> None:
+    """Raises UserError if a named implementation does not run on a platform."""
+    needs = _PLATFORMS.get(implementation, platform)
+    if needs != platform:
+        raise UserError(
+            f"model.moe.implementation = {implementation!r}: runs on {needs}, and this run's"
+            f" devices are {platform}"
+        )
+
+
+def _resolve(implementation: str | None, dtype: jnp.dtype) -> str:
     if implementation is None:
-        return _choose(target.current().platform)
+        return _choose(target.current().platform, jnp.dtype(dtype))
     if implementation not in IMPLEMENTATIONS:
         known = suggest(implementation, IMPLEMENTATIONS)
         raise ValueError(f"implementation must be {known}, got {implementation!r}")
@@ -162,9 +185,14 @@ def _resolve(implementation: str | None) -> str:
 
 
 @functools.cache
-def _choose(platform: str) -> str:
+def _choose(platform: str, dtype: jnp.dtype) -> str:
     implementation = "blocked" if platform == "cpu" else "ragged_dot"
-    logging.getLogger(__name__).debug("routed_experts on %s: %s", platform, implementation)
+    for name, needs in _PLATFORMS.items():
+        if platform == needs and dtype in importlib.import_module(_KERNELS[name]).DTYPES:
+            implementation = name
+    logging.getLogger(__name__).debug(
+        "routed_experts of %s on %s: %s", dtype, platform, implementation
+    )
     return implementation
 
 
