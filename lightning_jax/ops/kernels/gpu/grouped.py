@@ -13,6 +13,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -127,12 +128,12 @@ def _list_visits(size_E, rows: int, tile: int, fill: bool):
     return of_mine(jnp.arange(len(size_G))), start_V, of_mine(end_G)
 
 
-def _load(ref, rows, columns, unmasked: tuple[bool, bool]):
-    """A tile from the last two axes of `ref`; `rows`, `columns` are (first, count, end), 0 beyond.
+def _load(ref, rows, columns, unmasked: tuple[bool, bool], lead: tuple[jax.Array, ...] = ()):
+    """A tile of `ref[lead]`; `rows` and `columns` are (first, count, end), and it is 0 beyond.
 
     `unmasked` says which axis is known to have no end inside the tile.
     """
-    view = ref.at[pl.ds(*rows[:2]), pl.ds(*columns[:2])]
+    view = ref.at[(*lead, pl.ds(*rows[:2]), pl.ds(*columns[:2]))]
     inside = _inside(rows, columns, unmasked)
     return plt.load(view) if inside is None else plt.load(view, mask=inside, other=0)
 
@@ -166,20 +167,23 @@ def _dot_kernel(product: grouped.Product, tiles: Tiles, counts, experts: int, *r
         lefts = [_load(row, at_rows, inner, (False, even[0])) for row in rows]
         found = []
         for i, (total, weight) in enumerate(zip(sums, weights, strict=True)):
-            left, mine = lefts[i % len(lefts)], weight.at[unit, expert]
+            left, lead = lefts[i % len(lefts)], (unit, expert)
             if product.transposed:
-                part = _load(mine, at_columns, inner, (even[1], even[0]))
+                part = _load(weight, at_columns, inner, (even[1], even[0]), lead)
             else:
-                part = _load(mine, inner, at_columns, even)
+                part = _load(weight, inner, at_columns, even, lead)
             contract = (1, 1 if product.transposed else 0)
             found.append(total + dot(left, part.astype(left.dtype), contract))
         return found
 
     zeros = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
-    trips = jnp.where((start < end) & (expert < experts), pl.cdiv(K, tiles.inner), 0)
+    filled = jnp.logical_and(start < end, expert < experts)
+    trips = jnp.where(filled, np.int32(pl.cdiv(K, tiles.inner)), np.int32(0))
     products = lax.fori_loop(0, trips, body, [zeros] * len(weights))
     for i, bias in enumerate(biases):
-        mask = at_columns[0] + jnp.arange(tiles.columns) < jnp.where(trips > 0, N, 0)
+        mask = at_columns[0] + jnp.arange(tiles.columns) < jnp.where(
+            filled, np.int32(N), np.int32(0)
+        )
         view = bias.at[unit, jnp.minimum(expert, experts - 1), pl.ds(*at_columns[:2])]
         products[i] += plt.load(view, mask=mask, other=0).astype(jnp.float32)[None]
     extras = [_load(x, at_rows, at_columns, (False, even[1])).astype(jnp.float32) for x in extras]
