@@ -18,7 +18,8 @@ from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.config import RunConfig
 from lightning_jax.data.batch import Batch
-from lightning_jax.ops.attention import check_device
+from lightning_jax.ops import attention as attention_op
+from lightning_jax.ops import experts
 from lightning_jax.ops.exchange import check_transport
 from lightning_jax.runtime import compiler
 from lightning_jax.train import step
@@ -31,12 +32,13 @@ def make_mesh(plan: Plan, devices: Sequence[jax.Device] | None = None) -> Mesh:
 
     Raises:
       UserError: as `sharding.make_mesh`, the model or a micro-batch does not divide over it, or the
-        attention or the transport named does not run on its devices.
+        attention, the experts or the transport named do not run on its devices.
     """
     mesh = sharding.make_mesh(plan.config.mesh, devices)
     attention = plan.config.model.attention
     platform = mesh.devices.flat[0].platform
-    check_device(attention.implementation, platform, attention.head_dim)
+    attention_op.check_device(attention.implementation, platform, attention.head_dim)
+    experts.check_device(plan.config.model.moe.implementation, platform)
     if sharding.Rules.of(mesh).expert:
         check_transport(plan.config.model.moe.transport, platform)
     for segment in plan.segments:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lightning_jax.ops import experts
 from lightning_jax.ops.experts import (
-    IMPLEMENTATIONS,
     combine,
     dispatch,
     grouped_mlp,
@@ -19,6 +19,7 @@ from lightning_jax.ops.experts import (
 )
 from lightning_jax.ops.kernels.cpu import narrow
 from lightning_jax.ops.routing import Choices, route
+from lightning_jax.runtime.target import Target
 from tests.ops.expert_oracle import (
     COTANGENT,
     D,
@@ -33,6 +34,8 @@ from tests.ops.expert_oracle import (
 
 E, C = 8, 4  # Most tests share one shape, and so one compilation.
 GROUPED = ("blocked", "ragged_dot")
+# Those that a CPU can run; the others have tests of their own.
+RUNNABLE = ("onehot", *GROUPED)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -63,7 +66,7 @@ def check(implementation, index, experts):
     return got
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", RUNNABLE)
 @pytest.mark.parametrize("kind", ["full", "ragged", "one_expert", "half_the_experts", "padding"])
 def test_matches_the_oracle(implementation, kind):
     got = check(implementation, assignment(kind, M, E, C), E)
@@ -284,7 +287,7 @@ def grouped_and_grads(implementation, clamp, size, dy, rows, w, biases):
     return pulled(function, (rows, w, biases), dy)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", RUNNABLE)
 @pytest.mark.parametrize("name", SIZES)
 def test_grouped_mlp_matches_the_oracle_and_reads_no_row_past_the_last_group(name, implementation):
     size = np.asarray(SIZES[name], np.int32)
@@ -342,7 +345,7 @@ def test_a_transport_fits_between_the_parts(implementation):
     np.testing.assert_allclose(exchanged(x, w), want, atol=2e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", RUNNABLE)
 def test_a_unit_of_stacked_weights_equals_those_weights(implementation):
     index = assignment("ragged", M, E, C)
     choices = Choices(jnp.asarray(index), jnp.asarray(gates(index, E, np.float32)), E)
@@ -397,3 +400,24 @@ def test_no_gradient_of_ragged_dot_is_a_scatter_add():
 
     arguments = (tokens(M, np.float32), choices.gate_MC, weights(E, np.float32), expert_biases(E))
     assert "scatter-add" not in str(jax.make_jaxpr(jax.grad(loss, range(4)))(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "choice"),
+    [
+        ("cpu", jnp.bfloat16, "blocked"),
+        ("tpu", jnp.bfloat16, "pallas_tpu"),
+        ("tpu", jnp.float16, "ragged_dot"),
+        ("gpu", jnp.float16, "pallas_gpu"),
+        ("gpu", jnp.float32, "pallas_gpu"),
+    ],
+)
+def test_the_default_is_what_the_target_and_the_dtype_allow(platform, dtype, choice, monkeypatch):
+    monkeypatch.setattr(experts.target, "current", lambda: Target(platform, "any"))
+    assert experts._resolve(None, dtype) == choice
+
+
+def test_a_named_kernel_refuses_a_dtype_that_it_does_not_take():
+    w = [a.astype(np.float16) for a in weights(E)]
+    with pytest.raises(ValueError, match="pallas_tpu: dtypes float16"):
+        grouped_mlp(tokens(M, np.float16), jnp.zeros(E, jnp.int32), *w, implementation="pallas_tpu")

@@ -75,6 +75,13 @@ def test_attention_that_the_devices_do_not_have_is_refused(name, platform, messa
         placement.make_mesh(Plan.of(run))
 
 
+def test_experts_that_the_devices_do_not_have_are_refused():
+    run = run_of(model__moe__implementation="pallas_gpu")
+    message = "model.moe.implementation = 'pallas_gpu': runs on gpu, and this run's devices are cpu"
+    with pytest.raises(UserError, match=message):
+        placement.make_mesh(Plan.of(run))
+
+
 def test_a_transport_that_the_devices_do_not_have_is_refused():
     ragged = dict(model__moe__transport="ragged_all_to_all")
     stage = dataclasses.replace(run_of().stages[0], batch_size=8, accumulate=1)

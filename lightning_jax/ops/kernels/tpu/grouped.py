@@ -30,7 +30,7 @@ LANES = 128
 # Rows of a register of bfloat16.
 _SUBLANES = 16
 # A product of more contracted columns is a loop, or its unrolled code would grow with them.
-_CHUNK = 1024
+_CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +39,17 @@ class Tiles:
 
     Attributes:
       rows: rows of a tile.
-      part: rows of the smaller products at the edges of a group.
+      part: rows of the smallest products at the edges of a group, a power of two.
       columns: most columns of a block of results.
     """
 
     rows: int = 512
-    part: int = 128
+    part: int = 256
     columns: int = 512
+
+
+# Exact products of float32 operands are six of bfloat16 ones, and so is their code.
+_FLOAT32 = Tiles(256, 256, 256)
 
 
 class Visits(NamedTuple):
@@ -384,5 +388,6 @@ def grouped_mlp(
       ValueError: a dtype that the kernels do not take.
     """
     common.check_dtypes("pallas_tpu", (rows_SD,), DTYPES)
-    kernels = Kernels(interpret, tiles or Tiles())
+    tiles = tiles or (_FLOAT32 if rows_SD.dtype == jnp.float32 else Tiles())
+    kernels = Kernels(interpret, tiles)
     return grouped.grouped_mlp(kernels, rows_SD, size_E, weights, biases, clamp, unit)
