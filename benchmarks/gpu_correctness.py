@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarks.measure import Options
 from lightning_jax.ops.attention import dot_product_attention
+from lightning_jax.ops.experts import grouped_mlp
 from lightning_jax.ops.kernels.cpu.banded import banded_attention
 from lightning_jax.ops.kernels.gpu.attention import sliding_window_attention
 from lightning_jax.ops.mask import Mask
@@ -36,6 +37,19 @@ CASES = (
     (256, 8, 2, 128, True, True, None, "bfloat16", 255),
     (None, 8, 2, 64, True, False, None, "bfloat16", 700),
     (100, 4, 1, 128, False, True, None, "float32", 999),
+)
+
+
+# What is compared of attention.
+_ATTENTION = ("out", "dquery", "dkey", "dvalue", "dsinks")
+
+# (dtype, D, F, rows of each expert): of 1000 rows, some of no expert.
+EXPERT_CASES = (
+    ("bfloat16", 512, 384, (300, 0, 257, 128, 1, 200, 0, 100)),
+    ("bfloat16", 200, 100, (0, 1000)),
+    ("float16", 256, 128, (0,) * 8),
+    ("bfloat16", 512, 384, (5, 1, 0, 2) * 8),
+    ("float32", 128, 96, (500, 3, 0, 400)),
 )
 
 
@@ -66,6 +80,28 @@ def correctness_rows(options: Options) -> list[dict[str, Any]]:
     name = "correctness_bfloat16_long_W1024_packed"
     if options.wants(name):
         rows.append(_long(name))
+    return rows + _experts_rows(options)
+
+
+def _experts_rows(options: Options) -> list[dict[str, Any]]:
+    """One row per case of grouped matmuls, like those of attention, against every expert's."""
+    rows = []
+    for dtype, D, F, sizes in EXPERT_CASES:
+        name = f"correctness_experts_{dtype}_D{D}_F{F}_{'x'.join(map(str, sizes))}"
+        if not options.wants(name):
+            continue
+        rng = np.random.default_rng(D + F)
+        E, size_E = len(sizes), jnp.asarray(sizes, jnp.int32)
+        shapes = ((_LENGTH, D), (E, D, F), (E, D, F), (E, F, D), (_LENGTH, D))
+        arrays = [jnp.asarray(rng.normal(size=shape) * 0.3, dtype) for shape in shapes]
+
+        def run(implementation, rows_SD, *weights, size_E=size_E):
+            with jax.default_matmul_precision("highest"):
+                return grouped_mlp(rows_SD, size_E, *weights, implementation=implementation)
+
+        ours, exact = (functools.partial(run, kind) for kind in ("pallas_gpu", "onehot"))
+        labels = ("out", "drows", "dgate", "dup", "ddown")
+        rows.append(_compare(name, dtype, ours, exact, arrays, labels=labels))
     return rows
 
 
@@ -124,7 +160,7 @@ def _long(name: str) -> dict[str, Any]:
     return _compare(name, "bfloat16", ours, exact, arrays, None)
 
 
-def _compare(name, dtype, ours, exact, arrays, sinks_N) -> dict[str, Any]:
+def _compare(name, dtype, ours, exact, arrays, *more, labels=_ATTENTION) -> dict[str, Any]:
     *inputs, dout = arrays
 
     def both(attend, *inputs_and_dout):
@@ -133,10 +169,9 @@ def _compare(name, dtype, ours, exact, arrays, sinks_N) -> dict[str, Any]:
         return out, *pull(dout.astype(out.dtype))
 
     wide = [x.astype(jnp.float32) for x in inputs]
-    wanted = jax.jit(functools.partial(both, exact))(*wide, sinks_N, dout.astype(jnp.float32))
+    wanted = jax.jit(functools.partial(both, exact))(*wide, *more, dout.astype(jnp.float32))
     call = jax.jit(functools.partial(both, ours))
-    found, again = (call(*inputs, sinks_N, dout) for _ in range(2))
-    labels = ("out", "dquery", "dkey", "dvalue", "dsinks")
+    found, again = (call(*inputs, *more, dout) for _ in range(2))
     errors = {
         label: _error(left, right)
         for label, left, right in zip(labels, found, wanted, strict=True)

@@ -1,7 +1,8 @@
-"""Suite `kernels_tpu`: static cycles of our TPU attention, of splash and of flash, no TPU needed.
+"""Suite `kernels_tpu`: static cycles of our TPU attention and its peers, and of grouped matmuls.
 
-All shapes are bfloat16 with one query head per key/value head, heads side by side as the kernels
-take them, and a causal window; flash, which has none, is measured where the window is the length.
+No TPU is needed. All attention is bfloat16 with one query head per key/value head, heads side by
+side as the kernels take them, and a causal window; flash, which has none, is measured where the
+window is the length. Grouped matmuls are those of `tpu_grouped`.
 See `tpu_static` for the meaning and the limits of the figures.
 """
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
-from benchmarks import tpu_splash, tpu_static
+from benchmarks import tpu_grouped, tpu_splash, tpu_static
 from benchmarks.measure import Options
 from benchmarks.tpu_static import CHIPS, Case
 from lightning_jax import accounting
@@ -75,7 +76,7 @@ def cases(chip: str) -> dict[str, Callable[[], Case]]:
     found[name] = functools.partial(_splash, "forward", SPLASH["forward"][0], *TRACED)
     for block in FLASH:
         found[f"flash_{block}_forward_{_label(FULL)}"] = functools.partial(_flash, block, *FULL)
-    return found
+    return found | tpu_grouped.cases()
 
 
 def _label(sizes: tuple[int, ...]) -> str:

@@ -43,6 +43,27 @@ class Product(NamedTuple):
     fill: bool
 
 
+class Products(NamedTuple):
+    """The calls of `Kernels.dot` that an MLP makes, in the order of a pass and its gradient."""
+
+    into: Product
+    into_kept: Product
+    down: Product
+    unit_gradient: Product
+    rows_gradient: Product
+
+
+def products(clamp: float | None) -> Products:
+    """The calls of an MLP with a gated unit of that clamp."""
+    return Products(
+        into=Product(False, _Unit(clamp, keep=False), 1, fill=False),
+        into_kept=Product(False, _Unit(clamp, keep=True), 3, fill=False),
+        down=Product(False, _total, 1, fill=True),
+        unit_gradient=Product(True, _UnitGradient(clamp), 3, fill=False),
+        rows_gradient=Product(True, _total, 1, fill=True),
+    )
+
+
 class Kernels(Protocol):
     """Grouped matmuls of one device; hashable. Rows of no expert are never part of a product."""
 
@@ -103,9 +124,10 @@ def _mlp(kernels, clamp, rows_SD, size_E, unit, weights, biases):
 
 def _run(kernels, clamp, rows_SD, size_E, unit, weights, biases, *, keep):
     """Returns the result and, with `keep`, the two projections."""
-    into, out = Product(False, _Unit(clamp, keep), 3 if keep else 1, False), _plain(fill=True)
+    product = products(clamp)
+    into = product.into_kept if keep else product.into
     hidden_SF, *kept = kernels.dot(into, (rows_SD,), weights[:2], size_E, unit, biases[:2], ())
-    (y_SD,) = kernels.dot(out, (hidden_SF,), weights[2:], size_E, unit, biases[2:], ())
+    (y_SD,) = kernels.dot(product.down, (hidden_SF,), weights[2:], size_E, unit, biases[2:], ())
     return y_SD, kept
 
 
@@ -116,12 +138,12 @@ def _forward(kernels, clamp, *arguments):
 
 def _backward(kernels, clamp, residuals, dy_SD):
     rows_SD, size_E, unit, weights, biases, kept = residuals
-    back = Product(True, _UnitGradient(clamp), 3, False)
+    product = products(clamp)
     dgate_SF, dup_SF, hidden_SF = kernels.dot(
-        back, (dy_SD,), weights[2:], size_E, unit, (), tuple(kept)
+        product.unit_gradient, (dy_SD,), weights[2:], size_E, unit, (), tuple(kept)
     )
     (drows_SD,) = kernels.dot(
-        Product(True, _total, 1, True), (dgate_SF, dup_SF), weights[:2], size_E, unit, (), ()
+        product.rows_gradient, (dgate_SF, dup_SF), weights[:2], size_E, unit, (), ()
     )
     dweights = (
         *kernels.outer(rows_SD, (dgate_SF, dup_SF), size_E, weights[0].dtype),
@@ -176,7 +198,3 @@ class _UnitGradient(NamedTuple):
 
 def _total(products, extras) -> tuple[Any]:
     return (sum(products[1:], products[0]),)
-
-
-def _plain(*, fill: bool) -> Product:
-    return Product(False, _total, 1, fill)

@@ -21,6 +21,7 @@ from lightning_jax.ops.kernels.tpu.attention import sliding_window_attention
 from lightning_jax.ops.kernels.tpu.band import BlockSizes
 from lightning_jax.ops.kernels.tpu.blocks import Blocks
 from lightning_jax.ops.kernels.tpu.decode import paged_decode, ring_decode
+from lightning_jax.ops.kernels.tpu.grouped import grouped_mlp
 
 Shape = jax.ShapeDtypeStruct
 
@@ -128,6 +129,27 @@ def _paged(queries=1, kv_heads=8, head_size=128, window=None, int8=False):
     return Case(function, (query, pool, pool, positions, pages, *scales), 0, 0)
 
 
+def _grouped(
+    rows=1000, D=256, F=128, dtype=jnp.bfloat16, held=jnp.float32, biases=False, units=None
+):
+    """The experts' MLP with its gradients."""
+    E = 8
+    lead = (E,) if units is None else (units, E)
+    shapes = [(rows, D), (*lead, D, F), (*lead, D, F), (*lead, F, D)]
+    shapes += [(*lead, F), (*lead, F), (*lead, D)] * biases
+    arrays = [Shape(shape, held if index else dtype) for index, shape in enumerate(shapes)]
+
+    def function(size_E, unit, rows, *params):
+        def mlp(rows, *params):
+            chosen = None if units is None else unit
+            return grouped_mlp(rows, size_E, params[:3], params[3:], unit=chosen)
+
+        y, pull = jax.vjp(mlp, rows, *params)
+        return y, pull(y)
+
+    return Case(function, (Shape((E,), jnp.int32), Shape((), jnp.int32), *arrays), 0, 0)
+
+
 VARIANTS = {
     "folded": functools.partial(_attention, tiles=2, query_heads=1),
     "folded with a loop": functools.partial(_attention, window=384, query_heads=1),
@@ -166,6 +188,13 @@ VARIANTS = {
     "pages": _paged,
     "pages, window, int8": functools.partial(_paged, queries=3, window=500, int8=True),
     "pages of one head": functools.partial(_paged, kv_heads=1),
+    "experts": _grouped,
+    "experts of odd sizes, biases, a unit of three": functools.partial(
+        _grouped, rows=37, D=96, F=72, held=jnp.bfloat16, biases=True, units=3
+    ),
+    "experts, wide": functools.partial(_grouped, D=1100, F=700),
+    "experts, float32": functools.partial(_grouped, dtype=jnp.float32),
+    "one row": functools.partial(_grouped, rows=1),
     "pages of two heads of 64": functools.partial(_paged, kv_heads=2, head_size=64),
 }
 
