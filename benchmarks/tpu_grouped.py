@@ -23,7 +23,7 @@ from lightning_jax.ops.kernels.tpu.grouped import Kernels, Tiles, Visits
 S, E, D, F = 8192, 16, 512, 384
 GROUP = S // E
 # Rows of a tile, rows of its part.
-TILES = ((512, 256), (512, 128), (256, 128))
+TILES = ((512, 256), (256, 128))
 # Rows by which straddling groups start before a tile.
 SHIFT = 64
 # The passes of an experts' MLP, in products of [S, D] x [D, F]; "one" is none, to compare "gated",

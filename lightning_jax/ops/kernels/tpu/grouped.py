@@ -136,7 +136,8 @@ class Kernels:
         S, K = rows[0].shape
         tile, part = self._rows(S, rows[0].dtype)
         N = weights[0].shape[-2 if product.transposed else -1]
-        columns = _block(N, self.tiles.columns)
+        column_bytes = K * len(weights) * weights[0].dtype.itemsize
+        columns = _block(N, min(self.tiles.columns, _fitting(column_bytes)))
         visits, count = list_visits(size_E, S, tile, fill=product.fill)
         spec_SK = pl.BlockSpec((tile, K), lambda n, i, u, *v: (_tile(v, i), 0))
         spec_SN = pl.BlockSpec((tile, columns), lambda n, i, u, *v: (_tile(v, i), n))
@@ -221,6 +222,12 @@ class Kernels:
     def _parameters(self, semantics):
         limit = tpu_blocks.fast_memory(tpu_blocks.device_kind()) * 3 // 4
         return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=limit)
+
+
+def _fitting(column_bytes: int) -> int:
+    """Columns of weights, at least a register's width, two blocks of which fill a quarter of memory."""
+    part = tpu_blocks.fast_memory(tpu_blocks.device_kind()) // 4
+    return max(part // (2 * column_bytes) // LANES * LANES, LANES)
 
 
 def _block(size: int, most: int) -> int:
