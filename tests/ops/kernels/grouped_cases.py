@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.ops.expert_oracle import COTANGENT as DY
-from tests.ops.expert_oracle import D, F, M, oracle, tokens, weights
+from tests.ops.expert_oracle import M, oracle, tokens, weights
 from tests.ops.expert_oracle import expert_biases as biases_of
 
 E = 8
@@ -108,6 +108,3 @@ def check_unit(grouped_mlp):
     for a, b in zip(dw, want_dw, strict=True):
         np.testing.assert_array_equal(a[2], b)
         np.testing.assert_array_equal(a[:2], 0.0)
-
-
-__all__ = ["D", "E", "F", "M", "SIZES", "check", "check_biases", "check_unit", "check_wide"]

@@ -154,8 +154,7 @@ class Kernels:
         )
         biases = [bias[:, :, None] for bias in biases]
         call = _Dot(product, part, len(rows), len(weights), len(biases), len(extras))
-        looped = K > _CHUNK
-        scratch = [pltpu.VMEM((tile, columns), jnp.float32)] * (len(weights) if looped else 0)
+        sums = len(weights) if K > _CHUNK else 0
         return pl.pallas_call(
             functools.partial(_dot_kernel, call),
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -168,7 +167,7 @@ class Kernels:
                     *[spec_SN] * len(extras),
                 ],
                 out_specs=[spec_SN] * product.outputs,
-                scratch_shapes=scratch,
+                scratch_shapes=[pltpu.VMEM((tile, columns), jnp.float32)] * sums,
             ),
             out_shape=[jax.ShapeDtypeStruct((S, N), rows[0].dtype)] * product.outputs,
             compiler_params=self._parameters(("parallel", "arbitrary")),
@@ -225,7 +224,7 @@ class Kernels:
 
 
 def _fitting(column_bytes: int) -> int:
-    """Columns of weights, at least a register's width, two blocks of which fill a quarter of memory."""
+    """Columns of weights of which two blocks fill a quarter of fast memory; at least LANES."""
     part = tpu_blocks.fast_memory(tpu_blocks.device_kind()) // 4
     return max(part // (2 * column_bytes) // LANES * LANES, LANES)
 
@@ -260,7 +259,10 @@ class _Dot(NamedTuple):
 def _dot_kernel(call: _Dot, unit, *refs):
     del unit
     refs = list(refs)
-    take = lambda count: [refs.pop(0) for _ in range(count)]  # noqa: E731
+
+    def take(count):
+        return [refs.pop(0) for _ in range(count)]
+
     visits = Visits(*take(len(Visits._fields)))
     rows, weights, biases, extras, outs = map(
         take, (call.rows, call.weights, call.biases, call.extras, call.product.outputs)
@@ -321,7 +323,6 @@ def _products(call: _Dot, rows, weights, at, scratch):
     if K <= _CHUNK:
         return [product(row, weight, slice(None)) for row, weight in pairs]
     sums = [x.at[at] for x in scratch]
-    whole = K // _CHUNK * _CHUNK
     for total, (row, weight) in zip(sums, pairs, strict=True):
         total[...] = product(row, weight, pl.ds(0, _CHUNK))
 
@@ -331,9 +332,9 @@ def _products(call: _Dot, rows, weights, at, scratch):
             total[...] += product(row, weight, columns)
 
     lax.fori_loop(1, K // _CHUNK, body, None)
-    if whole < K:
+    if rest := K % _CHUNK:
         for total, (row, weight) in zip(sums, pairs, strict=True):
-            total[...] += product(row, weight, pl.ds(whole, K - whole))
+            total[...] += product(row, weight, pl.ds(K - rest, rest))
     return [total[...] for total in sums]
 
 

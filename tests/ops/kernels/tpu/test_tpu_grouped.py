@@ -1,7 +1,5 @@
 """Grouped matmuls for TPUs, run as plain JAX, against float64."""
 
-import functools
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,7 +35,7 @@ def test_biases_and_the_clamped_unit(name):
 
 def test_columns_of_several_blocks_and_a_loop_over_contracted_ones(monkeypatch):
     monkeypatch.setattr(grouped, "_CHUNK", 128)
-    cases.check_wide(functools.partial(_mlp), _onehot)
+    cases.check_wide(_mlp, _onehot)
 
 
 def test_a_unit_of_stacked_weights():
