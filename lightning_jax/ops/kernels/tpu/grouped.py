@@ -24,9 +24,9 @@ from jax.experimental.pallas import tpu as pltpu
 from lightning_jax.ops.kernels import common, grouped
 from lightning_jax.ops.kernels.common import dot
 from lightning_jax.ops.kernels.tpu import blocks as tpu_blocks
+from lightning_jax.ops.kernels.tpu.band import LANES
 
 DTYPES = (jnp.bfloat16, jnp.float32)
-LANES = 128
 # Rows of a register of bfloat16.
 _SUBLANES = 16
 # A product of more contracted columns is a loop, or its unrolled code would grow with them.
@@ -259,10 +259,7 @@ class _Dot(NamedTuple):
 def _dot_kernel(call: _Dot, unit, *refs):
     del unit
     refs = list(refs)
-
-    def take(count):
-        return [refs.pop(0) for _ in range(count)]
-
+    take = lambda count: [refs.pop(0) for _ in range(count)]  # noqa: E731
     visits = Visits(*take(len(Visits._fields)))
     rows, weights, biases, extras, outs = map(
         take, (call.rows, call.weights, call.biases, call.extras, call.product.outputs)
