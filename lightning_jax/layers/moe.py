@@ -17,6 +17,7 @@ from lightning_jax.ops.exchange import exchanged_experts
 from lightning_jax.ops.projection import project
 from lightning_jax.ops.routing import Choices, Routing, limit_capacity, route
 
+_TOKENS = ("batch", "sequence")
 _WEIGHTS = [("expert", "embed", "mlp"), ("expert", "embed", "mlp"), ("expert", "mlp", "embed")]
 _BIASES = [("expert", "mlp"), ("expert", "mlp"), ("expert", "embed")]
 
@@ -72,18 +73,26 @@ class MoE(nn.Module):
         if config.router_bias:
             shape = (config.num_experts,)
             logits_BTE += param(self, "router_bias_E", ZEROS, shape, ("router",))[None, None]
-        return route(
-            logits_BTE,
-            kind=kind,
-            slots=config.slots(kind),
-            score=config.router_score,
-            top_p=top_p,
-            bias_E=bias_E,
-            renormalize=config.renormalize_gates,
-            token_mask_M=token_mask_BT,
-            num_groups=config.num_groups,
-            max_groups=config.max_groups,
-        )
+
+        def local(logits_BTE, token_mask_BT, bias_E, top_p):
+            return route(
+                logits_BTE,
+                kind=kind,
+                slots=config.slots(kind),
+                score=config.router_score,
+                top_p=top_p,
+                bias_E=bias_E,
+                renormalize=config.renormalize_gates,
+                token_mask_M=token_mask_BT,
+                num_groups=config.num_groups,
+                max_groups=config.max_groups,
+            )
+
+        # A partitioner would gather the tokens of all devices to sort the scores of each.
+        per_token = _TOKENS if jnp.ndim(top_p) else ()
+        inputs = _TOKENS, _TOKENS, (None,), per_token
+        run = sharding.island(local, inputs=inputs, outputs=_TOKENS)
+        return run(logits_BTE, token_mask_BT, bias_E, top_p)
 
     def _limit(self, choices: Choices) -> tuple[Choices, jax.Array]:
         """Choices within the capacity of each expert, and how many were not."""
@@ -103,7 +112,6 @@ class MoE(nn.Module):
             unit = parameters[0][0].unit
             parameters = tuple([p.array_U for p in group] for group in parameters)
             names = tuple([("layers", *axes) for axes in group] for group in names)
-        tokens = ("batch", "sequence")
 
         def local(x_BTD, choices, parameters, unit):
             flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
@@ -122,10 +130,10 @@ class MoE(nn.Module):
                 transport=config.transport or None,
                 share=config.exchange_rows,
             )
-            return y_MD.reshape(x_BTD.shape), jax.lax.psum(stats, sharding.axes(*tokens))
+            return y_MD.reshape(x_BTD.shape), jax.lax.psum(stats, sharding.axes(*_TOKENS))
 
         # Sorting tokens by expert stays on the device that has them.
-        run = sharding.island(local, inputs=(tokens, tokens, names, ()), outputs=(tokens, ()))
+        run = sharding.island(local, inputs=(_TOKENS, _TOKENS, names, ()), outputs=(_TOKENS, ()))
         return run(x_BTD, choices, parameters, unit)
 
     def _weights(self, dim: int, dtype: jnp.dtype) -> list[jax.Array | Stacked]:

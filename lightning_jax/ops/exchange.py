@@ -27,6 +27,7 @@ from jax import lax
 from lightning_jax.config.errors import UserError, suggest
 from lightning_jax.ops import exchange_plan
 from lightning_jax.ops.balance import ExchangeStats
+from lightning_jax.ops.collectives import total
 from lightning_jax.ops.exchange_plan import Outgoing, Plan
 from lightning_jax.ops.experts import routed_experts
 from lightning_jax.ops.routing import Choices
@@ -105,7 +106,7 @@ def exchanged_experts(
             else:
                 how = _How(axis, transport == "ragged_all_to_all", clamp, implementation)
                 y_MD, stats = _exchanged(how, sync_axes, share, x_MD, choices, parameters, unit)
-    return (lax.psum(y_MD, sum_axes) if sum_axes else y_MD), stats
+    return total(y_MD, sum_axes), stats
 
 
 def _check_experts(axis: str, local_experts: int, num_experts: int) -> None:

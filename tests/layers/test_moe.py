@@ -178,8 +178,7 @@ def split_exchange(output):
 @pytest.mark.slow
 @pytest.mark.usefixtures("compile_afresh")
 @pytest.mark.parametrize("name", MESHES)
-def test_eight_devices_give_what_one_gives(name, monkeypatch):
-    monkeypatch.setattr(sharding, "_RESERVED", ())
+def test_eight_devices_give_what_one_gives(name):
     sizes, changes = MESHES[name]
     want, got = one_device(), on_mesh(sizes, **changes)
     for (grads, output), (want_grads, want_output) in [
