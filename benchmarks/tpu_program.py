@@ -22,6 +22,7 @@ from benchmarks import tpu_static
 from benchmarks.measure import Options
 from configs import base
 from lightning_jax import sharding
+from lightning_jax.aot import topologies as slices
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build
@@ -48,7 +49,7 @@ def run(options: Options) -> list[dict[str, Any]]:
     Raises:
       UserError: libtpu is not installed, or a program did not compile.
     """
-    about = tpu_static.versions()
+    about = slices.versions()
     return [measure(name) | about for name in names() if options.wants(name)]
 
 
@@ -59,7 +60,7 @@ def measure(name: str) -> dict[str, Any]:
         command, env=tpu_static.environment(), capture_output=True, text=True, check=False
     )
     if found.returncode:
-        raise UserError(f"{name}: {tpu_static._first_error(found.stderr)}")
+        raise UserError(f"{name}: {tpu_static.first_error(found.stderr)}")
     return {"name": name} | json.loads(found.stdout.splitlines()[-1])
 
 

@@ -100,11 +100,12 @@ def measure(module: str, name: str, chip: str, *, trace: bool) -> dict[str, Any]
             command, env=environment(path, trace), capture_output=True, text=True, check=False
         )
         if found.returncode:
-            return {"error": _first_error(found.stderr)}
+            return {"error": first_error(found.stderr)}
         return _read(path, CHIPS[chip], trace)
 
 
-def _first_error(log: str) -> str:
+def first_error(log: str) -> str:
+    """Returns the line of a child's log that says why it failed."""
     lines = [line for line in log.splitlines() if re.search(r"failed|rror|exceed|alloc", line)]
     return (lines or log.splitlines() or ["no output"])[0][:300]
 
