@@ -61,10 +61,10 @@ def routed_experts(
     Raises:
       ValueError: unknown implementation or shapes that do not fit.
     """
-    implementation = _resolve(implementation, x_MD.dtype)
     weights = (gate_EDF, up_EDF, down_EFD)
     _check_weights(x_MD.shape[-1], choices.num_experts, weights, biases, unit)
     M, C = choices.expert_index_MC.shape
+    implementation = _resolve(implementation, M * C, x_MD.dtype, gate_EDF)
     _check_shapes(
         {
             "x_MD": (x_MD.shape, (M, x_MD.shape[-1])),
@@ -142,15 +142,16 @@ def grouped_mlp(
           matmuls: on CPU and GPU always, on TPU for the weight gradients.
         "pallas_tpu": our Pallas kernels for TPUs, bfloat16 and float32.
         "pallas_gpu": our Pallas Triton kernels for GPUs, bfloat16, float16 and float32.
-        None: "blocked" on CPU, our kernels on TPU and GPU, or "ragged_dot" for other dtypes.
+        None: "blocked" on CPU, our kernels on TPU and GPU, or "ragged_dot" where these do not take
+          the dtype or (on TPU) the widths.
 
     Raises:
-      ValueError: unknown implementation, one that does not take the dtype, or shapes that do not
-        fit.
+      ValueError: unknown implementation, one that does not take the dtype or the widths, or shapes
+        that do not fit.
     """
-    implementation = _resolve(implementation, rows_SD.dtype)
     weights = (gate_EDF, up_EDF, down_EFD)
     _check_weights(rows_SD.shape[-1], size_E.shape[0], weights, biases, unit)
+    implementation = _resolve(implementation, len(rows_SD), rows_SD.dtype, gate_EDF)
     if implementation == "blocked":
         return blocked_grouped_mlp(rows_SD, size_E, weights, biases, clamp=clamp, unit=unit)
     if implementation in _KERNELS:
@@ -159,10 +160,8 @@ def grouped_mlp(
     if unit is not None:
         weights, biases = jax.tree.map(lambda a: a[unit], (weights, tuple(biases)))
     grouped = _onehot if implementation == "onehot" else _ragged
-    filled_S1 = (jnp.arange(rows_SD.shape[0]) < jnp.sum(size_E))[:, None]
-    rows_SD = jnp.where(filled_S1, rows_SD, 0)
-    y_SD = grouped(rows_SD, size_E, filled_S1, weights, biases, clamp)
-    return y_SD.astype(rows_SD.dtype)
+    rows_SD = _zero_beyond(rows_SD, jnp.sum(size_E))
+    return grouped(rows_SD, size_E, weights, biases, clamp).astype(rows_SD.dtype)
 
 
 def check_device(implementation: str, platform: str) -> None:
@@ -175,23 +174,30 @@ def check_device(implementation: str, platform: str) -> None:
         )
 
 
-def _resolve(implementation: str | None, dtype: jnp.dtype) -> str:
+def _resolve(implementation: str | None, rows: int, dtype: jnp.dtype, gate_EDF: jax.Array) -> str:
     if implementation is None:
-        return _choose(target.current().platform, jnp.dtype(dtype))
+        dims, platform = gate_EDF.shape[-2:], target.current().platform
+        return _choose(platform, rows, dims, jnp.dtype(dtype), gate_EDF.dtype)
     if implementation not in IMPLEMENTATIONS:
         known = suggest(implementation, IMPLEMENTATIONS)
         raise ValueError(f"implementation must be {known}, got {implementation!r}")
     return implementation
 
 
-@functools.cache
-def _choose(platform: str, dtype: jnp.dtype) -> str:
-    implementation = "blocked" if platform == "cpu" else "ragged_dot"
+def _choose(
+    platform: str, rows: int, dims: tuple[int, int], dtype: jnp.dtype, weight_dtype: jnp.dtype
+) -> str:
+    implementation, why = "blocked" if platform == "cpu" else "ragged_dot", ""
     for name, needs in _PLATFORMS.items():
-        if platform == needs and dtype in importlib.import_module(_KERNELS[name]).DTYPES:
-            implementation = name
+        if platform == needs:
+            try:
+                importlib.import_module(_KERNELS[name]).check(rows, dims, dtype, weight_dtype)
+                implementation = name
+            except ValueError as error:
+                why = f" ({error})"
     logging.getLogger(__name__).debug(
-        "routed_experts of %s on %s: %s", dtype, platform, implementation
+        "experts of %s, %d rows, D, F = %s on %s: %s%s",
+        *(dtype, rows, dims, platform, implementation, why),
     )
     return implementation
 
@@ -219,7 +225,7 @@ def _expert_of(size_E: jax.Array, rows: int) -> jax.Array:
     return jnp.searchsorted(jnp.cumsum(size_E), jnp.arange(rows), side="right")
 
 
-def _onehot(rows_SD, size_E, filled_S1, weights, biases, clamp):
+def _onehot(rows_SD, size_E, weights, biases, clamp):
     dtype = jnp.promote_types(rows_SD.dtype, jnp.float32)
     # A TPU would round the operands of float32 products to bfloat16.
     einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -233,10 +239,10 @@ def _onehot(rows_SD, size_E, filled_S1, weights, biases, clamp):
     )
     y_ESD = einsum("ESF,EFD->ESD", hidden_ESF, down_EFD) + down_E1D
     onehot_SE = jax.nn.one_hot(_expert_of(size_E, len(rows_SD)), len(size_E), dtype=dtype)
-    return jnp.where(filled_S1, einsum("SE,ESD->SD", onehot_SE, y_ESD), 0)
+    return _zero_beyond(einsum("SE,ESD->SD", onehot_SE, y_ESD), jnp.sum(size_E))
 
 
-def _ragged(rows_SD, size_E, filled_S1, weights, biases, clamp):
+def _ragged(rows_SD, size_E, weights, biases, clamp):
     gate_EDF, up_EDF, down_EFD = weights
     gate_EF, up_EF, down_ED = biases or (None, None, None)
     dtype = rows_SD.dtype
@@ -252,12 +258,32 @@ def _ragged(rows_SD, size_E, filled_S1, weights, biases, clamp):
         if bias_EY is not None:
             y_SY += _bias_of(bias_EY, _expert_of(size_E, len(rows_SX))).astype(y_SY.dtype)
         # `ragged_dot` leaves other rows unspecified, forward and backward.
-        return jnp.where(filled_S1, y_SY, 0)
+        return _zero_beyond(y_SY, jnp.sum(size_E))
 
     hidden_SF = gated_unit(
         grouped_dot(rows_SD, gate_EDF, gate_EF), grouped_dot(rows_SD, up_EDF, up_EF), clamp=clamp
     )
     return grouped_dot(hidden_SF.astype(dtype), down_EFD, down_ED)
+
+
+@jax.custom_vjp
+def _zero_beyond(rows_SX: jax.Array, count: jax.Array) -> jax.Array:
+    """Zeros in place of the rows from `count` on, and of their gradients.
+
+    A `where` would keep its condition for the backward pass, once for every column.
+    """
+    return jnp.where((jnp.arange(len(rows_SX)) < count)[:, None], rows_SX, 0)
+
+
+def _zero_beyond_forward(rows_SX, count):
+    return _zero_beyond(rows_SX, count), count
+
+
+def _zero_beyond_backward(count, drows_SX):
+    return _zero_beyond(drows_SX, count), None
+
+
+_zero_beyond.defvjp(_zero_beyond_forward, _zero_beyond_backward)
 
 
 @jax.custom_vjp

@@ -402,19 +402,37 @@ def test_no_gradient_of_ragged_dot_is_a_scatter_add():
     assert "scatter-add" not in str(jax.make_jaxpr(jax.grad(loss, range(4)))(*arguments))
 
 
+def test_ragged_dot_keeps_no_mask_of_the_filled_rows_for_the_backward_pass():
+    size_E = jnp.zeros(E, jnp.int32)
+    _, pull = jax.vjp(
+        lambda x, *w: grouped_mlp(x, size_E, *w, implementation="ragged_dot"),
+        *(jnp.asarray(a) for a in (tokens(M, np.float32), *weights(E, np.float32))),
+    )
+    assert not [a.shape for a in jax.tree.leaves(pull) if a.dtype == bool]
+
+
 @pytest.mark.parametrize(
-    ("platform", "dtype", "choice"),
+    ("platform", "dtype", "width", "choice"),
     [
-        ("cpu", jnp.bfloat16, "blocked"),
-        ("tpu", jnp.bfloat16, "pallas_tpu"),
-        ("tpu", jnp.float16, "ragged_dot"),
-        ("gpu", jnp.float16, "pallas_gpu"),
-        ("gpu", jnp.float32, "pallas_gpu"),
+        ("cpu", jnp.bfloat16, 512, "blocked"),
+        ("tpu", jnp.bfloat16, 512, "pallas_tpu"),
+        ("tpu", jnp.bfloat16, 2**16, "ragged_dot"),
+        ("tpu", jnp.float16, 512, "ragged_dot"),
+        ("gpu", jnp.float16, 512, "pallas_gpu"),
+        ("gpu", jnp.float32, 2**16, "pallas_gpu"),
     ],
 )
-def test_the_default_is_what_the_target_and_the_dtype_allow(platform, dtype, choice, monkeypatch):
+def test_the_default_is_what_the_target_the_dtype_and_the_width_allow(
+    platform, dtype, width, choice, monkeypatch, caplog
+):
     monkeypatch.setattr(experts.target, "current", lambda: Target(platform, "any"))
-    assert experts._resolve(None, dtype) == choice
+    caplog.set_level("DEBUG")
+    for shape in ((E, width, 64), (E, 64, width)):
+        assert experts._resolve(None, 8192, dtype, jax.ShapeDtypeStruct(shape, dtype)) == choice
+    assert caplog.text.count(f"on {platform}: {choice}") == 2
+    assert caplog.text.count("MiB of fast memory") == (
+        2 if width > 512 and platform == "tpu" else 0
+    )
 
 
 def test_a_named_kernel_refuses_a_dtype_that_it_does_not_take():

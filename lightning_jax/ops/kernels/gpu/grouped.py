@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -218,6 +219,17 @@ def _outer_kernel(tiles: Tiles, start, end, left, *refs):
         plt.store(view, total.astype(out.dtype), mask=inside)
 
 
+def check(rows: int, dims: tuple[int, int], dtype: Any, weight_dtype: Any) -> None:
+    """Raises a ValueError if the kernels do not take an MLP; all widths fit.
+
+    Args:
+      rows: S.
+      dims: D and F.
+      dtype, weight_dtype: of the rows and of the weights.
+    """
+    common.check_dtypes("pallas_gpu", (jax.ShapeDtypeStruct((), dtype),), DTYPES)
+
+
 def grouped_mlp(
     rows_SD: jax.Array,
     size_E: jax.Array,
@@ -241,6 +253,7 @@ def grouped_mlp(
     Raises:
       ValueError: a dtype that the kernels do not take.
     """
-    common.check_dtypes("pallas_gpu", (rows_SD,), DTYPES)
+    S, D = rows_SD.shape
+    check(S, (D, weights[0].shape[-1]), rows_SD.dtype, weights[0].dtype)
     kernels = Kernels(interpret, dot_tiles, outer_tiles)
     return grouped.grouped_mlp(kernels, rows_SD, size_E, weights, biases, clamp, unit)

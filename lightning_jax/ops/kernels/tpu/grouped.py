@@ -21,35 +21,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lightning_jax.ops.kernels import common, grouped
+from lightning_jax.ops.kernels import grouped
 from lightning_jax.ops.kernels.common import dot
-from lightning_jax.ops.kernels.tpu import blocks as tpu_blocks
-from lightning_jax.ops.kernels.tpu.band import LANES
-
-DTYPES = (jnp.bfloat16, jnp.float32)
-# Rows of a register of bfloat16.
-_SUBLANES = 16
-# A product of more contracted columns is a loop, or its unrolled code would grow with them.
-_CHUNK = 512
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """How the kernels cut their arrays; changes speed and memory, and the order of sums.
-
-    Attributes:
-      rows: rows of a tile.
-      part: rows of the smallest products at the edges of a group, a power of two.
-      columns: most columns of a block of results.
-    """
-
-    rows: int = 512
-    part: int = 256
-    columns: int = 512
-
-
-# Exact products of float32 operands are six of bfloat16 ones, and so is their code.
-_FLOAT32 = Tiles(256, 256, 256)
+from lightning_jax.ops.kernels.tpu import grouped_blocks as blocks
+from lightning_jax.ops.kernels.tpu.grouped_blocks import CHUNK, Arrays, Tiles, check
 
 
 class Visits(NamedTuple):
@@ -134,10 +109,10 @@ class Kernels:
 
     def dot(self, product, rows, weights, size_E, unit, biases, extras):
         S, K = rows[0].shape
-        tile, part = self._rows(S, rows[0].dtype)
         N = weights[0].shape[-2 if product.transposed else -1]
-        column_bytes = K * len(weights) * weights[0].dtype.itemsize
-        columns = _block(N, min(self.tiles.columns, _fitting(column_bytes)))
+        arrays = Arrays(len(rows), len(weights), len(extras) + product.outputs)
+        tile, columns = blocks.cut(self.tiles, arrays, S, K, N, rows[0].dtype, weights[0].dtype)
+        part = self._part(tile)
         visits, count = list_visits(size_E, S, tile, fill=product.fill)
         spec_SK = pl.BlockSpec((tile, K), lambda n, i, u, *v: (_tile(v, i), 0))
         spec_SN = pl.BlockSpec((tile, columns), lambda n, i, u, *v: (_tile(v, i), n))
@@ -154,7 +129,7 @@ class Kernels:
         )
         biases = [bias[:, :, None] for bias in biases]
         call = _Dot(product, part, len(rows), len(weights), len(biases), len(extras))
-        sums = len(weights) if K > _CHUNK else 0
+        sums = len(weights) if K > CHUNK else 0
         return pl.pallas_call(
             functools.partial(_dot_kernel, call),
             grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -185,8 +160,9 @@ class Kernels:
 
     def outer(self, left_SK, right, size_E, dtype):
         (S, K), N, E = left_SK.shape, right[0].shape[1], len(size_E)
-        tile, part = self._rows(S, left_SK.dtype)
-        inner, columns = (_block(x, self.tiles.columns) for x in (K, N))
+        tile = blocks.heights(self.tiles, S)[0]
+        part = self._part(tile)
+        inner, columns = (blocks.block(x, self.tiles.columns) for x in (K, N))
         visits, count = list_visits(size_E, S, tile, empty=True)
         spec_SK = pl.BlockSpec((tile, inner), lambda k, n, i, *v: (_tile(v, i), k))
         spec_SN = pl.BlockSpec((tile, columns), lambda k, n, i, *v: (_tile(v, i), n))
@@ -212,29 +188,11 @@ class Kernels:
             name="grouped_outer",
         )(*visits, left_SK, *right)
 
-    def _rows(self, S: int, dtype) -> tuple[int, int]:
-        """Rows of a tile and of a part of it."""
-        tile = min(self.tiles.rows, -(-S // _SUBLANES) * _SUBLANES)
-        part = self.tiles.part if tile % self.tiles.part == 0 else tile
-        return tile, part
+    def _part(self, tile: int) -> int:
+        return self.tiles.part if tile % self.tiles.part == 0 else tile
 
     def _parameters(self, semantics):
-        limit = tpu_blocks.fast_memory(tpu_blocks.device_kind()) * 3 // 4
-        return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=limit)
-
-
-def _fitting(column_bytes: int) -> int:
-    """Columns of weights of which two blocks fill a quarter of fast memory; at least LANES."""
-    part = tpu_blocks.fast_memory(tpu_blocks.device_kind()) // 4
-    return max(part // (2 * column_bytes) // LANES * LANES, LANES)
-
-
-def _block(size: int, most: int) -> int:
-    """Columns of a block: all, or a multiple of a register's width that cuts them evenly."""
-    if size <= most:
-        return size
-    count = -(-size // most)
-    return -(-size // (count * LANES)) * LANES
+        return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=blocks.limit())
 
 
 def _tile(visits, step):
@@ -317,19 +275,19 @@ def _products(call: _Dot, rows, weights, at, scratch):
         left = row[at, columns]
         return dot(left, part.astype(left.dtype), contract)
 
-    if K <= _CHUNK:
+    if K <= CHUNK:
         return [product(row, weight, slice(None)) for row, weight in pairs]
     sums = [x.at[at] for x in scratch]
     for total, (row, weight) in zip(sums, pairs, strict=True):
-        total[...] = product(row, weight, pl.ds(0, _CHUNK))
+        total[...] = product(row, weight, pl.ds(0, CHUNK))
 
     def body(index, _):
-        columns = pl.ds(pl.multiple_of(index * _CHUNK, _CHUNK), _CHUNK)
+        columns = pl.ds(pl.multiple_of(index * CHUNK, CHUNK), CHUNK)
         for total, (row, weight) in zip(sums, pairs, strict=True):
             total[...] += product(row, weight, columns)
 
-    lax.fori_loop(1, K // _CHUNK, body, None)
-    if rest := K % _CHUNK:
+    lax.fori_loop(1, K // CHUNK, body, None)
+    if rest := K % CHUNK:
         for total, (row, weight) in zip(sums, pairs, strict=True):
             total[...] += product(row, weight, pl.ds(K - rest, rest))
     return [total[...] for total in sums]
@@ -390,9 +348,10 @@ def grouped_mlp(
       tiles: how arrays are cut.
 
     Raises:
-      ValueError: a dtype that the kernels do not take.
+      ValueError: a dtype that the kernels do not take, or a D or F for which fast memory has no
+        room.
     """
-    common.check_dtypes("pallas_tpu", (rows_SD,), DTYPES)
-    tiles = tiles or (_FLOAT32 if rows_SD.dtype == jnp.float32 else Tiles())
-    kernels = Kernels(interpret, tiles)
+    S, D = rows_SD.shape
+    check(S, (D, weights[0].shape[-1]), rows_SD.dtype, weights[0].dtype)
+    kernels = Kernels(interpret, tiles or blocks.tiles_for(rows_SD.dtype))
     return grouped.grouped_mlp(kernels, rows_SD, size_E, weights, biases, clamp, unit)

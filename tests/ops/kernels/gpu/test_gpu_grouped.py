@@ -70,5 +70,6 @@ def test_forward_and_gradients_lower_for_cuda(device, rows, dtype, sizes, units,
 
 
 def test_other_dtypes_are_refused():
+    w = [jnp.zeros((2, 4, 4))] * 3
     with pytest.raises(ValueError, match="pallas_gpu: dtypes int32: must all be the same, bfl"):
-        grouped.grouped_mlp(jnp.zeros((4, 4), jnp.int32), jnp.zeros(2, jnp.int32), ())
+        grouped.grouped_mlp(jnp.zeros((4, 4), jnp.int32), jnp.zeros(2, jnp.int32), w)

@@ -1,13 +1,16 @@
 """Grouped matmuls for TPUs, run as plain JAX, against float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lightning_jax.ops.experts import grouped_mlp as experts_mlp
-from lightning_jax.ops.kernels.tpu import grouped
+from lightning_jax.ops.kernels.tpu import grouped, grouped_blocks
 from lightning_jax.ops.kernels.tpu.grouped import Tiles, list_visits
 from tests.ops.kernels import grouped_cases as cases
+
+S, E = 8192, 16
 
 
 def _mlp(rows, size_E, w, biases=(), **options):
@@ -34,7 +37,7 @@ def test_biases_and_the_clamped_unit(name):
 
 
 def test_columns_of_several_blocks_and_a_loop_over_contracted_ones(monkeypatch):
-    monkeypatch.setattr(grouped, "_CHUNK", 128)
+    monkeypatch.setattr(grouped, "CHUNK", 128)
     cases.check_wide(_mlp, _onehot)
 
 
@@ -62,5 +65,31 @@ def test_visits_cover_every_row_once_in_order(name, empty):
 
 
 def test_other_dtypes_are_refused():
+    w = [jnp.zeros((2, 4, 4))] * 3
     with pytest.raises(ValueError, match="pallas_tpu: dtypes float16: must all be the same, bfl"):
-        grouped.grouped_mlp(jnp.zeros((4, 4), jnp.float16), jnp.zeros(2, jnp.int32), ())
+        grouped.grouped_mlp(jnp.zeros((4, 4), jnp.float16), jnp.zeros(2, jnp.int32), w)
+
+
+@pytest.mark.parametrize(("D", "F"), [(2**16, 128), (128, 2**16)])
+def test_widths_without_room_in_fast_memory_are_refused_in_one_line(D, F):
+    shapes = ((S, D), (E, D, F), (E, D, F), (E, F, D))
+    rows, *w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    size_E = jax.ShapeDtypeStruct((E,), jnp.int32)
+    with pytest.raises(ValueError, match="65536 columns need .* MiB of fast memory") as refused:
+        jax.eval_shape(lambda r, s, *w: grouped.grouped_mlp(r, s, w), rows, size_E, *w)
+    assert "\n" not in str(refused.value)
+
+
+def test_tiles_are_of_fewer_rows_where_more_do_not_fit():
+    """The largest widths of each height that libtpu compiles for a v5e, to the nearest 512."""
+    two = grouped_blocks.Arrays(rows=2, weights=2, results=1)
+
+    def rows(K, dtype):
+        tiles = grouped_blocks.tiles_for(dtype)
+        return grouped_blocks.cut(tiles, two, S, K, 512, dtype, jnp.float32)[0]
+
+    assert [rows(K, jnp.bfloat16) for K in (15872, 16384, 24064)] == [512, 256, 256]
+    assert rows(15872, jnp.float32) == 256
+    for K, dtype in ((24576, jnp.bfloat16), (16384, jnp.float32)):
+        with pytest.raises(ValueError, match=f"{K} columns need 9. MiB"):
+            rows(K, dtype)
