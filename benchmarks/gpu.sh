@@ -7,8 +7,9 @@
 #   COMMIT=... benchmarks/gpu.sh            named in the results where the checkout has no .git
 #
 # A jax that is already here is used as it is; what else is missing goes into a folder of its own.
-# Each part has its own process and time limit, so one that fails costs no other's numbers. Exit
-# status 0 only if every part ran and every result was right.
+# Each part has its own process and time limit, so one that fails costs no other's numbers; rows are
+# also written to standard error as they come. Exit status 0 only if every part ran and every result
+# was right.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-benchmarks/results}
@@ -58,10 +59,11 @@ part() {
     status=1
   fi
 }
-part correctness 170 1
-part attention 180 5
-part decode 90 5
-part tiles 80 3
+part correctness 150 1
+part attention 160 5
+part experts_forward 70 5
+part decode 80 5
+part tiles 60 3
 
 "$python" - "$out" <<'PYTHON' || status=1
 import json

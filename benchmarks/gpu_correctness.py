@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.gpu_timing import attempt
 from benchmarks.measure import Options
 from lightning_jax.ops.attention import dot_product_attention
 from lightning_jax.ops.experts import grouped_mlp
@@ -76,10 +77,11 @@ def correctness_rows(options: Options) -> list[dict[str, Any]]:
         sinks_N = jnp.linspace(-1.0, 3.0, N) if with_sinks else None
         call = {"window": window, "segments_BS": segments_BS, "cap": cap}
         exact, ours = (functools.partial(attend, **call) for attend in (dense, _ours))
-        rows.append(_compare(name, dtype, ours, exact, arrays, sinks_N))
+        make = functools.partial(_compare, dtype, ours, exact, arrays, sinks_N)
+        rows.append(attempt("correctness", name, make))
     name = "correctness_bfloat16_long_W1024_packed"
     if options.wants(name):
-        rows.append(_long(name))
+        rows.append(attempt("correctness", name, _long))
     return rows + _experts_rows(options)
 
 
@@ -101,7 +103,8 @@ def _experts_rows(options: Options) -> list[dict[str, Any]]:
 
         ours, exact = (functools.partial(run, kind) for kind in ("pallas_gpu", "onehot"))
         labels = ("out", "drows", "dgate", "dup", "ddown")
-        rows.append(_compare(name, dtype, ours, exact, arrays, labels=labels))
+        make = functools.partial(_compare, dtype, ours, exact, arrays, labels=labels)
+        rows.append(attempt("correctness", name, make))
     return rows
 
 
@@ -140,7 +143,7 @@ def _ours(query_BTNH, key_BSKH, value_BSKH, sinks_N, *, window, segments_BS, cap
     )
 
 
-def _long(name: str) -> dict[str, Any]:
+def _long() -> dict[str, Any]:
     """The benchmark's length, one row of it, against the banded form in float32."""
     arrays = _arrays(1, 16_384, 8, 2, 128, "bfloat16")
     segments_BT = _documents(1, 16_384)
@@ -157,10 +160,10 @@ def _long(name: str) -> dict[str, Any]:
                 key_segments_BS=segments_BT,
             )
 
-    return _compare(name, "bfloat16", ours, exact, arrays, None)
+    return _compare("bfloat16", ours, exact, arrays, None)
 
 
-def _compare(name, dtype, ours, exact, arrays, *more, labels=_ATTENTION) -> dict[str, Any]:
+def _compare(dtype, ours, exact, arrays, *more, labels=_ATTENTION) -> dict[str, Any]:
     *inputs, dout = arrays
 
     def both(attend, *inputs_and_dout):
@@ -184,11 +187,7 @@ def _compare(name, dtype, ours, exact, arrays, *more, labels=_ATTENTION) -> dict
     limit = LIMITS[dtype]
     # `not above` and not `below`: a NaN fails.
     good = same and all(error <= limit for error in errors.values())
-    return (
-        {"table": "correctness", "name": name}
-        | errors
-        | {"limit": limit, "same_bits": same, "ok": good}
-    )
+    return errors | {"limit": limit, "same_bits": same, "ok": good}
 
 
 def _error(found: jax.Array, wanted: jax.Array) -> float:

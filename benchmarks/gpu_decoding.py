@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu_timing import QUEUED, note, queue, runnable, timed
+from benchmarks.gpu_timing import QUEUED, attempt, note, queue, runnable, timed
 from benchmarks.measure import Call, Options
 from lightning_jax.ops.attention import dot_product_attention
 from lightning_jax.ops.kernels.gpu.decode import paged_decode, ring_decode
@@ -30,17 +30,20 @@ def decode_rows(options: Options) -> list[dict[str, Any]]:
         for dtype in ("bfloat16", "int8"):
             name = f"decode_ring_{window}_{dtype}"
             if options.wants(name):
-                rows.append(_row(name, *_ring(window, dtype), window, dtype, options))
+                make = functools.partial(_row, _ring, window, window, dtype, options)
+                rows.append(attempt("decode", name, make))
     for window in (WINDOWS[0], None):
         for dtype in ("bfloat16", "int8"):
             name = f"decode_pages_{LENGTH}_{window or 'full'}_{dtype}"
             if options.wants(name):
-                rows.append(_row(name, *_pages(window, dtype), window or LENGTH, dtype, options))
+                make = functools.partial(_row, _pages, window, window or LENGTH, dtype, options)
+                rows.append(attempt("decode", name, make))
     return rows
 
 
-def _row(name, builders, error, visible, dtype, options) -> dict[str, Any]:
+def _row(cache, window, visible, dtype, options) -> dict[str, Any]:
     """Times the calls next to a copy of a large array, whose rate is the peak of the memory."""
+    builders, error = cache(window, dtype)
     calls, reasons = runnable(builders)
     block = jnp.zeros((_COPIED,), jnp.float32)
     copy = jax.jit(lambda x: x + 1)
@@ -52,8 +55,6 @@ def _row(name, builders, error, visible, dtype, options) -> dict[str, Any]:
     memory = found.gflops("copy", 2.0 * 4 * _COPIED) * QUEUED
     others = [other for other in calls if other != "ours"]
     return {
-        "table": "decode",
-        "name": name,
         "ours_ms": found.median_ms("ours") / QUEUED,
         **{f"{other}_ms": found.median_ms(other) / QUEUED for other in others},
         "ours_gb_s": speed,

@@ -17,15 +17,19 @@ from benchmarks.measure import peer
 Arrays = list[jax.Array]
 
 
-def differentiated(attention: Callable[..., jax.Array], passes: str, arrays: Arrays) -> Any:
-    """Compiles `attention(query, key, value)`, or it and its gradients, for q, k, v and dout."""
+def differentiated(function: Callable[..., jax.Array], passes: str, arrays: Arrays) -> Any:
+    """Compiles `function`, or it and its gradients, for its arguments and the result's cotangent.
 
-    def both(query, key, value, dout):
-        out, pull = jax.vjp(attention, query, key, value)
+    The cotangent is the last of the arrays, such as query, key, value and dout.
+    """
+
+    def both(*arguments_and_dout):
+        *arguments, dout = arguments_and_dout
+        out, pull = jax.vjp(function, *arguments)
         return out, pull(dout)
 
-    def forward(query, key, value, dout):
-        return attention(query, key, value)
+    def forward(*arguments_and_dout):
+        return function(*arguments_and_dout[:-1])
 
     return jax.jit(forward if passes == "forward" else both).lower(*arrays).compile()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -52,11 +54,28 @@ def runnable(builders: dict[str, Callable[[], Call]]) -> tuple[dict[str, Call], 
             call = build()
             jax.block_until_ready(call())
         except Exception as error:
-            first, *_ = f"{type(error).__name__}: {error}".splitlines()
-            reasons[name] = first[:200]
+            reasons[name] = _reason(error)
         else:
             calls[name] = call
     return calls, reasons
+
+
+def attempt(table: str, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A row made by `make`; if that fails, one with `ok` False and the reason as its note.
+
+    Written to standard error as well: a process that is killed leaves the rows that it had made.
+    """
+    row = {"table": table, "name": name}
+    try:
+        row |= make()
+    except Exception as error:
+        row |= {"ok": False, "note": _reason(error)}
+    print(json.dumps(row), file=sys.stderr, flush=True)
+    return row
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def note(reasons: dict[str, str]) -> dict[str, str]:

@@ -1,8 +1,9 @@
-"""Suite `kernels_gpu`: the Pallas kernels of attention on a real GPU, against their peers.
+"""Suite `kernels_gpu`: the Pallas kernels on a real GPU, against their peers.
 
 Tables: `correctness` (values, gradients and repeatability against float32), `attention` (useful
-TFLOP/s at one shape, share of the matmul peak, peers), `decode` (useful bytes per second) and
-`tiles` (candidate tile sizes, to re-tune the table of `ops.kernels.gpu.blocks`).
+TFLOP/s at one shape, share of the matmul peak, peers), `decode` (useful bytes per second),
+`experts` (grouped matmuls, as `attention`) and `tiles` (candidate tile sizes, to re-tune the table
+of `ops.kernels.gpu.blocks`). A row that fails is there with its reason.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy as np
 from benchmarks import gpu_peers
 from benchmarks.gpu_correctness import correctness_rows
 from benchmarks.gpu_decoding import decode_rows
-from benchmarks.gpu_timing import QUEUED, note, queue, runnable, timed
+from benchmarks.gpu_experts import experts_rows
+from benchmarks.gpu_timing import QUEUED, attempt, note, queue, runnable, timed
 from benchmarks.measure import PROBE, Call, Options, peer
 from lightning_jax import accounting
 from lightning_jax.config.errors import UserError
@@ -48,7 +50,7 @@ _CANDIDATES = {
 
 
 def run(options: Options) -> list[dict[str, Any]]:
-    """Rows of the four tables that were asked for.
+    """Rows of the tables that were asked for.
 
     Raises:
       UserError: jax sees no GPU.
@@ -59,8 +61,9 @@ def run(options: Options) -> list[dict[str, Any]]:
         for passes in PASSES:
             name = f"attention_{passes}_{window}"
             if options.wants(name):
-                rows.append({"table": "attention", "name": name} | _row(passes, window, options))
-    rows += decode_rows(options)
+                make = functools.partial(_row, passes, window, options)
+                rows.append(attempt("attention", name, make))
+    rows += decode_rows(options) + experts_rows(options)
     for kernel in _CANDIDATES:
         if options.wants(f"tiles_{kernel}"):
             rows += _tiles(kernel, options)

@@ -1,10 +1,11 @@
 import functools
+import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu_correctness, gpu_decoding, gpu_timing, kernels_gpu
+from benchmarks import gpu_correctness, gpu_decoding, gpu_experts, gpu_timing, kernels_gpu
 from benchmarks.measure import Options
 from lightning_jax.config.errors import UserError
 from lightning_jax.ops.kernels.gpu import decode as gpu_decode
@@ -111,6 +112,41 @@ def test_tables_of_speed_on_tiny_shapes(monkeypatch):
     assert "torch: not installed" in attention["note"] and "cudnn: " in attention["note"]
     assert decode["ok"] and decode["of_copy"] > 0
     assert tiles["name"] == "tiles_dquery_32x32_w4_s1" and tiles["of_peak"] > 0
+
+
+@pytest.mark.slow
+def test_grouped_matmuls_are_timed_with_uneven_groups(monkeypatch):
+    monkeypatch.setattr(gpu_experts, "SHAPES", ((64, 16, 32, 4),))
+    monkeypatch.setattr(gpu_experts, "OURS", "blocked")
+    monkeypatch.setattr(gpu_experts, "peer", lambda name: None)
+    monkeypatch.setattr(gpu_timing, "_PROBE_SIZE", 64)
+    rows = gpu_experts.experts_rows(Options(rounds=2))
+    assert [row["name"].split("_")[1] for row in rows] == ["forward", "forward+backward"]
+    for row in rows:
+        assert row["ours_tflops"] > 0 and row["vs_ragged_dot"] > 0 and "torch" in row["note"]
+    size_E = gpu_experts.group_sizes(8192, 16)
+    assert size_E.sum() == 8192 and size_E.min() == 0 and size_E.max() > 2048
+
+
+@pytest.mark.slow
+def test_the_grouped_matmuls_of_torch_compute_what_ours_do():
+    torch = pytest.importorskip("torch")
+    size_E, arrays = gpu_experts.group_sizes(64, 4), gpu_experts._arrays(64, 16, 32, 4)
+    found = gpu_experts.torch_call("forward+backward", size_E, arrays, "cpu")()
+    wanted = gpu_experts._ours("forward+backward", size_E, arrays, "onehot")()
+    for a, b in zip((found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
+        b = torch.from_numpy(np.array(b, np.float32))
+        assert (a.float() - b).abs().max() < 3e-2 * b.abs().max()
+
+
+def test_a_row_that_fails_is_a_row_with_its_reason(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_experts, "SHAPES", ((64, 16, 32, 4),))
+    monkeypatch.setattr(gpu_experts, "_OTHERS", ())
+    monkeypatch.setattr(gpu_experts, "peer", lambda name: None)
+    (row,) = gpu_experts.experts_rows(Options(rounds=1, only=("experts_forward_",)))
+    assert row["name"] == "experts_forward_S64_D16_F32_E4" and not row["ok"]
+    assert row["note"].startswith("RuntimeError: ValueError: ")
+    assert json.loads(capsys.readouterr().err) == row
 
 
 def test_what_does_not_run_is_named_and_costs_nothing_else():

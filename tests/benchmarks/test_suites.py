@@ -1,11 +1,12 @@
 """Every suite on tiny shapes: its rows are complete and can be written as JSON. No timing here."""
 
 import dataclasses
+import importlib.util
 import json
 
 import pytest
 
-from benchmarks import attention, data, moe, startup, train
+from benchmarks import attention, data, moe, startup, tpu_program, train
 from benchmarks.measure import Options
 from lightning_jax.config.errors import UserError
 from lightning_jax.train.plan import Plan
@@ -119,3 +120,29 @@ def test_data(monkeypatch):
     assert 10 < row["documents"] < 1000
     assert min(row["first_peak_mb"], row["second_peak_mb"]) >= row["imports_mb"] > 0
     assert min(row["first_s"], row["second_s"], row["first_cpu_s"], row["second_cpu_s"]) > 0
+
+
+def test_the_sizes_of_tpu_programs_are_of_distinct_runs(monkeypatch):
+    monkeypatch.setattr(tpu_program.slices, "versions", lambda: {"libtpu": "1"})
+    monkeypatch.setattr(tpu_program, "measure", lambda name: {"name": name, "program_mb": 1.0})
+    rows = by_name(tpu_program.run(dataclasses.replace(ONCE, only=("LLL_",))))
+    assert set(rows) == {"LLL_dense_none_both", "LLL_experts_none_both"}
+    assert rows["LLL_dense_none_both"]["libtpu"] == "1"
+    for name in tpu_program.names():
+        unit, mlp, remat, variant = name.split("_")
+        config = tpu_program.run_config(unit, mlp, remat)
+        assert config.model.unit == unit and config.model.remat == remat
+        assert config.model.moe.num_experts == (16 if mlp == "experts" else 0)
+        assert variant in tpu_program.VARIANTS
+
+
+def test_a_tpu_program_that_does_not_compile_is_named_with_its_reason():
+    with pytest.raises(UserError, match="LLL_dense_none_nothing: KeyError: 'nothing'"):
+        tpu_program.measure("LLL_dense_none_nothing")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+def test_equal_layers_of_a_unit_share_their_program():
+    one, three = (tpu_program.measure(f"{unit}_dense_none_both") for unit in ("L", "LLL"))
+    assert 1 < one["program_mb"] < three["program_mb"] < 1.5 * one["program_mb"]
