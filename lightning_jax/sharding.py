@@ -103,11 +103,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         slices cannot share.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = {name: getattr(config, name) for name in MESH_AXES}
-    rest = len(devices) // math.prod(size for size in sizes.values() if size != -1)
-    sizes = {name: rest if size == -1 else size for name, size in sizes.items()}
+    asked = {name: getattr(config, name) for name in MESH_AXES}
+    rest = len(devices) // math.prod(size for size in asked.values() if size != -1)
+    sizes = {name: rest if size == -1 else size for name, size in asked.items()}
     if math.prod(sizes.values()) != len(devices):
-        raise UserError(f"mesh = {sizes}: its product must be the {len(devices)} devices at hand")
+        raise UserError(
+            f"mesh = {asked}: its product must be the {len(devices)} devices at hand"
+            + ", where -1 stands for any number" * (-1 in asked.values())
+        )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes["replica"] % slices:
         raise UserError(

@@ -48,6 +48,11 @@ def test_mesh_sizes():
     assert (mesh.shape["data"], mesh.shape["fsdp"]) == (2, 4)
     with pytest.raises(UserError, match="8 devices"):
         sharding.make_mesh(mesh_config(data=3))
+    # As it was written: not with the 2, or the 0, that would come of it.
+    with pytest.raises(
+        UserError, match=r"'replica': 3, 'data': -1,.* 8 devices.*, where -1 stands"
+    ):
+        sharding.make_mesh(mesh_config(replica=3, data=-1))
     sharding.make_mesh(mesh_config(data=8))  # its advice
 
 
