@@ -17,7 +17,7 @@ from lightning_jax.ops import balance
 from lightning_jax.train import evaluation, placement, step
 from lightning_jax.train.placement import put_batch
 from lightning_jax.train.plan import Plan
-from tests.tiny import mesh_config, random_batch, tiny_config
+from tests.tiny import mesh_of, random_batch, tiny_config
 
 BATCH, LENGTH, VOCABULARY = 16, 32, 64
 MESHES = {
@@ -77,11 +77,6 @@ def run_config(**changes):
     return dataclasses.replace(config, stages=(stage,))
 
 
-def mesh_of(sizes):
-    mesh = mesh_config(**sizes)
-    return sharding.make_mesh(mesh, jax.devices()[: int(np.prod(dataclasses.astuple(mesh)))])
-
-
 @functools.cache
 def program(mesh, accumulate=1, changes=()):
     """(state, batch) -> loss, gradients, router metrics, and those of the exchange, on a mesh.
@@ -89,7 +84,10 @@ def program(mesh, accumulate=1, changes=()):
     `mesh` and `changes` of the config are tuples of pairs.
     """
     # A small buffer, so that unequal loads take several rounds.
-    config, mesh = run_config(model__moe__exchange_rows=0.25, **dict(changes)), mesh_of(dict(mesh))
+    config, mesh = (
+        run_config(model__moe__exchange_rows=0.25, **dict(changes)),
+        mesh_of(**dict(mesh)),
+    )
     knobs = Plan.of(config).knobs(0)
 
     def compute(state, batch):
@@ -176,7 +174,7 @@ def test_an_evaluation_gathers_the_losses_of_split_rows():
     config = build(RunConfig, tiny_config(model__vocab_size=VOCABULARY, model__moe__num_experts=0))
     batch, found = random_batch(4, LENGTH, VOCABULARY), []
     for sizes in ({}, {"data": 2, "sequence": 4}):
-        mesh = mesh_of(sizes)
+        mesh = mesh_of(**sizes)
         with jax.set_mesh(mesh):
             state = placement.TrainProgram(config, mesh).init()
             evaluate = evaluation.make_eval_step(config, mesh)
@@ -189,7 +187,7 @@ def test_an_evaluation_gathers_the_losses_of_split_rows():
 @pytest.mark.slow
 @pytest.mark.usefixtures("compile_afresh")
 def test_a_step_keeps_parameters_and_moments_where_they_are_stored():
-    mesh, config = mesh_of({"data": 2, "fsdp": 4}), run_config()
+    mesh, config = mesh_of(data=2, fsdp=4), run_config()
     with jax.set_mesh(mesh):
         program = placement.TrainProgram(config, mesh)
         batch = put_batch(random_batch(BATCH, LENGTH, VOCABULARY), mesh)
@@ -225,7 +223,7 @@ def abstract_state_on(mesh, config):
 @pytest.mark.slow
 def test_a_state_saved_on_one_mesh_comes_back_on_others(tmp_path):
     config = run_config(optimizer__ema_decay=0.9)
-    meshes = [mesh_of(sizes) for sizes in RESTORED_ON]
+    meshes = [mesh_of(**sizes) for sizes in RESTORED_ON]
     state = filled(meshes[0], config)
     expected = jax.device_get(state)
     with Checkpointer(tmp_path, keep=9) as checkpointer:

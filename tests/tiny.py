@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from configs import base
@@ -123,6 +125,11 @@ def tiny_model(vocab_size: int = 64, **changes: Any) -> ModelConfig:
 def mesh_config(**sizes: int) -> MeshConfig:
     """The sizes of some mesh axes; the others are 1."""
     return MeshConfig(**{**dict.fromkeys(sharding.MESH_AXES, 1), **sizes})
+
+
+def mesh_of(**sizes: int) -> jax.sharding.Mesh:
+    """A mesh of the first devices; axes that are not named have one."""
+    return sharding.make_mesh(mesh_config(**sizes), jax.devices()[: math.prod(sizes.values())])
 
 
 def random_batch(batch: int, time: int, vocab_size: int, seed: int = 0) -> Batch:

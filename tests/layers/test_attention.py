@@ -11,15 +11,10 @@ import pytest
 from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.config.errors import UserError
-from tests.tiny import mesh_config, random_batch, tiny_model
+from tests.tiny import mesh_of, random_batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("compile_afresh")
 BATCH, PROMPT, LENGTH = 4, 11, 16
-
-
-def mesh_of(**sizes):
-    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
-    return sharding.make_mesh(mesh_config(**sizes), devices)
 
 
 def dense_model(unit="LlGg", **changes):

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lightning_jax import sharding
@@ -16,16 +15,10 @@ from lightning_jax.config.fields import build
 from lightning_jax.layers import vocabulary
 from lightning_jax.train import placement
 from lightning_jax.train.plan import Plan
-from tests.tiny import mesh_config, tiny_config
+from tests.tiny import mesh_of, tiny_config
 
 V, D, CHUNK = 166, 32, 12
 ALL_REDUCE = r"all_reduce.*?\}\) : \(tensor<(\w+)>\)"
-
-
-def mesh_of(**sizes):
-    sizes = {**dict.fromkeys(sharding.MESH_AXES, 1), **sizes}
-    devices = np.array(jax.devices()[: np.prod(list(sizes.values()))])
-    return Mesh(devices.reshape(list(sizes.values())), sharding.MESH_AXES)
 
 
 def tied_losses(dtype):
@@ -95,7 +88,7 @@ def test_a_train_step_never_holds_all_columns_nor_more_rows_than_a_chunk():
     )
     stage = dataclasses.replace(config.stages[0], batch_size=8, seq_len=24)
     plan = Plan.of(dataclasses.replace(config, stages=(stage,)))
-    mesh = sharding.make_mesh(mesh_config(fsdp=2, tensor=2), jax.devices()[:4])
+    mesh = mesh_of(fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
         program = placement.TrainProgram(plan.config, mesh)
         batch = placement.abstract_batch(plan.segments[0], mesh)
