@@ -1,7 +1,6 @@
 """Every suite on tiny shapes: its rows are complete and can be written as JSON. No timing here."""
 
 import dataclasses
-import importlib.util
 import json
 
 import pytest
@@ -139,10 +138,3 @@ def test_the_sizes_of_tpu_programs_are_of_distinct_runs(monkeypatch):
 def test_a_tpu_program_that_does_not_compile_is_named_with_its_reason():
     with pytest.raises(UserError, match="LLL_dense_none_nothing: KeyError: 'nothing'"):
         tpu_program.measure("LLL_dense_none_nothing")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
-def test_equal_layers_of_a_unit_share_their_program():
-    one, three = (tpu_program.measure(f"{unit}_dense_none_both") for unit in ("L", "LLL"))
-    assert 1 < one["program_mb"] < three["program_mb"] < 1.5 * one["program_mb"]
