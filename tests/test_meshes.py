@@ -45,6 +45,7 @@ DENSE = (
     ("model__head_chunk", 50),
 )
 TRANSPORT = "model__moe__transport"
+ACCUMULATED = ("2 data, 4 expert", "all_to_all")
 # What an exchange does depends on the mesh by nature.
 OF_THE_EXCHANGE = ("rows_sent", "part_max_over_mean", "exchange_rounds", "dropped_share")
 
@@ -65,7 +66,7 @@ def run_config(**changes):
         RunConfig,
         tiny_config(
             model__vocab_size=VOCABULARY,
-            model__unit="LGlg",
+            model__unit="LGl",
             model__moe__switch_weight=0.1,
             model__moe__partition_weight=0.1,
             **{"model__attention__sinks": True, **changes},
@@ -140,7 +141,7 @@ def check(mesh, changes=(), accumulate=1, **options):
 @pytest.mark.usefixtures("compile_afresh")
 @pytest.mark.parametrize("name", MESHES)
 def test_eight_devices_equal_one_and_repeat_bit_for_bit(name):
-    check(MESHES[name], accumulate=2)
+    check(MESHES[name], accumulate=2 if name == "8 fsdp" else 1)
 
 
 @pytest.mark.slow
@@ -156,7 +157,7 @@ def test_dense_models_on_eight_devices_equal_those_on_one(name):
 @pytest.mark.parametrize("name", EXPERT_MESHES)
 def test_experts_on_eight_devices_equal_those_on_one(name, transport):
     mesh, changes = EXPERT_MESHES[name], ((TRANSPORT, transport),)
-    options = dict(accumulate=2 if transport == "all_to_all" else 1)
+    options = dict(accumulate=2 if (name, transport) == ACCUMULATED else 1)
     exchange = check(mesh, changes, **options)
     assert exchange["part_max_over_mean"].max() < mesh["expert"]
     uneven = check(mesh, changes, one_expert=True, **options)

@@ -19,7 +19,9 @@ def test_two_devices_that_share_every_layer_train_evaluate_and_sample_as_one(tmp
     corpus, make_mesh, runs = write_corpus(tmp_path), sharding.make_mesh, []
     for tensor in (1, 2):
         monkeypatch.setattr(
-            sharding, "make_mesh", lambda config, n=tensor: make_mesh(config, jax.devices()[:n])
+            sharding,
+            "make_mesh",
+            lambda config, devices=None, n=tensor: make_mesh(config, jax.devices()[:n]),
         )
         config = tiny_run(
             corpus,
