@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,10 +13,19 @@ import jax.numpy as jnp
 from lightning_jax import sharding
 from lightning_jax.config import AttentionConfig
 from lightning_jax.config.pattern import LayerSpec
-from lightning_jax.layers.common import ZEROS, RMSNorm, fan_in, output_scale, param, project
+from lightning_jax.layers.common import (
+    ZEROS,
+    RMSNorm,
+    fan_in,
+    output_scale,
+    param,
+    summed_in_float32,
+)
 from lightning_jax.ops.cached_attention import attend
+from lightning_jax.ops.collectives import total
 from lightning_jax.ops.kv_cache import KV, Chunk, Fresh, Full, Ring, Stored
 from lightning_jax.ops.mask import Mask
+from lightning_jax.ops.projection import project
 from lightning_jax.ops.rope import apply_rope
 from lightning_jax.ops.sequence_parallel import with_earlier_keys
 
@@ -25,6 +35,13 @@ View = Fresh | Stored
 _TOKENS = ("batch", "sequence")
 _QUERIES, _KEYS = (*_TOKENS, "heads"), (*_TOKENS, "kv_heads")
 _CACHE = ("layers", "batch", None, "kv_heads")
+# Projections of the input, and what splits their results.
+_INTO = {
+    "query": ("BTD,DNH->BTNH", "heads"),
+    "key": ("BTD,DKH->BTKH", "kv_heads"),
+    "value": ("BTD,DKH->BTKH", "kv_heads"),
+    "gate": ("BTD,DN->BTN", "heads"),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -73,43 +90,72 @@ class Attention(nn.Module):
           cache: of an owner, for all units; None without caches.
           unit: int32, this layer's unit of the cache.
         """
-        config, dim, dtype = self.config, x_BTD.shape[-1], x_BTD.dtype
-        heads = (config.num_heads, config.head_dim)
-        query_DNH = param(
-            self, "query_DNH", fan_in(dim), (dim, *heads), ("embed", "heads", "head"), dtype
-        )
-        bias_NH = self._bias("query_bias_NH", heads, ("heads", "head"))
-        query_BTNH = project("BTD,DNH->BTNH", x_BTD, query_DNH, bias_NH)
-        query_BTNH = self._normed_and_rotated("query_norm", query_BTNH, context)
+        projected = self._project_in(x_BTD)
+        query_BTNH = self._normed_and_rotated("query_norm", projected["query"], context)
         if self.spec.owns_kv:
-            view, cache = self._own_view(
-                self._keys_and_values(x_BTD, context), context, cache, unit
-            )
+            key_BTKH = self._normed_and_rotated("key_norm", projected["key"], context)
+            view, cache = self._own_view(KV(key_BTKH, projected["value"]), context, cache, unit)
         out_BTNH = self._attend(query_BTNH, view)
-        if config.output_gate:
-            out_BTNH = out_BTNH * self._head_gate(x_BTD)[..., None]
-        out_NHD = param(
-            self,
-            "out_NHD",
-            fan_in(heads[0] * heads[1], output_scale(self.num_layers)),
-            (*heads, dim),
-            ("heads", "head", "embed"),
-            dtype,
-        )
-        bias_D = param(self, "out_bias_D", ZEROS, (dim,), ("embed",)) if config.out_bias else None
-        return project("BTNH,NHD->BTD", out_BTNH, out_NHD, bias_D), view, cache
+        if self.config.output_gate:
+            gate_BTN = nn.sigmoid(projected["gate"]).astype(x_BTD.dtype)
+            out_BTNH = out_BTNH * gate_BTN[..., None]
+        return self._project_out(out_BTNH, x_BTD.shape[-1]), view, cache
 
-    def _keys_and_values(self, x_BTD: jax.Array, context: KindContext) -> KV:
-        config, dim = self.config, x_BTD.shape[-1]
-        shape, axes = (dim, config.num_kv_heads, config.head_dim), ("embed", "kv_heads", "head")
-        init = fan_in(dim)
-        key_DKH = param(self, "key_DKH", init, shape, axes, x_BTD.dtype)
-        value_DKH = param(self, "value_DKH", init, shape, axes, x_BTD.dtype)
-        key_bias_KH = self._bias("key_bias_KH", shape[1:], axes[1:])
-        value_bias_KH = self._bias("value_bias_KH", shape[1:], axes[1:])
-        key_BTKH = project("BTD,DKH->BTKH", x_BTD, key_DKH, key_bias_KH)
-        key_BTKH = self._normed_and_rotated("key_norm", key_BTKH, context)
-        return KV(key_BTKH, project("BTD,DKH->BTKH", x_BTD, value_DKH, value_bias_KH))
+    def _project_in(self, x_BTD: jax.Array) -> dict[str, jax.Array]:
+        """Returns queries, an owner's keys and values, and float32 logits of the heads' gates.
+
+        All in one island: what they send back to x is added before it is summed over devices.
+        """
+        weights = self._weights(x_BTD.shape[-1], x_BTD.dtype)
+
+        def local(x_BTD: jax.Array, weights: dict[str, Any]) -> dict[str, jax.Array]:
+            return {
+                name: project(_INTO[name][0], x_BTD.astype(_dtype(name, x_BTD)), *weights[name])
+                for name in weights
+            }
+
+        names = {name: ((None, _INTO[name][1]), (_INTO[name][1],)) for name in weights}
+        outputs = {name: (*_TOKENS, _INTO[name][1]) for name in weights}
+        return sharding.island(local, inputs=(_TOKENS, names), outputs=outputs)(x_BTD, weights)
+
+    def _weights(self, dim: int, dtype: jnp.dtype) -> dict[str, tuple[jax.Array, jax.Array | None]]:
+        """Weight and bias of each projection of the input."""
+        config, init = self.config, fan_in(dim)
+        heads, kv_heads = (
+            (config.num_heads, config.head_dim),
+            (config.num_kv_heads, config.head_dim),
+        )
+        axes, kv_axes = ("heads", "head"), ("kv_heads", "head")
+        weight = param(self, "query_DNH", init, (dim, *heads), ("embed", *axes), dtype)
+        weights = {"query": (weight, self._bias("query_bias_NH", heads, axes))}
+        if self.spec.owns_kv:
+            given = init, (dim, *kv_heads), ("embed", *kv_axes), dtype
+            key_DKH, value_DKH = param(self, "key_DKH", *given), param(self, "value_DKH", *given)
+            weights["key"] = key_DKH, self._bias("key_bias_KH", kv_heads, kv_axes)
+            weights["value"] = value_DKH, self._bias("value_bias_KH", kv_heads, kv_axes)
+        if config.output_gate:
+            # Head-wise, 1/2 at the start (as in Step 3.5 Flash).
+            shape, names = (dim, config.num_heads), ("embed", "heads")
+            weights["gate"] = param(self, "gate_DN", ZEROS, shape, names), None
+        return summed_in_float32(weights)
+
+    def _project_out(self, out_BTNH: jax.Array, dim: int) -> jax.Array:
+        heads, axes = out_BTNH.shape[2:], ("heads", "head", "embed")
+        init = fan_in(heads[0] * heads[1], output_scale(self.num_layers))
+        out_NHD = param(self, "out_NHD", init, (*heads, dim), axes, out_BTNH.dtype)
+        bias_D = None
+        if self.config.out_bias:
+            bias_D = param(self, "out_bias_D", ZEROS, (dim,), ("embed",))
+        head_axes = sharding.axes("heads")
+
+        def local(out_BTNH, out_NHD, bias_D):
+            if head_axes and bias_D is not None:
+                bias_D = jnp.where(jax.lax.axis_index(head_axes) == 0, bias_D, 0)
+            return total(project("BTNH,NHD->BTD", out_BTNH, out_NHD, bias_D), head_axes)
+
+        names = _QUERIES, ("heads",), (None,)
+        run = sharding.island(local, inputs=names, outputs=_TOKENS)
+        return run(out_BTNH, summed_in_float32(out_NHD), bias_D)
 
     def _own_view(
         self, fresh: KV, context: KindContext, cache: Ring | Full | None, unit: jax.Array
@@ -153,12 +199,10 @@ class Attention(nn.Module):
         names = _QUERIES, _names(view), ("heads",)
         return sharding.island(run, inputs=names, outputs=_QUERIES)(query_BTNH, view, sinks_N)
 
-    def _head_gate(self, x_BTD: jax.Array) -> jax.Array:
-        """Head-wise output gate, 1/2 at the start (as in Step 3.5 Flash)."""
-        shape = (x_BTD.shape[-1], self.config.num_heads)
-        gate_DN = param(self, "gate_DN", ZEROS, shape, ("embed", "heads"))
-        logits_BTN = project("BTD,DN->BTN", x_BTD.astype(jnp.float32), gate_DN)
-        return nn.sigmoid(logits_BTN).astype(x_BTD.dtype)
+
+def _dtype(name: str, x_BTD: jax.Array) -> jnp.dtype:
+    """In which a projection computes."""
+    return jnp.float32 if name == "gate" else x_BTD.dtype
 
 
 def _fresh_view(kv: KV, context: KindContext) -> Fresh:

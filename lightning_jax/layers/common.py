@@ -106,6 +106,17 @@ def param(
     return sharding.shard(stored.astype(dtype), *axes)
 
 
+def summed_in_float32(weights: Any) -> Any:
+    """Weights for an island, which sums their gradients over devices in the dtype they come in.
+
+    A sum in bfloat16 loses what is below 1/256 of it: on a pod, every device's part. So the weights
+    become float32 after they were gathered; the island rounds them back, which changes nothing. On
+    one device they stay as they are.
+    """
+    wide = lambda w: w.astype(jnp.promote_types(w.dtype, jnp.float32))  # noqa: E731
+    return jax.tree.map(wide, weights) if sharding.is_split() else weights
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis with a learned scale (arXiv 1910.07467)."""
 
@@ -146,4 +157,4 @@ class GatedMLP(nn.Module):
         # up apart.
         tokens, into, out = ("batch", "sequence"), (None, "mlp"), ("mlp", None)
         run = sharding.island(local, inputs=(tokens, into, into, out), outputs=tokens)
-        return run(x_BTD, gate_DF, up_DF, down_FD)
+        return run(x_BTD, *summed_in_float32((gate_DF, up_DF, down_FD)))

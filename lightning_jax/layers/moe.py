@@ -11,7 +11,15 @@ import jax.numpy as jnp
 
 from lightning_jax import sharding
 from lightning_jax.config import MoeConfig
-from lightning_jax.layers.common import ZEROS, GatedMLP, Stacked, fan_in, output_scale, param
+from lightning_jax.layers.common import (
+    ZEROS,
+    GatedMLP,
+    Stacked,
+    fan_in,
+    output_scale,
+    param,
+    summed_in_float32,
+)
 from lightning_jax.ops import balance
 from lightning_jax.ops.exchange import exchanged_experts
 from lightning_jax.ops.projection import project
@@ -112,10 +120,14 @@ class MoE(nn.Module):
             unit = parameters[0][0].unit
             parameters = tuple([p.array_U for p in group] for group in parameters)
             names = tuple([("layers", *axes) for axes in group] for group in names)
+        else:
+            parameters = summed_in_float32(parameters)
 
         def local(x_BTD, choices, parameters, unit):
             flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
             weights, biases = parameters
+            if unit is None:
+                weights = [weight.astype(x_BTD.dtype) for weight in weights]
             y_MD, stats = exchanged_experts(
                 flat(x_BTD),
                 jax.tree.map(flat, choices),

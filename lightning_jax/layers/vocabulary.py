@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lightning_jax import sharding
+from lightning_jax.layers.common import summed_in_float32
 from lightning_jax.ops import embed, loss
 from lightning_jax.ops.collectives import total
 
@@ -18,13 +19,13 @@ _TOKENS = ("batch", "sequence")
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     """Returns the embeddings [B, T, D] of tokens; see `ops.embed.lookup`."""
-    vocab_axes = sharding.axes("vocab")
+    vocab_axes, dtype = sharding.axes("vocab"), table_VD.dtype
 
     def local(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        return embed.lookup(table_VD, tokens_BT, vocab_axes=vocab_axes)
+        return embed.lookup(table_VD.astype(dtype), tokens_BT, vocab_axes=vocab_axes)
 
     run = sharding.island(local, inputs=(("vocab", None), _TOKENS), outputs=_TOKENS)
-    return run(table_VD, tokens_BT)
+    return run(summed_in_float32(table_VD), tokens_BT)
 
 
 def cross_entropy(
@@ -53,9 +54,8 @@ def cross_entropy(
 
     names = _TOKENS, (None, "vocab"), _TOKENS, _TOKENS, ()
     run = sharding.island(local, inputs=names, outputs=())
-    # In float32, for the gradient is summed over devices in the dtype that the head comes in. Where
-    # it is used it is rounded to the dtype of the hidden states, which changes nothing.
-    head_DV = head_DV.astype(jnp.float32)
+    # The head is rounded to the dtype of the hidden states where it is used.
+    head_DV = summed_in_float32(head_DV)
     return tuple(run(hidden_BTD, head_DV, targets_BT, weights_BT, jnp.asarray(z_weight)))
 
 

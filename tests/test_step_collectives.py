@@ -1,0 +1,179 @@
+"""What devices send to one another in a train step: all of it, by kind, mesh axes and shape.
+
+Arrays of fewer than D elements are left out: metrics, norms of gradients, scales of one head.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections import Counter
+
+import jax
+import pytest
+
+from lightning_jax import model as lm
+from lightning_jax import sharding
+from lightning_jax.aot import groups, hlo
+from lightning_jax.aot.costs import COLLECTIVES
+from lightning_jax.aot.loops import visits
+from lightning_jax.config import RunConfig
+from lightning_jax.config.fields import build
+from lightning_jax.train import placement
+from lightning_jax.train.plan import Plan
+from tests.tiny import mesh_config, tiny_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compile_afresh")]
+
+# Each size is of one axis alone, and so are its parts on the meshes below.
+B, T, D, V, E, C, U = 16, 1032, 80, 166, 44, 4, 3
+N, K, H, F_DENSE, F_EXPERT, CHUNK = 4, 2, 14, 58, 26, 50
+CHANGES = {
+    "vocab_size": V,
+    "model_dim": D,
+    "unit": "LG",
+    "unit_mlp": "ED",
+    "num_units": U,
+    "mlp_dim": F_DENSE,
+    "head_chunk": CHUNK,
+    "remat": "full",
+    "attention__num_heads": N,
+    "attention__num_kv_heads": K,
+    "attention__head_dim": H,
+    "attention__output_gate": True,
+    "moe__num_experts": E,
+    "moe__expert_dim": F_EXPERT,
+    "moe__max_experts": C,
+    "moe__num_shared_experts": 1,
+    # As on accelerators; a CPU's own adds up blocks in place.
+    "moe__implementation": "ragged_dot",
+}
+MESHES = {
+    "2 fsdp, 2 expert, 2 tensor": {"fsdp": 2, "expert": 2, "tensor": 2},
+    "2 data, 4 sequence": {"data": 2, "sequence": 4},
+    "2 replica, 2 fsdp, 2 expert": {"replica": 2, "fsdp": 2, "expert": 2},
+}
+
+
+@functools.cache
+def lowered(name):
+    config = build(RunConfig, tiny_config(**{f"model__{k}": v for k, v in CHANGES.items()}))
+    stage = dataclasses.replace(config.stages[0], batch_size=B, seq_len=T)
+    plan = Plan.of(dataclasses.replace(config, stages=(stage,)))
+    mesh = sharding.make_mesh(mesh_config(**MESHES[name]))
+    with jax.set_mesh(mesh):
+        program = placement.TrainProgram(plan.config, mesh)
+        batch = placement.abstract_batch(plan.segments[0], mesh)
+        step = program.step.lower(program.abstract_state, batch, plan.knobs(0), 1)
+    return plan.config.model, mesh, step
+
+
+@functools.cache
+def compiled(name):
+    return lowered(name)[2].compile().as_text()
+
+
+def sent(name):
+    """Counts (kind, mesh axes, shape on one device) of arrays that collectives return.
+
+    Shapes are without axes of size 1; an all-to-all counts once, without a shape.
+    """
+    _, mesh, _ = lowered(name)
+    program, found = hlo.parse(compiled(name)), Counter()
+    for computation, _, _ in visits(program):
+        for op in program.computations[computation]:
+            if op.opcode not in COLLECTIVES:
+                continue
+            axes = groups.axes_of(groups.groups_of(op, mesh.size), mesh.shape)
+            shapes = [tuple(n for n in array.dims if n > 1) for array in op.arrays]
+            if op.opcode == "all-to-all":
+                found[op.opcode, axes, ()] += 1
+            elif axes:
+                found.update((op.opcode, axes, s) for s in shapes if math.prod(s) >= D)
+    return found
+
+
+def of_parameters(name):
+    """What is due for each parameter of a unit (twice gathered, for the backward pass too)."""
+    config, mesh, _ = lowered(name)
+    in_use, stored = sharding.Rules.of(mesh), sharding.Rules.of(mesh, stored=True)
+    axes = lm.logical_axes(config)
+    leaves = jax.tree_util.tree_leaves_with_path(lm.abstract_params(config))
+    due = Counter()
+    for (path, leaf), names in zip(leaves, jax.tree.leaves(axes, is_leaf=_are_names), strict=True):
+        in_unit = names[0] == "layers"
+        part = jax.sharding.NamedSharding(mesh, in_use.spec(*names)).shard_shape(leaf.shape)
+        shape = tuple(size for size in part[in_unit:] if size > 1)
+        if math.prod(shape) < D:
+            continue
+        gathered = tuple(a for a in _split(stored, names) if a not in _split(in_use, names))
+        summed = tuple(
+            a for a in mesh.axis_names
+            if a in (*in_use.batch, *in_use.sequence) and a not in _split(in_use, names)
+        )  # fmt: skip
+        if gathered:
+            due["all-gather", gathered, shape] += 1 + in_unit
+        due["all-reduce", summed, shape] += 1
+        if names == ("vocab", "embed"):  # the head too
+            due["all-reduce", summed, shape[::-1]] += 1
+    return due
+
+
+def _are_names(value):
+    return isinstance(value, tuple)
+
+
+def _split(rules, names):
+    """Mesh axes that split an array, in the order of the mesh."""
+    entries = jax.tree.leaves(tuple(rules.spec(*names)))
+    return sorted(entries, key=sharding.MESH_AXES.index)
+
+
+def of_activations(name):
+    axes = MESHES[name]
+    rows, length = B // math.prod(axes.get(a, 1) for a in ("replica", "data", "fsdp", "expert")), T
+    due = Counter()
+    if "expert" in axes:
+        # Forward: choices, rows, and back. Backward: rows with gradients, choices, and two ways
+        # back. Each in the first round and in the loop over rounds.
+        due["all-to-all", ("expert",), ()] = 2 * (3 + 4)
+    if "tensor" in axes:
+        # The softmax of a chunk of tokens: maximum and sum of each device.
+        due["all-gather", ("tensor",), (axes["tensor"], 2, CHUNK)] = 1
+        # Attention and MLP of two layers and the shared expert: forward, backward; attention once
+        # more for the recomputed MLP. Embedding, and the head's gradient.
+        due["all-reduce", ("tensor",), (rows, length, D)] = 5 + 5 + 2 + 2
+        due["all-reduce", ("tensor",), (rows, length, E)] = 1
+        due["all-reduce", ("tensor",), (rows, length, C)] = 1
+    return due
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_step_sends_what_it_must_and_nothing_else(name):
+    found, due = sent(name), of_parameters(name) + of_activations(name)
+    assert (found - due, due - found) == (Counter(), Counter())
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_step_holds_no_array_of_all_logits_or_all_pairs(name):
+    tensor = MESHES[name].get("tensor", 1)
+    dims = {
+        tuple(n for n in map(int, text.split(",")) if n > 1)
+        for text in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", compiled(name))
+    }
+    assert not [shape for shape in dims if sum(size >= T for size in shape) > 1]
+    # The table, whole or as it is stored, and the logits of a chunk.
+    others = {n for shape in dims if V // tensor in shape for n in shape} - {V // tensor}
+    assert others <= {D, D // 4, D // 2, CHUNK}
+    assert tensor == 1 or not [shape for shape in dims if V in shape]
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_only_the_embedding_and_the_router_scatter_numbers(name):
+    _, mesh, step = lowered(name)
+    scatters = re.findall(r'"stablehlo.scatter".*?-> tensor<(\S+)>', step.as_text(), re.DOTALL)
+    parts = math.prod(mesh.shape[axis] for axis in sharding.Rules.of(mesh).batch)
+    router = f"{B // parts}x{T // mesh.shape['sequence']}x{E}xf32"
+    table = f"{V // mesh.shape['tensor']}x{D}xf32"
+    # The choices of a token are distinct: what reaches its scores is never added.
+    assert {kind for kind in scatters if "xf" in kind} == {router, table}
