@@ -299,29 +299,54 @@ def _some_steps(engine):
     return found, jax.device_get(cache), text.compile().as_text()
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("compile_afresh")
-def test_serving_splits_heads_mlp_and_vocabulary_and_gathers_no_parameter():
-    config = _config(num_experts=0)
+def _served(config, **axes):
+    """Compares a mesh that serves with one device; returns the text of its decode step."""
     attention = dataclasses.replace(config.attention, implementation="")
     config = dataclasses.replace(config, attention=attention)
     params, router = _params(0, config), lm.init_router(config)
     options = dict(max_length=LENGTH, prefill_chunk=CHUNK, valid_vocab=VALID)
-    mesh = sharding.make_mesh(mesh_config(data=2, tensor=2), jax.devices()[:4])
+    prompts = [*PROMPTS, PROMPTS[1]]
     alone = Engine(config, params, router, **options)
-    expected = *_some_steps(alone)[:2], _generate(alone), _generate(alone, sampling=WARM)
+    expected = *_some_steps(alone)[:2], _generate(alone, prompts)
+    expected += (_generate(alone, prompts, WARM),)
+    mesh = sharding.make_mesh(mesh_config(**axes), jax.devices()[:4])
     placement = sharding.tree_shardings(lm.logical_axes(config), mesh, stored=False)
     with jax.set_mesh(mesh):
         router = jax.device_put(router, sharding.replicated(mesh))
         engine = Engine(config, jax.device_put(params, placement), router, **options)
         *found, text = _some_steps(engine)
-        found += _generate(engine), _generate(engine, sampling=WARM)
+        found += _generate(engine, prompts), _generate(engine, prompts, WARM)
     assert found[2:] == list(expected[2:])
     for got, want in zip(jax.tree.leaves(found[:2]), jax.tree.leaves(expected[:2]), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+    return text
+
+
+def _gathered(text):
     lines = [line for line in text.splitlines() if " all-gather(" in line]
-    shapes = {re.search(r"\[([\d,]*)\]", line)[1] for line in lines if "/attention/" not in line}
-    assert shapes == {f"1,1,{VOCAB}", "2"}  # the logits of a device's row; all tokens
+    return {re.search(r"\[([\d,]*)\]", line)[1] for line in lines if "/attention/" not in line}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_afresh")
+def test_serving_splits_heads_mlp_and_vocabulary_and_gathers_no_parameter():
+    text = _served(_config(num_experts=0), data=2, tensor=2)
+    assert _gathered(text) == {f"1,1,{VOCAB}", "2"}  # the logits of a device's row; all tokens
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_afresh")
+def test_serving_reads_split_experts_in_place_and_gathers_tokens_alone():
+    config = _config(implementation="")
+    text = _served(config, expert=2, tensor=2)
+    D, F, C = config.model_dim, config.moe.expert_dim // 2, config.moe.max_experts
+    # Besides: the rows of both devices, their choices and gates.
+    assert _gathered(text) == {f"1,1,{VOCAB}", "2", f"2,{D}", f"2,{C}"}
+    experts = config.moe.num_experts // 2
+    dims = set(re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text))
+    assert f"{config.num_units},{experts},{D},{F}" in dims
+    # No unit's experts, taken out of the stack.
+    assert not {f"{one}{experts},{a},{b}" for one in ("", "1,") for a, b in [(D, F), (F, D)]} & dims
 
 
 def test_an_engine_on_a_mesh_that_does_not_fit_is_refused():

@@ -1,5 +1,6 @@
 """Attention over a mesh: split heads with caches, split positions, and the collectives of both."""
 
+import dataclasses
 import functools
 import re
 
@@ -72,6 +73,37 @@ def test_heads_and_their_caches_may_be_split():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), split_cache, cache)
     units, batch, slots, heads, size = whole
     assert part == (units, batch // 2, slots, heads // 2, size)
+
+
+@functools.cache
+def gradients(sizes):
+    """Gradients of all parameters in float32, with all that attention may have."""
+    options = dict(attention__sinks=True, attention__output_gate=True, attention__qkv_bias=True)
+    config = dense_model("LG", attention__out_bias=True, **options)
+    config = dataclasses.replace(config, num_units=1)
+    mesh = mesh_of(**dict(sizes))
+    batch = random_batch(BATCH, LENGTH, config.vocab_size)
+
+    def loss(params):
+        model = lm.LightningLM(config, train=True)
+        out = model.apply({"params": params}, batch.tokens, None, batch.segment_ids)
+        return jnp.sum(jnp.sin(out.hidden_BTD))
+
+    with jax.set_mesh(mesh):
+        placement = sharding.tree_shardings(lm.logical_axes(config), mesh)
+        return jax.device_get(jax.jit(jax.grad(loss))(jax.device_put(params_of(config), placement)))
+
+
+@pytest.mark.slow
+def test_gradients_of_split_heads_are_those_of_one_device():
+    expected, found = gradients(()), gradients((("fsdp", 2), ("tensor", 2)))
+    for (path, want), got in zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True
+    ):
+        where = jax.tree_util.keystr(path)
+        scale = np.abs(want).max()
+        assert scale > 0, where
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * scale, err_msg=where)
 
 
 def test_caches_are_refused_where_positions_are_split():
