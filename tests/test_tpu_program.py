@@ -29,6 +29,10 @@ def test_a_cpu_process_compiles_tpu_kernels_and_grouped_matmuls():
     assert experts["platform"] == sequence["platform"] == "tpu"
     # Two layers, forward and backward; of experts two kernels forward and four backward.
     assert experts["attention"] >= 4 and experts["grouped"] >= 12 and experts["compiled"] >= 16
+    # Gradients go to the devices that store them: of dense weights over all, of experts over fsdp.
+    large = experts["large"]
+    assert large["reduce-scatter fsdp expert"] >= 2 and large["reduce-scatter fsdp"] >= 2
+    assert not [kind for kind in large if kind.startswith("all-reduce")]
     # No gradient of weights is dense over all experts, which would make it 16 products.
     assert 0.99 < found["expert_work"] < 1.05
     # A split row: the same kernels, two hops of keys and of values in each direction, no gather.

@@ -6,6 +6,7 @@ python tests/tpu_program.py       # in the environment of benchmarks.tpu_static
 import dataclasses
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -17,6 +18,7 @@ from jax.experimental import topologies
 from benchmarks.tpu_static import CHIPS
 from lightning_jax import model as lm
 from lightning_jax import sharding
+from lightning_jax.aot import collectives, hlo
 from lightning_jax.ops.experts import grouped_mlp
 from lightning_jax.runtime import target
 from tests.tiny import mesh_config, tiny_model
@@ -26,7 +28,9 @@ BATCH, LENGTH = 4, 256
 
 def main() -> None:
     found = {"host": jax.default_backend()}
-    found["experts"] = gradient({"data": 2, "fsdp": 2}, unit="LG")
+    found["experts"] = gradient(
+        {"fsdp": 2, "expert": 2}, unit="LG", moe__transport="all_to_all", moe__num_shared_experts=1
+    )
     # A window of two shards: a halo of two hops.
     found["sequence"] = gradient({"sequence": 4}, unit="L", moe__num_experts=0)
     found["expert_work"] = expert_work(topology().devices[0])
@@ -59,8 +63,9 @@ def gradient(sizes, **changes) -> dict[str, object]:
             output = lm.LightningLM(config, train=True).apply({"params": params}, tokens_BT)
             return (output.hidden_BTD.astype(jnp.float32) ** 2).sum()
 
-        lowered = jax.jit(jax.grad(loss)).lower(params, tokens)
+        lowered = jax.jit(jax.grad(loss), out_shardings=placement).lower(params, tokens)
         program = lowered.compile().as_text()
+        sent = collectives.find(hlo.parse(program), mesh.shape)
         return {
             "platform": target.current().platform,
             "attention": lowered.as_text().count('kernel_name = "sliding_window'),
@@ -68,6 +73,9 @@ def gradient(sizes, **changes) -> dict[str, object]:
             "compiled": program.count('custom_call_target="tpu_custom_call"'),
             "sent": program.count(" collective-permute-start("),
             "gathered": program.count(" all-gather"),
+            "large": Counter(
+                f"{each.kind} {' '.join(each.axes)}" for each in sent if each.operand_bytes > 2**16
+            ),
         }
 
 

@@ -69,13 +69,13 @@ def test_only_rows_of_tokens_that_occur_get_a_gradient():
     np.testing.assert_array_equal(found_VD, expected_VD)
 
 
-def test_the_heads_gradient_is_summed_over_devices_in_float32():
+def test_gradients_of_both_ends_are_summed_over_devices_in_float32():
     compute, table_VD = tied_losses("bfloat16")
     with jax.set_mesh(mesh_of(fsdp=2, tensor=2, sequence=2)):
         text = jax.jit(compute, in_shardings=P("tensor", "fsdp")).lower(table_VD).as_text()
     sums = re.findall(ALL_REDUCE, text, re.DOTALL)
-    # The head's; the embedding's is in the dtype of its table.
-    assert f"{D}x{V // 2}xf32" in sums and f"{D}x{V // 2}xbf16" not in sums
+    for shape in (f"{D}x{V // 2}", f"{V // 2}x{D}"):
+        assert f"{shape}xf32" in sums and f"{shape}xbf16" not in sums
 
 
 @pytest.mark.slow
@@ -102,7 +102,8 @@ def test_a_train_step_never_holds_all_columns_nor_more_rows_than_a_chunk():
     assert with_columns - {(V // 2,)} == {(D // 2, V // 2), (D, V // 2), (CHUNK, V // 2)}
     hidden = {shape for shape in shapes if plan.config.model.mlp_dim in shape}
     assert not hidden  # split over tensor
-    # Sums over devices that have the same tokens: embedding, MLP and its gradient, the head's.
+    # Sums over devices that have the same tokens: embedding, attention and MLP and their gradients,
+    # the head's.
     sums = re.findall(ALL_REDUCE, lowered.as_text(), re.DOTALL)
-    assert sums.count(f"4x24x{D}xf32") == 4
-    assert not re.search(r"all-reduce\(.*/mlp/mlp/[^/]*/dot_general", text)  # of the partitioner
+    assert sums.count(f"4x24x{D}xf32") == 6
+    assert not re.search(r"all-reduce\(.*/dot_general", text)  # of the partitioner
