@@ -109,22 +109,21 @@ class Attention(nn.Module):
         weights = self._weights(x_BTD.shape[-1], x_BTD.dtype)
 
         def local(x_BTD: jax.Array, weights: dict[str, Any]) -> dict[str, jax.Array]:
-            return {
-                name: project(_INTO[name][0], x_BTD.astype(_dtype(name, x_BTD)), *weights[name])
-                for name in weights
-            }
+            inputs = {name: x_BTD for name in weights}
+            if "gate" in weights:
+                inputs["gate"] = x_BTD.astype(jnp.float32)
+            return {name: project(_INTO[name][0], inputs[name], *weights[name]) for name in weights}
 
-        names = {name: ((None, _INTO[name][1]), (_INTO[name][1],)) for name in weights}
-        outputs = {name: (*_TOKENS, _INTO[name][1]) for name in weights}
-        return sharding.island(local, inputs=(_TOKENS, names), outputs=outputs)(x_BTD, weights)
+        split = {name: _INTO[name][1] for name in weights}
+        inputs = {name: ((None, axis), (axis,)) for name, axis in split.items()}
+        outputs = {name: (*_TOKENS, axis) for name, axis in split.items()}
+        return sharding.island(local, inputs=(_TOKENS, inputs), outputs=outputs)(x_BTD, weights)
 
     def _weights(self, dim: int, dtype: jnp.dtype) -> dict[str, tuple[jax.Array, jax.Array | None]]:
         """Weight and bias of each projection of the input."""
         config, init = self.config, fan_in(dim)
-        heads, kv_heads = (
-            (config.num_heads, config.head_dim),
-            (config.num_kv_heads, config.head_dim),
-        )
+        heads = config.num_heads, config.head_dim
+        kv_heads = config.num_kv_heads, config.head_dim
         axes, kv_axes = ("heads", "head"), ("kv_heads", "head")
         weight = param(self, "query_DNH", init, (dim, *heads), ("embed", *axes), dtype)
         weights = {"query": (weight, self._bias("query_bias_NH", heads, axes))}
@@ -198,11 +197,6 @@ class Attention(nn.Module):
 
         names = _QUERIES, _names(view), ("heads",)
         return sharding.island(run, inputs=names, outputs=_QUERIES)(query_BTNH, view, sinks_N)
-
-
-def _dtype(name: str, x_BTD: jax.Array) -> jnp.dtype:
-    """In which a projection computes."""
-    return jnp.float32 if name == "gate" else x_BTD.dtype
 
 
 def _fresh_view(kv: KV, context: KindContext) -> Fresh:
