@@ -337,7 +337,9 @@ def test_serving_splits_heads_mlp_and_vocabulary_and_gathers_no_parameter():
 @pytest.mark.slow
 @pytest.mark.usefixtures("compile_afresh")
 def test_serving_reads_split_experts_in_place_and_gathers_tokens_alone():
-    config = _config(implementation="")
+    config = _config(num_experts=48)
+    moe = dataclasses.replace(config.moe, implementation="")
+    config = dataclasses.replace(config, moe=moe, num_units=3)
     text = _served(config, expert=2, tensor=2)
     D, F, C = config.model_dim, config.moe.expert_dim // 2, config.moe.max_experts
     # Besides: the rows of both devices, their choices and gates.
