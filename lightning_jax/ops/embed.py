@@ -9,9 +9,15 @@ from lightning_jax.ops.collectives import total
 
 
 def lookup(
-    table_VD: jax.Array, tokens_BT: jax.Array, *, vocab_axes: tuple[str, ...] = ()
+    table_VD: jax.Array,
+    tokens_BT: jax.Array,
+    *,
+    dtype: jnp.dtype,
+    vocab_axes: tuple[str, ...] = (),
 ) -> jax.Array:
-    """Returns `table_VD[tokens_BT]`, [B, T, D] in the table's dtype.
+    """Returns `table_VD[tokens_BT]`, [B, T, D] in `dtype`.
+
+    The gradients of the tokens of a row are added in the table's dtype.
 
     Args:
       table_VD: the table; with `vocab_axes` this device's rows of it.
@@ -20,9 +26,9 @@ def lookup(
         all get the same result, exactly: the sum over devices has one term that is not zero.
     """
     if not vocab_axes:
-        return table_VD[tokens_BT]
+        return table_VD[tokens_BT].astype(dtype)
     rows = table_VD.shape[0]
     row_BT = tokens_BT - jax.lax.axis_index(vocab_axes) * rows
     is_here_BT = (row_BT >= 0) & (row_BT < rows)
     x_BTD = jnp.where(is_here_BT[..., None], table_VD[jnp.clip(row_BT, 0, rows - 1)], 0)
-    return total(x_BTD, vocab_axes)
+    return total(x_BTD.astype(dtype), vocab_axes)
