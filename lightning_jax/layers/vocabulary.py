@@ -22,7 +22,7 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     vocab_axes, dtype = sharding.axes("vocab"), table_VD.dtype
 
     def local(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        return embed.lookup(table_VD, tokens_BT, dtype=dtype, vocab_axes=vocab_axes)
+        return embed.lookup(table_VD.astype(dtype), tokens_BT, vocab_axes=vocab_axes)
 
     run = sharding.island(local, inputs=(("vocab", None), _TOKENS), outputs=_TOKENS)
     return run(summed_in_float32(table_VD), tokens_BT)

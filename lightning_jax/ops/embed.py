@@ -9,15 +9,12 @@ from lightning_jax.ops.collectives import total
 
 
 def lookup(
-    table_VD: jax.Array,
-    tokens_BT: jax.Array,
-    *,
-    dtype: jnp.dtype,
-    vocab_axes: tuple[str, ...] = (),
+    table_VD: jax.Array, tokens_BT: jax.Array, *, vocab_axes: tuple[str, ...] = ()
 ) -> jax.Array:
-    """Returns `table_VD[tokens_BT]`, [B, T, D] in `dtype`.
+    """Returns `table_VD[tokens_BT]`, [B, T, D] in the table's dtype.
 
-    The gradients of the tokens of a row are added in the table's dtype.
+    Differentiable in reverse mode. The gradients of a row add up in at least float32, for in
+    bfloat16 those of a frequent token stop to count after 256 of them.
 
     Args:
       table_VD: the table; with `vocab_axes` this device's rows of it.
@@ -26,9 +23,29 @@ def lookup(
         all get the same result, exactly: the sum over devices has one term that is not zero.
     """
     if not vocab_axes:
-        return table_VD[tokens_BT].astype(dtype)
+        return _rows(table_VD, tokens_BT)
     rows = table_VD.shape[0]
     row_BT = tokens_BT - jax.lax.axis_index(vocab_axes) * rows
     is_here_BT = (row_BT >= 0) & (row_BT < rows)
-    x_BTD = jnp.where(is_here_BT[..., None], table_VD[jnp.clip(row_BT, 0, rows - 1)], 0)
-    return total(x_BTD.astype(dtype), vocab_axes)
+    x_BTD = jnp.where(is_here_BT[..., None], _rows(table_VD, jnp.clip(row_BT, 0, rows - 1)), 0)
+    return total(x_BTD, vocab_axes)
+
+
+@jax.custom_vjp
+def _rows(table_VD: jax.Array, row_BT: jax.Array) -> jax.Array:
+    return table_VD[row_BT]
+
+
+def _forward(table_VD, row_BT):
+    # Of the table its rows and dtype alone.
+    return table_VD[row_BT], (row_BT, jnp.zeros((len(table_VD), 0), table_VD.dtype))
+
+
+def _backward(saved, dx_BTD):
+    row_BT, like_V0 = saved
+    wide = jnp.promote_types(like_V0.dtype, jnp.float32)
+    dtable_VD = jnp.zeros((len(like_V0), dx_BTD.shape[-1]), wide)
+    return dtable_VD.at[row_BT].add(dx_BTD.astype(wide)).astype(like_V0.dtype), None
+
+
+_rows.defvjp(_forward, _backward)
