@@ -90,6 +90,7 @@ def test_routing_differs_between_tokens_and_copies_are_whole():
     assert np.abs(router_DE[:, 0] - router_DE[:, 3]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_raw_gates_are_made_up_for_on_average():
     source, params = make()
     target = tiny_model(64, **{**DENSE, **ROUTED, "moe__renormalize_gates": False})

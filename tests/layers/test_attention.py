@@ -60,6 +60,7 @@ def fed_through_caches(config, sizes):
     return np.concatenate(found, axis=1), jax.device_get(cache), key.sharding.shard_shape(key.shape)
 
 
+@pytest.mark.slow
 def test_heads_and_their_caches_may_be_split():
     config = dense_model(
         attention__sinks=True,
@@ -147,6 +148,7 @@ def key_exchanges(unit):
     return [[shape[1] for shape in shapes if shape[2:] == (2, 8)] for shapes in found]
 
 
+@pytest.mark.slow
 def test_local_layers_send_a_halo_and_global_layers_gather():
     """Keys and values, in both passes and in the recomputed forward pass; none for a borrower."""
     assert key_exchanges("Ll") == [[7] * 6, [], []]

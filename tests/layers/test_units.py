@@ -46,9 +46,8 @@ def test_runs_are_of_equal_letters_with_equal_mlps(unit, mlps, runs):
 @pytest.mark.parametrize(
     "unit, changes",
     [
-        ("LLl", dict(num_units=1)),
+        ("LLl", dict(num_units=1, prefix="LL")),
         ("LLLGLLLg", dict(remat="full")),
-        ("GGgg", dict(prefix="LL")),
         ("LLLL", dict(unit_mlp="DDEE", remat="checkpoint_dots")),
         ("LLll", dict(remat="full")),
     ],
