@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     model.tie_embeddings = False
     model.compute_dtype = "bfloat16"
     model.remat = "full"
-    model.head_chunk = 1_048_576  # 2,048 tokens of each of 512 chips
+    model.head_chunk = 2048
 
     attention.num_heads = 64
     attention.num_kv_heads = 8
@@ -93,6 +93,7 @@ def get_config() -> ConfigDict:
         ),
     )
     config.data.tokenizer = "data/tokenizer.json"
+    config.data.streams = 128  # one row of each in the smallest batch
     config.data.sources = base.named(
         web=base.source("data/web/*.jsonl.gz"),
         code=base.source("data/code/*.jsonl.gz"),

@@ -123,6 +123,9 @@ class MoE(nn.Module):
         else:
             parameters = summed_in_float32(parameters)
 
+        # Units are declared side by side, for which jax has no ragged exchange; any other will do.
+        transport = "all_gather" if self.is_initializing() else config.transport or None
+
         def local(x_BTD, choices, parameters, unit):
             flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
             weights, biases = parameters
@@ -139,7 +142,7 @@ class MoE(nn.Module):
                 axis=next(iter(sharding.axes("expert")), None),
                 sync_axes=sharding.axes("batch", "sequence", "mlp"),
                 sum_axes=sharding.axes("mlp"),
-                transport=config.transport or None,
+                transport=transport,
                 share=config.exchange_rows,
             )
             return y_MD.reshape(x_BTD.shape), jax.lax.psum(stats, sharding.axes(*_TOKENS))

@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
+from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.layers.common import Stacked
 from lightning_jax.layers.moe import MoE
+from tests.targets import TPU
 from tests.tiny import mesh_config, tiny_model
 
 B, T, D = 8, 6, 16
@@ -25,6 +28,9 @@ MESHES = {
     "tensor": (dict(data=2, expert=2, tensor=2), dict(transport="all_to_all")),
     "tensor alone": (dict(data=4, tensor=2), {}),
 }
+
+
+TPUS = AbstractMesh((4,), ("expert",), abstract_device=TPU.abstract_device)
 
 
 @functools.cache
@@ -232,6 +238,14 @@ def test_a_token_keeps_to_its_groups():
     assert stats.assigned_count_E.sum() == 2 * stats.tokens == 2 * stats.group_member_count_J.sum()
     _, free = apply(layer(**changes), params(module), *inputs(), 1.0)
     assert free.group_member_count_J.sum() > stats.tokens
+
+
+def test_units_with_a_ragged_exchange_can_be_declared():
+    model = tiny_model(unit="L", num_units=2, moe__transport="ragged_all_to_all")
+    with jax.sharding.use_abstract_mesh(TPUS):
+        found = lm.abstract_params(model)
+    like = lm.abstract_params(tiny_model(unit="L", num_units=2))
+    assert jax.tree.map(lambda a: a.shape, found) == jax.tree.map(lambda a: a.shape, like)
 
 
 def test_router_logits_are_products_of_float32():

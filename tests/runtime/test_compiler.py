@@ -10,7 +10,12 @@ from tests.targets import TPU
 def test_options_are_those_of_the_platform():
     assert "while-loop-invariant-code-motion" in compiler.options()["xla_disable_hlo_passes"]
     with jax.sharding.use_abstract_mesh(TPU):
-        assert compiler.options() == {"xla_tpu_enable_deduplicated_calls": True}
+        assert all(value is True for value in compiler.options().values())
+        assert compiler.options().keys() == {
+            "xla_tpu_enable_deduplicated_calls",
+            "xla_tpu_enable_async_all_to_all",
+            "xla_tpu_enable_async_ragged_all_to_all",
+        }
 
 
 def test_a_loop_converts_the_weights_that_it_reads_and_no_others():
