@@ -1,6 +1,7 @@
-"""The table of docs/scaling.md, from files that `experiments.aot_compile` wrote.
+"""The tables of docs/scaling.md, from files that `experiments.aot_compile` wrote.
 
 python -m benchmarks.scaling benchmarks/results/aot_*.json
+python -m benchmarks.scaling --strong FILES     # one train step on more and more chips
 """
 
 from __future__ import annotations
@@ -28,13 +29,61 @@ _HEADER = (
 )
 
 
+_STRONG = (
+    "slice",
+    "chips",
+    "mesh",
+    "fits",
+    "peak GiB",
+    "GB moved",
+    "step ms",
+    "efficiency",
+    "as scheduled ms",
+    "efficiency",
+)
+
+
 def rows(found: dict[str, Any]) -> list[list[str]]:
     """Cells of each program of a report."""
+    return [[*_where(found), *_cells(name, entry)] for name, entry in found["programs"].items()]
+
+
+def strong_rows(reports: list[dict[str, Any]]) -> list[list[str]]:
+    """Cells of the train step of each report, by chips.
+
+    Efficiency is the chips times the time on the fewest chips, over that here: 100% if twice the
+    chips take half the time.
+    """
+    reports = sorted(reports, key=lambda found: found["chips"])
+    base = {
+        name: reports[0]["chips"] * reports[0]["programs"]["train"]["roofline"][name]
+        for name in ("step_s", "scheduled_s")
+    }
+    table = []
+    for found in reports:
+        entry = found["programs"]["train"]
+        times = [
+            cell
+            for name, first in base.items()
+            for cell in (
+                f"{entry['roofline'][name] * 1e3:,.0f}",
+                f"{first / found['chips'] / entry['roofline'][name]:.0%}",
+            )
+        ]
+        held = _held(entry)
+        table.append([*_where(found), *held, *times])
+    return table
+
+
+def _where(found: dict[str, Any]) -> list[str]:
     mesh = " ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1)
-    return [
-        [found["topology"], str(found["chips"]), mesh or "-", *_cells(name, entry)]
-        for name, entry in found["programs"].items()
-    ]
+    return [found["topology"], str(found["chips"]), mesh or "-"]
+
+
+def _held(entry: dict[str, Any]) -> list[str]:
+    moved = sum(row["bytes"] for row in entry["collectives"] if not row["in_open_loop"])
+    fits = "yes" if entry["fits"] else "no"
+    return [fits, f"{entry['memory']['peak'] / 2**30:.1f}", _short(moved / 1e9)]
 
 
 def _cells(name: str, entry: dict[str, Any]) -> list[str]:
@@ -42,24 +91,28 @@ def _cells(name: str, entry: dict[str, Any]) -> list[str]:
         f"{key} {value:,}" for key, value in entry["shape"].items() if isinstance(value, int)
     )
     time = entry["roofline"]
-    moved = sum(row["bytes"] for row in entry["collectives"] if not row["in_open_loop"])
     return [
         f"{name}: {shape}",
-        "yes" if entry["fits"] else "no",
-        f"{entry['memory']['peak'] / 2**30:.1f}",
-        f"{moved / 1e9:.3g}",
-        *(f"{time[key] * 1e3:,.3g}" for key in ("compute_s", "hbm_s", "ici_s", "exposed_s")),
+        *_held(entry),
+        *(_short(time[key] * 1e3) for key in ("compute_s", "hbm_s", "ici_s", "exposed_s")),
         *(f"{time[key]:.1%}" for key in ("mfu", "scheduled_mfu")),
         f"{entry['compile']['wall_s']:.0f}",
     ]
 
 
-def table(reports: list[dict[str, Any]]) -> str:
-    """All programs of reports as a table of Markdown."""
-    lines = [_HEADER, ("---",) * len(_HEADER)]
-    lines += [tuple(row) for found in reports for row in rows(found)]
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(reports: list[dict[str, Any]], *, strong: bool = False) -> str:
+    """All programs of reports, or with `strong` their train steps, as a table of Markdown."""
+    header = _STRONG if strong else _HEADER
+    body = strong_rows(reports) if strong else [row for found in reports for row in rows(found)]
+    lines = [header, ("---",) * len(header), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 if __name__ == "__main__":
-    print(table([files.read_json(path) for path in sys.argv[1:]]))
+    names = sys.argv[1:]
+    strong = names[:1] == ["--strong"]
+    print(table([files.read_json(path) for path in names[strong:]], strong=strong))

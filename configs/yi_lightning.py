@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
     moe.top_k = 8
     moe.target_experts = 8.0
     moe.max_experts = 12
+    moe.exchange_rows = 0.75  # 8 of 12 slots are filled, in the mean
     moe.num_groups = 8
     moe.num_partitions = 4
 
