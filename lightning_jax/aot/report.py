@@ -47,7 +47,7 @@ def describe(text: str, assignment: str, facts: Facts) -> dict[str, Any]:
     Returns:
       Of one device and one call: `memory` and `fits`, `largest_buffers`, `flops` and `bytes` (ours,
       and of the schedule), `collectives` by kind and axes, `open_loops` (loops of unknown length,
-      of which one turn is counted in FLOPs and bytes, and none in times), and the `roofline`.
+      of which `collectives` shows one turn and all else none), and the `roofline`.
     """
     program = hlo.parse(text)
     chip = facts.network.chip
@@ -88,10 +88,15 @@ def describe(text: str, assignment: str, facts: Facts) -> dict[str, Any]:
 
 
 def _schedule(program: hlo.Program) -> tuple[float, float, int]:
-    """FLOPs of products, bytes, and calls of kernels, whose FLOPs are unknown, of one call."""
+    """FLOPs of products, bytes, and calls of kernels, whose FLOPs are unknown, of one call.
+
+    Open loops are left out: rounds of an exchange after the first are an exception.
+    """
     flops = num_bytes = 0.0
     kernels = 0
-    for computation, times, _ in loops.visits(program):
+    for computation, times, is_open in loops.visits(program):
+        if is_open:
+            continue
         for op in program.computations[computation]:
             flops += times * costs.flops(program, computation, op)
             num_bytes += times * costs.hbm_bytes(program, computation, op)

@@ -16,6 +16,10 @@ PLACES = np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
 
 @pytest.fixture(scope="module")
 def entry():
+    return described(PROGRAM)
+
+
+def described(text):
     facts = Facts(
         mesh=MESH,
         slices=1,
@@ -25,7 +29,7 @@ def entry():
         least_bytes=1e6,
         memory=memory.held(ASSIGNMENT, 1000),
     )
-    found = report.describe(PROGRAM, ASSIGNMENT, facts)
+    found = report.describe(text, ASSIGNMENT, facts)
     shape = {"rows": 4}
     return {"shape": shape, "compile": {"wall_s": 1.0}, **found}
 
@@ -43,6 +47,15 @@ def test_sums_of_the_schedule(entry):
     assert entry["open_loops"] == ["jit(step)/rounds"]
     # The larger of what the model needs and what the products say.
     assert entry["roofline"]["compute_s"] == product / CHIPS["v5e"].peak
+
+
+def test_only_collectives_show_a_turn_of_an_open_loop(entry):
+    # A first round before the loop: what the second one moves is no part of the step.
+    text = PROGRAM.replace("%sent.1 = f32[8,128]", "%sent.1 = f32[8,131072]")
+    larger = described(text.replace("all-to-all.1 = f32[8,128]", "all-to-all.1 = f32[8,131072]"))
+    first = larger["collectives"][0]
+    assert first["in_open_loop"] and first["bytes"] == 8 * 131_072 * 4 / 2
+    assert larger["bytes"] == entry["bytes"] and larger["roofline"] == entry["roofline"]
 
 
 def test_collectives_by_kind_and_axes(entry):
