@@ -91,7 +91,7 @@ def find(program: Program, mesh: Mapping[str, int], slices: int = 1) -> list[Col
       slices: number of slices, which transfers between hosts join.
     """
     found = []
-    for computation, times, is_open in visits(program):
+    for computation, times, is_open, _ in visits(program):
         found += _across_slices(program, computation, times, is_open, slices)
         for kind, op, inside, between in _in_computation(program, computation):
             members = groups.groups_of(op, int(np.prod(list(mesh.values()))))

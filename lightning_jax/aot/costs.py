@@ -2,8 +2,9 @@
 
 Both are of one device and of one run of an op. The bytes are those of the schedule: every op reads
 its operands and writes its results, as far as these lie in the main memory; of a stack that an op
-slices, only the slice counts. Kernels (Pallas) count their operands and results once, and no FLOPs,
-because nothing in the text says what they compute.
+slices, only the slice counts. Kernels (Pallas) count their operands and results once, of a stack
+over the turns of a loop a turn's part, and no FLOPs, because nothing in the text says what they
+compute.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def flops(program: Program, computation: str, op: Op) -> float:
     )
 
 
-def hbm_bytes(program: Program, computation: str, op: Op) -> int:
-    """Bytes that an op reads from and writes to the main memory."""
+def hbm_bytes(program: Program, computation: str, op: Op, turns: int = 1) -> int:
+    """Bytes that an op reads from and writes to the main memory, in a loop of so many turns."""
     if op.opcode in _FREE or op.opcode.endswith("-done"):
         return 0
     if op.opcode == "custom-call" and KERNEL not in op.attributes:
@@ -77,38 +78,66 @@ def hbm_bytes(program: Program, computation: str, op: Op) -> int:
         return 2 * operands[1].num_bytes * op.arrays[0].in_hbm
     if op.opcode in _SLICES:
         return written + op.num_bytes * operands[0].in_hbm
+    if KERNEL in op.attributes and turns > 1:
+        return written + _kernel_reads(program, computation, op, turns)
     return written + sum(array.num_bytes for array in operands if array.in_hbm)
+
+
+def _kernel_reads(program: Program, computation: str, op: Op, turns: int) -> int:
+    """Bytes of a kernel's operands.
+
+    What comes into the loop from outside, with as many parts as the loop has turns, is a stack.
+    """
+    total, by_name = 0, program.by_name[computation]
+    for name in op.operands:
+        source = by_name[name]
+        while source.opcode == "bitcast" and source.operands[0] in by_name:
+            source = by_name[source.operands[0]]
+        is_outside = source.opcode in ("parameter", "get-tuple-element")
+        is_stack = is_outside and len(source.arrays) == 1 and source.arrays[0].dims[:1] == (turns,)
+        read = sum(array.num_bytes for array in by_name[name].arrays if array.in_hbm)
+        total += read // turns if is_stack else read
+    return total
 
 
 def _fusion_bytes(program: Program, computation: str, op: Op) -> int:
     """Bytes of a fusion, whose ops say how much of an operand or a result they touch."""
-    ops = program.computations[op.called[0]]
-    by_name = program.by_name[op.called[0]]
-    users: dict[str, list[Op]] = {}
-    for user in ops:
-        for name in user.operands:
-            users.setdefault(name, []).append(user)
+    name = op.called[0]
+    ops, by_name = program.computations[name], program.by_name[name]
     operands = program.operand_arrays(computation, op)
-    parameters = [inner for inner in ops if inner.opcode == "parameter"]
     total = 0
-    for inner in parameters:
-        index = int(re.match(r"\d+", inner.attributes)[0])
+    for index, inner in _parameters(program, name).items():
         if index < len(operands) and operands[index].in_hbm:
-            total += _read(inner, users)
+            total += _read(program, name, inner)
     root = next(inner for inner in ops if inner.is_root)
     parts = root.operands if root.opcode == "tuple" else (root.name,)
-    for array, name in zip(op.arrays, parts, strict=False):
-        if array.in_hbm and name in by_name:
-            total += _written(by_name, by_name[name], array.num_bytes)
+    for array, part in zip(op.arrays, parts, strict=False):
+        if array.in_hbm and part in by_name:
+            total += _written(by_name, by_name[part], array.num_bytes)
     return total
 
 
-def _read(value: Op, users: dict[str, list[Op]]) -> int:
+def _parameters(program: Program, computation: str) -> dict[int, Op]:
+    """The parameters of a computation by number."""
+    return {
+        int(re.match(r"\d+", op.attributes)[0]): op
+        for op in program.computations[computation]
+        if op.opcode == "parameter"
+    }
+
+
+def _read(program: Program, computation: str, value: Op) -> int:
     """Bytes of a value inside a fusion that its users read."""
     total = 0
-    for user in users.get(value.name, ()):
+    for user in program.computations[computation]:
+        if value.name not in user.operands:
+            continue
         if user.opcode == "bitcast":
-            total += _read(user, users)
+            total += _read(program, computation, user)
+        elif user.opcode == "fusion":
+            inside = _parameters(program, user.called[0])
+            places = [at for at, name in enumerate(user.operands) if name == value.name]
+            total += sum(_read(program, user.called[0], inside[at]) for at in places)
         elif user.opcode in _SLICES and user.operands[0] == value.name:
             total += user.num_bytes
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:

@@ -18,12 +18,13 @@ _COPIES = ("copy", "bitcast", "convert", "copy-start", "copy-done")
 class Visit(NamedTuple):
     """A computation, how often it runs in one call, and whether that is within an open loop.
 
-    One turn of an open loop is counted.
+    One turn of an open loop is counted. `turns` are those of the innermost loop.
     """
 
     computation: str
     times: int
     is_open: bool
+    turns: int = 1
 
 
 def visits(program: Program) -> Iterator[Visit]:
@@ -36,9 +37,9 @@ def _visit(program: Program, visit: Visit) -> Iterator[Visit]:
     for op in program.computations[visit.computation]:
         if op.opcode == "while":
             turns = trip_count(program, visit.computation, op)
-            times = visit.times * (1 if turns is None else turns)
+            is_open, turns = visit.is_open or turns is None, 1 if turns is None else turns
             body = (op.attribute("body") or "").lstrip("%")
-            yield from _visit(program, Visit(body, times, visit.is_open or turns is None))
+            yield from _visit(program, Visit(body, visit.times * turns, is_open, turns))
         elif op.opcode in ("conditional", "call"):
             for name in op.called:
                 yield from _visit(program, visit._replace(computation=name))

@@ -52,12 +52,14 @@ def describe(text: str, assignment: str, facts: Facts) -> dict[str, Any]:
     program = hlo.parse(text)
     chip = facts.network.chip
     flops, scheduled_bytes, kernels = _schedule(program)
+    turns_of = {visit.computation: visit.turns for visit in loops.visits(program)}
 
     @functools.cache
     def seconds_of(computation: str, op_name: str) -> float:
         op = program.by_name[computation][op_name]
         products = costs.flops(program, computation, op) / chip.peak
-        return max(products, costs.hbm_bytes(program, computation, op) / chip.bandwidth)
+        moved = costs.hbm_bytes(program, computation, op, turns_of[computation])
+        return max(products, moved / chip.bandwidth)
 
     moved = roofline.transfers(
         collectives.find(program, facts.mesh, facts.slices),
@@ -94,12 +96,12 @@ def _schedule(program: hlo.Program) -> tuple[float, float, int]:
     """
     flops = num_bytes = 0.0
     kernels = 0
-    for computation, times, is_open in loops.visits(program):
+    for computation, times, is_open, turns in loops.visits(program):
         if is_open:
             continue
         for op in program.computations[computation]:
             flops += times * costs.flops(program, computation, op)
-            num_bytes += times * costs.hbm_bytes(program, computation, op)
+            num_bytes += times * costs.hbm_bytes(program, computation, op, turns)
             kernels += times * (costs.KERNEL in op.attributes)
     return flops, num_bytes, kernels
 
