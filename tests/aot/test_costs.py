@@ -40,6 +40,46 @@ def test_pieces_of_a_transfer_and_fast_memory_are_free(program):
     assert bytes_of(program, "main.1", "while.1") == 0
 
 
+STACKS = """\
+%inner (stack.2: f32[10,8,128], at.2: s32[]) -> f32[1,8,128] {
+  %stack.2 = f32[10,8,128]{2,1,0} parameter(0)
+  %at.2 = s32[] parameter(1)
+  %zero.2 = s32[] constant(0)
+  ROOT %dynamic-slice.1 = f32[1,8,128]{2,1,0} dynamic-slice(%stack.2, %at.2, %zero.2, %zero.2)
+}
+
+%outer (at.1: s32[], stack.1: f32[10,8,128]) -> f32[1,8,128] {
+  %at.1 = s32[] parameter(0)
+  %stack.1 = f32[10,8,128]{2,1,0} parameter(1)
+  %fusion.1 = f32[1,8,128]{2,1,0} fusion(%stack.1, %at.1), kind=kLoop, calls=%inner
+  ROOT %negate.1 = f32[1,8,128]{2,1,0} negate(%fusion.1)
+}
+
+ENTRY %main (state.1: (s32[], f32[10,8,128])) -> f32[8,128] {
+  %state.1 = (s32[], f32[10,8,128]{2,1,0}) parameter(0)
+  %at.0 = s32[] get-tuple-element(%state.1), index=0
+  %stack.0 = f32[10,8,128]{2,1,0} get-tuple-element(%state.1), index=1
+  %flat.1 = f32[80,128]{1,0} bitcast(%stack.0)
+  %fusion.2 = f32[1,8,128]{2,1,0} fusion(%at.0, %stack.0), kind=kLoop, calls=%outer
+  %made.1 = f32[10,8,128]{2,1,0} negate(%stack.0)
+  ROOT %kernel.1 = f32[8,128]{1,0} custom-call(%at.0, %flat.1, %made.1), KERNEL
+}
+""".replace("KERNEL", costs.KERNEL)
+
+
+def test_a_stack_is_sliced_in_a_fusion_inside_of_another():
+    assert bytes_of(hlo.parse(STACKS), "main", "fusion.2") == 2 * 8 * 128 * 4 + 4
+
+
+def test_a_kernel_in_a_loop_reads_the_part_of_a_stack_that_is_its_turns():
+    program = hlo.parse(STACKS)
+    kernel, part = program.by_name["main"]["kernel.1"], 8 * 128 * 4
+    assert costs.hbm_bytes(program, "main", kernel) == 4 + 20 * part + part
+    # What is made in the loop is no stack over its turns, even of the same shape.
+    assert costs.hbm_bytes(program, "main", kernel, turns=10) == 4 + part + 10 * part + part
+    assert costs.hbm_bytes(program, "main", kernel, turns=5) == 4 + 20 * part + part
+
+
 def convolution(out, lhs, rhs, attributes):
     text = f"""\
 ENTRY %main (a: {lhs}, b: {rhs}) -> {out} {{
