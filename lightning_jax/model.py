@@ -67,14 +67,16 @@ class Output(NamedTuple):
     cache: Cache | None
 
     def logits(self) -> jax.Array:
-        """Logits [B, T, V] in float32."""
-        return jnp.einsum(
+        """Logits [B, T, V] in float32, split as the head is."""
+        logits_BTV = jnp.einsum(
             "BTD,DV->BTV",
             self.hidden_BTD,
             self.head_DV,
             precision=precision(self.hidden_BTD.dtype),
             preferred_element_type=jnp.float32,
         )
+        # A partitioner may gather the head instead, for the few tokens of a decode step too.
+        return sharding.shard(logits_BTV, "batch", "sequence", "vocab")
 
 
 class LightningLM(nn.Module):
