@@ -21,8 +21,10 @@ from lightning_jax.aot.topologies import Slice
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError, suggest
 from lightning_jax.config.fields import to_dict
+from lightning_jax.train.record import git_commit
 from lightning_jax.train.resolve import resolve
 
+_ROOT = Path(__file__).resolve().parents[2]
 logger = logging.getLogger(__name__)
 
 # glog's line for a check that ends the process, without its prefix.
@@ -91,7 +93,7 @@ def compile_all(
 
 
 def about(config: RunConfig, topology: Slice) -> dict[str, Any]:
-    """What a report is about: model, slice, versions."""
+    """What a report is about: model, slice, versions, the commit of this checkout if it is one."""
     size = accounting.parameters(config.model)
     return {
         "topology": str(topology),
@@ -99,6 +101,7 @@ def about(config: RunConfig, topology: Slice) -> dict[str, Any]:
         "chips": topology.chips,
         "chip": dataclasses.asdict(topology.chip) | {"peak": topology.chip.peak},
         "versions": topologies.versions(),
+        "commit": git_commit(_ROOT)[0],
         "parameters": size.total,
         "parameters_per_token": size.active,
         "layers": config.model.num_layers,
