@@ -82,8 +82,8 @@ def sent(name):
     """
     _, mesh, _ = lowered(name)
     program, found = hlo.parse(compiled(name)), Counter()
-    for computation, _, _ in visits(program):
-        for op in program.computations[computation]:
+    for visit in visits(program):
+        for op in program.computations[visit.computation]:
             if op.opcode not in COLLECTIVES:
                 continue
             axes = groups.axes_of(groups.groups_of(op, mesh.size), mesh.shape)
