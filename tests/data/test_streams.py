@@ -77,6 +77,7 @@ def slow(*values):
 
 
 # Case F9
+@pytest.mark.slow
 @pytest.mark.parametrize("packing_kind", ["concat", "first_fit"])
 @pytest.mark.parametrize("count", [4, slow(1), slow(2), slow(8)])
 def test_batches_and_positions_do_not_depend_on_who_makes_them(traced, packing_kind, count):  # noqa: F811

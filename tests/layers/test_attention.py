@@ -155,6 +155,7 @@ def test_local_layers_send_a_halo_and_global_layers_gather():
     assert key_exchanges("Gg") == [[], [2048] * 4, [512] * 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["Ll", "Gg"])
 def test_no_array_is_as_large_as_length_times_length(unit):
     dims = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", compiled_gradient(unit))

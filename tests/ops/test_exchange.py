@@ -183,6 +183,7 @@ SETTINGS = {
 KINDS = ("ragged", "full", "one_expert", "one_device", "padding")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_eight_devices_give_what_one_gives(name):
     setting = SETTINGS[name]
@@ -212,6 +213,7 @@ def test_transports_and_buffers_agree():
         assert_close(many, gathered)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", [4, 64])
 @pytest.mark.parametrize("transport", ["all_to_all", "all_gather"])
 def test_the_number_of_experts_here_does_not_matter_at_one_load(experts, transport):
@@ -242,6 +244,7 @@ def test_experts_of_one_unit_of_a_stack(transport):
     np.testing.assert_allclose(y, one_device(*inputs("ragged"))[0][0], atol=2e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_as_on_one_device():
     arguments = inputs("one_device")
     exact = one_device(*arguments)[0]
