@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lightning_jax.ops.experts import grouped_mlp as experts_mlp
 from tests.ops.expert_oracle import COTANGENT as DY
 from tests.ops.expert_oracle import M, oracle, tokens, weights
 from tests.ops.expert_oracle import expert_biases as biases_of
@@ -31,6 +32,10 @@ def output_and_grads(grouped_mlp, clamp, size_E, dy_SD, rows_SD, w, biases):
 
     y_SD, pull = jax.vjp(function, rows_SD, w, biases)
     return y_SD, pull(dy_SD)
+
+
+def _onehot(rows, size_E, w, biases=(), **options):
+    return experts_mlp(rows, size_E, *w, biases=biases, implementation="onehot", **options)
 
 
 def check(grouped_mlp, name, dtype):
@@ -59,19 +64,19 @@ def check(grouped_mlp, name, dtype):
         np.testing.assert_array_equal(gradient[size == 0], 0.0)
 
 
-def check_biases(grouped_mlp, onehot, name, clamp):
+def check_biases(grouped_mlp, name, clamp):
     """Values and gradients, biases too, against every expert on every row."""
     size = np.asarray(SIZES[name], np.int32)
     rows, dy = tokens(M, np.float32), DY.astype(np.float32)
     rows[size.sum() :] = dy[size.sum() :] = np.nan
     arguments = (size, dy, rows, weights(E, np.float32), biases_of(E))
     got = output_and_grads(grouped_mlp, clamp, *arguments)
-    want = output_and_grads(onehot, clamp, *arguments)
+    want = output_and_grads(_onehot, clamp, *arguments)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(np.abs(b).max(), 1e-3))
 
 
-def check_wide(grouped_mlp, onehot):
+def check_wide(grouped_mlp):
     """More columns than a block and no multiple of one, contracted in several steps."""
     S, D_wide, F_wide = 40, 150, 300
     rng = np.random.default_rng(0)
@@ -85,7 +90,7 @@ def check_wide(grouped_mlp, onehot):
     dy, rows, *w = (rng.standard_normal(shape).astype(np.float32) * 0.1 for shape in shapes)
     size = np.asarray(SIZES["one over"], np.int32)
     got = output_and_grads(grouped_mlp, None, size, dy, rows, tuple(w), ())
-    want = output_and_grads(onehot, None, size, dy, rows, tuple(w), ())
+    want = output_and_grads(_onehot, None, size, dy, rows, tuple(w), ())
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
 

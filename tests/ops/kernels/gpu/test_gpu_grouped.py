@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lightning_jax.ops.experts import grouped_mlp as experts_mlp
 from lightning_jax.ops.kernels.gpu import blocks as gpu_blocks
 from lightning_jax.ops.kernels.gpu import grouped
 from lightning_jax.ops.kernels.gpu.grouped import Tiles
@@ -15,10 +14,6 @@ def _mlp(rows, size_E, w, biases=(), **options):
     tiles = Tiles(16, 16, 16, 4, 1)
     options |= {"interpret": True, "dot_tiles": tiles, "outer_tiles": tiles}
     return grouped.grouped_mlp(rows, jnp.asarray(size_E), w, biases, **options)
-
-
-def _onehot(rows, size_E, w, biases=(), **options):
-    return experts_mlp(rows, size_E, *w, biases=biases, implementation="onehot", **options)
 
 
 @pytest.mark.parametrize("name", cases.SIZES)
@@ -33,7 +28,7 @@ def test_narrow_rows_with_float32_weights(dtype):
 
 @pytest.mark.parametrize("name", ["random", "no row"])
 def test_biases_and_the_clamped_unit(name):
-    cases.check_biases(_mlp, _onehot, name, 0.5)
+    cases.check_biases(_mlp, name, 0.5)
 
 
 def test_a_unit_of_stacked_weights():

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lightning_jax.ops.experts import grouped_mlp as experts_mlp
 from lightning_jax.ops.kernels.tpu import grouped, grouped_blocks
 from lightning_jax.ops.kernels.tpu.grouped import Tiles, list_visits
 from tests.ops.kernels import grouped_cases as cases
@@ -16,10 +15,6 @@ S, E = 8192, 16
 def _mlp(rows, size_E, w, biases=(), **options):
     options |= {"interpret": True, "tiles": Tiles(16, 8, 128)}
     return grouped.grouped_mlp(rows, jnp.asarray(size_E), w, biases, **options)
-
-
-def _onehot(rows, size_E, w, biases=(), **options):
-    return experts_mlp(rows, size_E, *w, biases=biases, implementation="onehot", **options)
 
 
 @pytest.mark.parametrize("name", cases.SIZES)
@@ -33,12 +28,12 @@ def test_bfloat16_rows_with_float32_weights():
 
 @pytest.mark.parametrize("name", ["random", "no row"])
 def test_biases_and_the_clamped_unit(name):
-    cases.check_biases(_mlp, _onehot, name, 0.5)
+    cases.check_biases(_mlp, name, 0.5)
 
 
 def test_columns_of_several_blocks_and_a_loop_over_contracted_ones(monkeypatch):
     monkeypatch.setattr(grouped, "CHUNK", 128)
-    cases.check_wide(_mlp, _onehot)
+    cases.check_wide(_mlp)
 
 
 def test_a_unit_of_stacked_weights():
