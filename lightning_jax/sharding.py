@@ -156,7 +156,7 @@ def check_divisible(
         sizes.append(("mlp", {"model.mlp_dim": model.mlp_dim}))
     for name, fields in sizes:
         axes = (stored if name == "embed" else rules).axes(name)
-        parts = math.prod(mesh.shape[axis] for axis in axes)
+        parts = _devices(mesh, axes)
         for field, size in fields.items():
             if size % parts:
                 factors = " * ".join(f"mesh.{axis}" for axis in axes)
@@ -168,7 +168,12 @@ def check_divisible(
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Number of pieces into which a batch is split."""
-    return math.prod(mesh.shape[axis] for axis in Rules.of(mesh).batch)
+    return _devices(mesh, Rules.of(mesh).batch)
+
+
+def _devices(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> int:
+    """Number of devices along mesh axes."""
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def rows_here(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
@@ -214,7 +219,7 @@ def is_split() -> bool:
 def ambient_shards(name: str) -> int:
     """Pieces into which the ambient mesh splits a logical axis: the smallest size that divides."""
     mesh = _ambient()
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in Rules.of(mesh).axes(name))
+    return 1 if mesh is None else _devices(mesh, Rules.of(mesh).axes(name))
 
 
 def lies_as_used(*names: str | None) -> bool:

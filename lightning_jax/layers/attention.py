@@ -14,6 +14,7 @@ from lightning_jax import sharding
 from lightning_jax.config import AttentionConfig
 from lightning_jax.config.pattern import LayerSpec
 from lightning_jax.layers.common import (
+    TOKENS,
     ZEROS,
     RMSNorm,
     fan_in,
@@ -32,8 +33,7 @@ from lightning_jax.ops.sequence_parallel import with_earlier_keys
 View = Fresh | Stored
 
 # Logical names of the leading axes of queries, fresh keys and values, and caches [U, B, S, K, H].
-_TOKENS = ("batch", "sequence")
-_QUERIES, _KEYS = (*_TOKENS, "heads"), (*_TOKENS, "kv_heads")
+_QUERIES, _KEYS = (*TOKENS, "heads"), (*TOKENS, "kv_heads")
 _CACHE = ("layers", "batch", None, "kv_heads")
 # Projections of the input, and what splits their results.
 _INTO = {
@@ -116,8 +116,8 @@ class Attention(nn.Module):
 
         split = {name: _INTO[name][1] for name in weights}
         inputs = {name: ((None, axis), (axis,)) for name, axis in split.items()}
-        outputs = {name: (*_TOKENS, axis) for name, axis in split.items()}
-        return sharding.island(local, inputs=(_TOKENS, inputs), outputs=outputs)(x_BTD, weights)
+        outputs = {name: (*TOKENS, axis) for name, axis in split.items()}
+        return sharding.island(local, inputs=(TOKENS, inputs), outputs=outputs)(x_BTD, weights)
 
     def _weights(self, dim: int, dtype: jnp.dtype) -> dict[str, tuple[jax.Array, jax.Array | None]]:
         """Weight and bias of each projection of the input."""
@@ -153,7 +153,7 @@ class Attention(nn.Module):
             return total(project("BTNH,NHD->BTD", out_BTNH, out_NHD, bias_D), head_axes)
 
         names = _QUERIES, ("heads",), (None,)
-        run = sharding.island(local, inputs=names, outputs=_TOKENS)
+        run = sharding.island(local, inputs=names, outputs=TOKENS)
         return run(out_BTNH, summed_in_float32(out_NHD), bias_D)
 
     def _own_view(
@@ -211,7 +211,7 @@ def _fresh_view(kv: KV, context: KindContext) -> Fresh:
     segment_BS, offset = segment_BT, 0
     if axes := sharding.axes("sequence"):
         exchange = functools.partial(with_earlier_keys, window=window, axis=axes)
-        names = _KEYS, _TOKENS
+        names = _KEYS, TOKENS
         kv, segment_BS = sharding.island(exchange, inputs=names, outputs=names)(kv, segment_BT)
         earlier = segment_BS.shape[1] - segment_BT.shape[1]
         offset = earlier // sharding.ambient_shards("sequence")
@@ -227,5 +227,5 @@ def _fresh_view(kv: KV, context: KindContext) -> Fresh:
 def _names(view: View) -> View:
     """Logical names of the arrays of a view, as `sharding.island` takes them."""
     if isinstance(view, Fresh):
-        return Fresh(_KEYS, jax.tree.map(lambda _: _TOKENS, view.mask))
+        return Fresh(_KEYS, jax.tree.map(lambda _: TOKENS, view.mask))
     return Stored(_CACHE, (), ("batch",), view.window)

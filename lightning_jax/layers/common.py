@@ -50,6 +50,8 @@ def standard_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return flat.reshape(shape) / 0.87962566103423978
 
 
+# Logical names of the leading axes of an array [B, T, ...].
+TOKENS = ("batch", "sequence")
 ZEROS, ONES = Init(0.0), Init(0.0, mean=1.0)
 
 
@@ -155,6 +157,6 @@ class GatedMLP(nn.Module):
 
         # One sum over devices each way. A partitioner would send back the gradients by gate and by
         # up apart.
-        tokens, into, out = ("batch", "sequence"), (None, "mlp"), ("mlp", None)
-        run = sharding.island(local, inputs=(tokens, into, into, out), outputs=tokens)
+        into, out = (None, "mlp"), ("mlp", None)
+        run = sharding.island(local, inputs=(TOKENS, into, into, out), outputs=TOKENS)
         return run(x_BTD, *summed_in_float32((gate_DF, up_DF, down_FD)))

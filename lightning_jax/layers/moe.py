@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lightning_jax import sharding
 from lightning_jax.config import MoeConfig
 from lightning_jax.layers.common import (
+    TOKENS,
     ZEROS,
     GatedMLP,
     Stacked,
@@ -25,7 +26,6 @@ from lightning_jax.ops.exchange import exchanged_experts
 from lightning_jax.ops.projection import project
 from lightning_jax.ops.routing import Choices, Routing, limit_capacity, route
 
-_TOKENS = ("batch", "sequence")
 _WEIGHTS = [("expert", "embed", "mlp"), ("expert", "embed", "mlp"), ("expert", "mlp", "embed")]
 _BIASES = [("expert", "mlp"), ("expert", "mlp"), ("expert", "embed")]
 
@@ -97,9 +97,9 @@ class MoE(nn.Module):
             )
 
         # A partitioner would gather the tokens of all devices to sort the scores of each.
-        per_token = _TOKENS if jnp.ndim(top_p) else ()
-        inputs = _TOKENS, _TOKENS, (None,), per_token
-        run = sharding.island(local, inputs=inputs, outputs=_TOKENS)
+        per_token = TOKENS if jnp.ndim(top_p) else ()
+        inputs = TOKENS, TOKENS, (None,), per_token
+        run = sharding.island(local, inputs=inputs, outputs=TOKENS)
         return run(logits_BTE, token_mask_BT, bias_E, top_p)
 
     def _limit(self, choices: Choices) -> tuple[Choices, jax.Array]:
@@ -145,10 +145,10 @@ class MoE(nn.Module):
                 transport=transport,
                 share=config.exchange_rows,
             )
-            return y_MD.reshape(x_BTD.shape), jax.lax.psum(stats, sharding.axes(*_TOKENS))
+            return y_MD.reshape(x_BTD.shape), jax.lax.psum(stats, sharding.axes(*TOKENS))
 
         # Sorting tokens by expert stays on the device that has them.
-        run = sharding.island(local, inputs=(_TOKENS, _TOKENS, names, ()), outputs=(_TOKENS, ()))
+        run = sharding.island(local, inputs=(TOKENS, TOKENS, names, ()), outputs=(TOKENS, ()))
         return run(x_BTD, choices, parameters, unit)
 
     def _weights(self, dim: int, dtype: jnp.dtype) -> list[jax.Array | Stacked]:

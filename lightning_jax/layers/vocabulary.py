@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from lightning_jax import sharding
-from lightning_jax.layers.common import summed_in_float32
+from lightning_jax.layers.common import TOKENS, summed_in_float32
 from lightning_jax.ops import embed, loss
 from lightning_jax.ops.collectives import total
-
-_TOKENS = ("batch", "sequence")
 
 
 def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
@@ -24,7 +22,7 @@ def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     def local(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         return embed.lookup(table_VD.astype(dtype), tokens_BT, vocab_axes=vocab_axes)
 
-    run = sharding.island(local, inputs=(("vocab", None), _TOKENS), outputs=_TOKENS)
+    run = sharding.island(local, inputs=(("vocab", None), TOKENS), outputs=TOKENS)
     return run(summed_in_float32(table_VD), tokens_BT)
 
 
@@ -38,7 +36,7 @@ def cross_entropy(
     chunk: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the sums (loss, cross-entropy, z-loss) over all tokens; see `ops.loss`."""
-    token_axes, vocab_axes = sharding.axes(*_TOKENS), sharding.axes("vocab")
+    token_axes, vocab_axes = sharding.axes(*TOKENS), sharding.axes("vocab")
 
     def local(hidden_BTD, head_DV, targets_BT, weights_BT, z_weight):
         sums = loss.cross_entropy(
@@ -52,7 +50,7 @@ def cross_entropy(
         )
         return total(jnp.stack(sums), token_axes)
 
-    names = _TOKENS, (None, "vocab"), _TOKENS, _TOKENS, ()
+    names = TOKENS, (None, "vocab"), TOKENS, TOKENS, ()
     run = sharding.island(local, inputs=names, outputs=())
     # The head is rounded to the dtype of the hidden states where it is used.
     head_DV = summed_in_float32(head_DV)
@@ -75,5 +73,5 @@ def token_losses(
         )
         return nll_M.reshape(targets_BT.shape)
 
-    names = _TOKENS, (None, "vocab"), _TOKENS
-    return sharding.island(local, inputs=names, outputs=_TOKENS)(hidden_BTD, head_DV, targets_BT)
+    names = TOKENS, (None, "vocab"), TOKENS
+    return sharding.island(local, inputs=names, outputs=TOKENS)(hidden_BTD, head_DV, targets_BT)
