@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
+from lightning_jax.runtime.invocation import command
 from lightning_jax.train.plan import Plan
 
 
@@ -39,14 +40,14 @@ def opening(workdir: Path, plan: Plan, start: int, mesh: Mesh) -> str:
 
 def closing(workdir: Path, plan: Plan) -> str:
     """Returns the last lines of a run that has come to its end: where things are, what is next."""
-    folder, prompt = shlex.quote(str(workdir)), shlex.quote(plan.config.sample_prompt)
+    run = f"--workdir={workdir}"
     return _screen(
         {
             "done": f"all {plan.total_steps} steps of {workdir}/",
             "result": f"{workdir}/evaluation.json",
-            "watch": f"tensorboard --logdir={folder}",
-            "next": f"python -m experiments.generate --workdir={folder} --prompt={prompt}",
-            "or": f"python -m experiments.evaluate --workdir={folder}",
+            "watch": f"tensorboard --logdir={shlex.quote(str(workdir))}",
+            "next": command("generate", run, f"--prompt={plan.config.sample_prompt}"),
+            "or": command("evaluate", run),
         }
     )
 
