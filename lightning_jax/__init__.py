@@ -1,7 +1,8 @@
 """lightning_jax: a research framework for language models that are cheap to train and serve.
 
     config, params, router = lightning_jax.load("folder")      # a Hugging Face folder
-    run = lightning_jax.load_run("runs/a")                      # a run's model, parameters, router
+    run = lightning_jax.load_run("runs/a")                      # a trained run (see infer/run.py)
+    run.logits(text), run.routing(text), run.generate(prompt)
     engine = lightning_jax.Engine(run.model, run.params, run.router, max_length=512)
     lightning_jax.run(config, "runs/b")                         # trains, or resumes, a RunConfig
 
@@ -16,8 +17,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "Engine": "infer.engine",
     "LightningLM": "model",
+    "Run": "infer.run",
     "load": "interop.hf",
-    "load_run": "checkpoint",
+    "load_run": "infer.run",
     "run": "train.loop",
     "save": "interop.hf",
 }

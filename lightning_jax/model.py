@@ -96,6 +96,7 @@ class LightningLM(nn.Module):
         rope_base_global: float | jax.Array | None = None,
         cache: Cache | None = None,
         start_B: jax.Array | None = None,
+        keep_choices: bool = False,
     ) -> Output:
         """Computes hidden states of every position.
 
@@ -107,6 +108,8 @@ class LightningLM(nn.Module):
           rope_base_global: RoPE base of global layers; default: the config's.
           cache: from `init_cache`; the chunk is appended to it.
           start_B: with a cache, how many tokens of each row came before; default: 0.
+          keep_choices: the statistics have the experts of each token too, as `stats.choices`
+            [U, R, B, T, C].
 
         Returns:
           An `Output`.
@@ -120,7 +123,7 @@ class LightningLM(nn.Module):
         router = init_router(config) if router is None else router
         base = config.attention.rope_base_global if rope_base_global is None else rope_base_global
         kinds = kind_contexts(config, start_B, positions_BT, segment_ids_BT, base, cache)
-        context = Context(kinds, segment_ids_BT != 0, router.top_p)
+        context = Context(kinds, segment_ids_BT != 0, router.top_p, keep_choices)
 
         dtype = jnp.dtype(config.compute_dtype)
         table_VD = self._table("embed", "table_VD", (config.vocab_size, config.model_dim), dtype)

@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "infer": BELOW_TRAINING,
     "arena": BELOW_TRAINING,
     "interop": BELOW_TRAINING | {"train", "infer"},
-    "ablation": BELOW_TRAINING | {"train"},
+    "plots": BELOW_MODEL | {"infer"},
+    "ablation": BELOW_TRAINING | {"train", "plots"},
     "aot": BELOW_TRAINING | {"train", "infer"},
 }
 # The values that kernels take; the ops that choose a kernel stand above it.

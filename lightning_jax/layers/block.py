@@ -26,6 +26,7 @@ class Context:
     kinds: dict[str, KindContext]
     token_mask_BT: jax.Array
     top_p: jax.Array
+    keep_choices: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 class Layer(nn.Module):
@@ -58,7 +59,9 @@ class Layer(nn.Module):
             normed_BTD = RMSNorm(config.norm_eps, name="mlp_norm")(x_BTD)
             if self.spec.routed:
                 moe = MoE(config.moe, depth, self.train, name="moe")
-                out_BTD, stats = moe(normed_BTD, context.token_mask_BT, bias_E, context.top_p)
+                out_BTD, stats = moe(
+                    normed_BTD, context.token_mask_BT, bias_E, context.top_p, context.keep_choices
+                )
             else:
                 out_BTD = GatedMLP(config.mlp_dim, depth, name="mlp")(normed_BTD)
             x_BTD = sharding.shard(x_BTD + out_BTD, "batch", "sequence", None)

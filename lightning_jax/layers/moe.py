@@ -35,6 +35,7 @@ class MoE(nn.Module):
 
     Returns the experts' output and the layer's `RoutingStats`, sums over the tokens of the whole
     batch: losses and metrics are functions of them. `top_p` is one value, or one per token [B, T].
+    With `keep_choices` the statistics have the choices of each token too.
     """
 
     config: MoeConfig
@@ -43,7 +44,12 @@ class MoE(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, token_mask_BT: jax.Array, bias_E: jax.Array, top_p: jax.Array
+        self,
+        x_BTD: jax.Array,
+        token_mask_BT: jax.Array,
+        bias_E: jax.Array,
+        top_p: jax.Array,
+        keep_choices: bool = False,
     ) -> tuple[jax.Array, balance.RoutingStats]:
         config = self.config
         routing = self._route(x_BTD, token_mask_BT, bias_E, top_p)
@@ -56,7 +62,8 @@ class MoE(nn.Module):
         choices, dropped = self._limit(routing.choices)
         out_BTD, exchange = self._experts(x_BTD, choices)
         exchange = dataclasses.replace(exchange, empty=exchange.empty - dropped, dropped=dropped)
-        stats = dataclasses.replace(stats, exchange=exchange)
+        kept = routing.choices if keep_choices else None
+        stats = dataclasses.replace(stats, exchange=exchange, choices=kept)
         out_BTD *= jnp.asarray(config.routed_scale, out_BTD.dtype)
         if config.num_shared_experts:
             hidden = config.num_shared_experts * config.expert_dim

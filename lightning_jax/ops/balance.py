@@ -15,7 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lightning_jax.ops.routing import Routing
+from lightning_jax.ops.routing import Choices, Routing
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +45,8 @@ class ExchangeStats:
 class RoutingStats:
     """Sums over the tokens of one layer; add two with `jax.tree.map(jnp.add, a, b)`.
 
+    All but `choices`, which are no sum: they are None unless somebody asked for them.
+
     Counts carry no gradient; `*prob_sum*`, entropy_sum and z_sum do. Padding is in none of them.
 
     tokens: real tokens.
@@ -59,6 +61,7 @@ class RoutingStats:
     kept_mass_sum: sum of the probability mass on the chosen experts.
     experts_histogram: C+1 bins, tokens that use c experts.
     exchange: how the choices were carried out; None if they were only counted.
+    choices: the experts of each token, before any capacity.
     """
 
     tokens: jax.Array
@@ -74,6 +77,7 @@ class RoutingStats:
     kept_mass_sum: jax.Array
     experts_histogram: jax.Array
     exchange: ExchangeStats | None = None
+    choices: Choices | None = None
 
 
 def routing_stats(
