@@ -166,12 +166,6 @@ def matmul(dtype: Any, size: int = _PROBE_SIZE) -> tuple[Call, float]:
     return lambda: product(operand), 2.0 * size**3
 
 
-def peak_gflops(dtype: Any, *, rounds: int = 5) -> float:
-    """The machine's own matrix product peak: GFLOP/s of the fastest round."""
-    call, flops = matmul(dtype)
-    return flops / interleave({PROBE: call}, rounds=rounds).min_ms(PROBE) / 1e6
-
-
 def peer(name: str) -> ModuleType | None:
     """The module of an optional peer (extra `peers`), None where it is not installed."""
     try:

@@ -6,7 +6,6 @@ import datetime
 import importlib
 import os
 import platform
-import subprocess
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +17,7 @@ from benchmarks.measure import Options
 from lightning_jax.config.errors import UserError, suggest
 from lightning_jax.config.fields import require_choice
 from lightning_jax.runtime import files, huge_pages, tables
+from lightning_jax.runtime.checkout import git_commit
 
 # Each is a module of this package with `run(options)`; loaded when asked for.
 SUITES = (
@@ -56,7 +56,7 @@ def run_suite(name: str, options: Options) -> dict[str, Any]:
     return {
         "suite": name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(),
+        "commit": git_commit()[0],
         "rounds": options.rounds,
         "machine": machine() | {"load_before": round(load, 2)},
         "versions": versions(),
@@ -112,16 +112,6 @@ def versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[name] = None
     return found
-
-
-def git_commit() -> str | None:
-    """The commit of this checkout, with `-dirty` after it if files differ; None outside of one."""
-    command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return result.stdout.strip()
 
 
 def write(report: dict[str, Any], path: str | Path) -> None:

@@ -32,8 +32,6 @@ from lightning_jax.config.errors import UserError, suggest
 
 MESH_AXES = ("replica", "data", "fsdp", "expert", "tensor", "sequence")
 
-Names = tuple[str | None, ...]
-
 
 @dataclasses.dataclass(frozen=True)
 class Rules:

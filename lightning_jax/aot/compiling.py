@@ -21,10 +21,9 @@ from lightning_jax.aot.topologies import Slice
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError, suggest
 from lightning_jax.config.fields import to_dict
-from lightning_jax.train.record import git_commit
+from lightning_jax.runtime.checkout import git_commit
 from lightning_jax.train.resolve import resolve
 
-_ROOT = Path(__file__).resolve().parents[2]
 logger = logging.getLogger(__name__)
 
 # glog's line for a check that ends the process, without its prefix.
@@ -101,7 +100,7 @@ def about(config: RunConfig, topology: Slice) -> dict[str, Any]:
         "chips": topology.chips,
         "chip": dataclasses.asdict(topology.chip) | {"peak": topology.chip.peak},
         "versions": topologies.versions(),
-        "commit": git_commit(_ROOT)[0],
+        "commit": git_commit()[0],
         "parameters": size.total,
         "parameters_per_token": size.active,
         "layers": config.model.num_layers,

@@ -126,13 +126,14 @@ def dot_product_attention(
 
 def check_device(implementation: str, platform: str, head_size: int) -> None:
     """Raises UserError if a named implementation does not run on a platform, or on that size."""
-    needs = _PLATFORMS.get(implementation, platform)
-    at = f"model.attention.implementation = {implementation!r}"
-    if needs != platform:
-        raise UserError(f"{at}: runs on {needs}, and this run's devices are {platform}")
+    field = "model.attention.implementation"
+    needs = (_PLATFORMS.get(implementation, platform),)
+    target.require_platform(field, implementation, needs, platform)
     if implementation == "pallas_gpu" and head_size not in TRITON_HEAD_SIZES:
         sizes = ", ".join(map(str, TRITON_HEAD_SIZES))
-        raise UserError(f"{at}: needs a head_dim out of {sizes}, not {head_size}")
+        raise UserError(
+            f"{field} = {implementation!r}: needs a head_dim out of {sizes}, not {head_size}"
+        )
 
 
 def _reference(query_BTNH, key_BSKH, value_BSKH, mask_BTS, sinks_N, scale, logit_softcap):

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lightning_jax.config.errors import UserError, suggest
+from lightning_jax.config.errors import suggest
 from lightning_jax.ops import exchange_plan
 from lightning_jax.ops.balance import ExchangeStats
 from lightning_jax.ops.collectives import total
@@ -41,11 +41,8 @@ _FEW_TOKENS = 256
 
 def check_transport(transport: str, platform: str) -> None:
     """Raises UserError if a named transport does not run on a platform."""
-    if transport == "ragged_all_to_all" and platform == "cpu":
-        raise UserError(
-            f"model.moe.transport = {transport!r}: runs on tpu and gpu, and this run's devices "
-            "are cpu; use 'all_to_all'"
-        )
+    if transport == "ragged_all_to_all":
+        target.require_platform("model.moe.transport", transport, ("tpu", "gpu"), platform)
 
 
 def exchanged_experts(

@@ -16,7 +16,7 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from lightning_jax.config.errors import UserError, suggest
+from lightning_jax.config.errors import suggest
 from lightning_jax.ops.activation import gated_unit
 from lightning_jax.ops.kernels.common import precision
 from lightning_jax.ops.kernels.cpu.experts import blocked_experts, blocked_grouped_mlp
@@ -166,12 +166,8 @@ def grouped_mlp(
 
 def check_device(implementation: str, platform: str) -> None:
     """Raises UserError if a named implementation does not run on a platform."""
-    needs = _PLATFORMS.get(implementation, platform)
-    if needs != platform:
-        raise UserError(
-            f"model.moe.implementation = {implementation!r}: runs on {needs}, and this run's"
-            f" devices are {platform}"
-        )
+    needs = (_PLATFORMS.get(implementation, platform),)
+    target.require_platform("model.moe.implementation", implementation, needs, platform)
 
 
 def _resolve(implementation: str | None, rows: int, dtype: jnp.dtype, gate_EDF: jax.Array) -> str:

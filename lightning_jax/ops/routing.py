@@ -251,10 +251,6 @@ class SlotOrder:
         return self.slot_S // self.position_MC.shape[-1]
 
     @property
-    def filled_S(self) -> jax.Array:
-        return jnp.arange(self.slot_S.shape[0]) < self.end_E[-1]
-
-    @property
     def filled_MC(self) -> jax.Array:
         return self.position_MC < self.end_E[-1]
 

@@ -6,6 +6,8 @@ import dataclasses
 
 import jax
 
+from lightning_jax.config.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -23,3 +25,12 @@ def current() -> Target:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return Target(device.platform, device.device_kind)
+
+
+def require_platform(field: str, value: str, needs: tuple[str, ...], platform: str) -> None:
+    """Raises UserError, naming the config field and its value, unless `platform` is needed."""
+    if platform not in needs:
+        raise UserError(
+            f"{field} = {value!r}: runs on {' and '.join(needs)}, and this run's devices are "
+            f"{platform}"
+        )

@@ -8,10 +8,8 @@ Nothing in it is overwritten: `origin` (of imported weights), `data` (fingerprin
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from importlib import metadata
@@ -20,6 +18,7 @@ from typing import Any
 
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.kinds import OBJECT, TEXT, check, integer, list_of, map_of, or_null
+from lightning_jax.runtime.checkout import git_commit
 from lightning_jax.runtime.files import read_json, write_json
 
 FILE = "run.json"
@@ -39,10 +38,8 @@ _SESSION = {
 }
 _TEXT = {"fingerprint": TEXT}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-_ROOT = Path(__file__).resolve().parents[2]
 # A job that is requeued a thousand times keeps a file that can be read.
 _MOST_SESSIONS, _MOST_CHANGES = 100, 20
-_GIT_SECONDS = 10
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -120,7 +117,7 @@ class Record:
 
     def add_session(self, first_step: int, **entries: Any) -> None:
         """Adds a session of this process that begins now with `first_step`, and its `entries`."""
-        commit, reason = git_commit(_ROOT)
+        commit, reason = git_commit()
         session = {
             "first_step": first_step,
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -139,29 +136,3 @@ class Record:
             del sessions[1 : 1 + left_out]  # The first one stays, and the newest.
             self._values["sessions_left_out"] = self._values.get("sessions_left_out", 0) + left_out
         self._values["sessions"] = sessions
-
-
-def git_commit(root: Path) -> tuple[str | None, str | None]:
-    """Returns the commit of a checkout (`-dirty` if changed); or None and why it is not known."""
-    if not (root / ".git").exists():
-        return None, f"{root} is not a git checkout"
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    # A hook of another repository would have told git where that one is.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-    try:
-        result = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_GIT_SECONDS,
-            env={**environment, "LC_ALL": "C"},
-        )
-    except FileNotFoundError:
-        return None, "git is not installed"
-    except (OSError, subprocess.SubprocessError) as error:
-        return None, f"git failed: {error}"
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or [f"git failed ({result.returncode})"]
-        return None, lines[0]
-    return result.stdout.strip(), None

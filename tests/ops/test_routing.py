@@ -282,7 +282,6 @@ def test_sort_slots_is_stable_and_inverts():
     np.testing.assert_array_equal(order.slot_S[order.position_MC.reshape(-1)], np.arange(8))
     np.testing.assert_array_equal(order.size_E, [2, 1, 2])
     np.testing.assert_array_equal(order.end_E, [2, 3, 5])
-    np.testing.assert_array_equal(order.filled_S, np.arange(8) < 5)
     np.testing.assert_array_equal(order.token_S, np.asarray(order.slot_S) // 2)
 
 
