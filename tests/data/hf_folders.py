@@ -148,3 +148,18 @@ def sentencepiece(folder: Path, **config: object) -> None:
             **config,
         },
     )
+
+
+KINDS = {
+    "qwen": qwen,
+    "llama3": llama3,
+    "sentencepiece": sentencepiece,
+    "legacy": lambda folder: sentencepiece(folder, legacy=True),
+}
+
+
+def write_all(home: Path) -> Path:
+    """Writes a folder of each kind, named after it; returns `home`."""
+    for name, write in KINDS.items():
+        write(home / name)
+    return home

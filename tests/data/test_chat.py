@@ -18,20 +18,11 @@ CHAT = [
     {"role": "assistant", "content": "sat  "},
     {"role": "user", "content": "on a mat <|im_end|></s>"},
 ]
-KINDS = {
-    "qwen": hf_folders.qwen,
-    "llama3": hf_folders.llama3,
-    "sentencepiece": hf_folders.sentencepiece,
-    "legacy": lambda folder: hf_folders.sentencepiece(folder, legacy=True),
-}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    home = tmp_path_factory.mktemp("chat")
-    for name, write in KINDS.items():
-        write(home / name)
-    return home
+    return hf_folders.write_all(tmp_path_factory.mktemp("chat"))
 
 
 def template(source, **variables):
@@ -157,7 +148,7 @@ def test_a_template_must_be_text(value, tmp_path):
         ChatTemplate.load(tmp_path)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", hf_folders.KINDS)
 def test_no_message_can_write_a_special_token(folders, kind):
     tokenizer = load_tokenizer(str(folders / kind))
     made, evil = tokenizer.chat_template, "".join(tokenizer.specials)
@@ -180,7 +171,7 @@ def test_bytes_have_no_specials_to_write():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", hf_folders.KINDS)
 def test_as_transformers_renders_and_tokenizes(folders, kind):
     transformers = pytest.importorskip("transformers")
     tokenizer = load_tokenizer(str(folders / kind))

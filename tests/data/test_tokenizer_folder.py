@@ -23,20 +23,11 @@ TEXTS = [
     "a</s><s> x<|turn|> the",
     "<|begin|><|begin|>the<|eot|>",
 ]
-KINDS = {
-    "qwen": hf_folders.qwen,
-    "llama3": hf_folders.llama3,
-    "sentencepiece": hf_folders.sentencepiece,
-    "legacy": lambda folder: hf_folders.sentencepiece(folder, legacy=True),
-}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    home = tmp_path_factory.mktemp("folders")
-    for name, write in KINDS.items():
-        write(home / name)
-    return home
+    return hf_folders.write_all(tmp_path_factory.mktemp("folders"))
 
 
 def rewrite(folder, file, **changes):
@@ -76,7 +67,7 @@ def test_the_configs_say_what_begins_and_ends_a_text(tmp_path):
     assert not load_tokenizer(str(tmp_path / "s")).adds_bos
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", hf_folders.KINDS)
 @pytest.mark.parametrize("text", TEXTS)
 def test_specials_are_text_unless_asked_for(folders, kind, text):
     tokenizer = load_tokenizer(str(folders / kind))
@@ -92,7 +83,7 @@ def test_specials_are_text_unless_asked_for(folders, kind, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", hf_folders.KINDS)
 def test_as_transformers_tokenizes(folders, kind):
     transformers = pytest.importorskip("transformers")
     ours = load_tokenizer(str(folders / kind))
@@ -125,7 +116,7 @@ def test_ordinary_added_tokens(tmp_path):
     assert size in ids and tokenizer.decode(ids) == "the<tab>cat"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", hf_folders.KINDS)
 def test_a_copy_in_another_process_is_the_same(folders, kind):
     tokenizer = load_tokenizer(str(folders / kind))
     expected = [(tokenizer.encode(t), tokenizer.encode(t, specials=True)) for t in TEXTS]
@@ -133,7 +124,7 @@ def test_a_copy_in_another_process_is_the_same(folders, kind):
     assert [(copy.encode(t), copy.encode(t, specials=True)) for t in TEXTS] == expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", hf_folders.KINDS)
 def test_a_stream_goes_on_where_its_prompt_ends(folders, kind):
     tokenizer = load_tokenizer(str(folders / kind))
     text = "the cat sat on a mat, the rat \u6f22\u5b57"
@@ -184,10 +175,10 @@ def test_a_folder_without_a_tokenizer(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", hf_folders.KINDS)
 def test_a_run_keeps_its_tokenizer_whole(kind, tmp_path):
     given, run = tmp_path / "given", tmp_path / "run"
-    KINDS[kind](given)
+    hf_folders.KINDS[kind](given)
     source = SourceConfig("unread", "nowhere/*.txt", "")
     data = DataConfig(str(given), (source,), "text", 0.1, "concat", 0, 1)
     first = resolve_tokenizer(Sources.open(data), run)
@@ -270,9 +261,9 @@ def json_files(folder):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", hf_folders.KINDS)
 def test_damaged_files_are_one_line(kind, damage, tmp_path):
-    KINDS[kind](tmp_path)
+    hf_folders.KINDS[kind](tmp_path)
     for path in json_files(tmp_path):
         content = path.read_bytes()
         path.write_bytes(DAMAGE[damage](content))
@@ -298,9 +289,9 @@ def changed(value, generator):
     return ODD[generator.integers(len(ODD))]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", hf_folders.KINDS)
 def test_any_value_in_any_file_is_used_or_one_line(kind, tmp_path):
-    KINDS[kind](tmp_path)
+    hf_folders.KINDS[kind](tmp_path)
     generator = np.random.default_rng(0)
     hf_folders.write_json(tmp_path / "added_tokens.json", {"<tab>": 400, "<s>": 1})
     paths = [path for path in json_files(tmp_path) if path.suffix == ".json"]
