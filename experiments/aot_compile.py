@@ -4,8 +4,8 @@
         [--programs=train,decode] [--config.mesh.fsdp=4] [--search] [--out=FILE.json]
 
 Prints JSON on stdout: memory and whether it fits, FLOPs, bytes, collectives, a roofline; tables on
-stderr. Needs libtpu (`pip install -e '.[tpu-aot]'`), no TPU. `--search` tries remat policies and
-micro-batches of the train step instead. docs/scaling.md says what the figures mean.
+stderr. Needs libtpu (`pip install 'lightning_jax[tpu-aot]'`), no TPU. `--search` tries remat
+policies and micro-batches of the train step instead. docs/scaling.md says what the figures mean.
 """
 
 from absl import flags

@@ -2,8 +2,8 @@
 
     python -m experiments.benchmark --suite=attention --out=benchmarks/results/attention.json
 
-Prints JSON on stdout (machine, versions, commit, rows) and tables on stderr. torch and transformers
-are optional (`pip install -e '.[peers]'`): without them their rows are skipped with a note.
+Prints JSON on stdout (machine, versions, commit, rows) and tables on stderr. Without torch and
+transformers (`pip install 'lightning_jax[peers]'`) their rows are skipped with a note.
 """
 
 from absl import flags

@@ -1,4 +1,4 @@
-"""Evaluate a run on tasks of lm-evaluation-harness (pip install -e '.[lm-eval]').
+"""Evaluate a run on tasks of lm-evaluation-harness (pip install 'lightning_jax[lm-eval]').
 
     python -m experiments.lm_eval --workdir=runs/a --tasks=arc_easy,lambada_openai [--limit=100]
 

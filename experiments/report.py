@@ -1,4 +1,4 @@
-"""Compares the arms of a sweep: quality with paired intervals over seeds, and cost.
+"""Compare the arms of a sweep: quality with paired intervals over seeds, and cost.
 
     python -m experiments.report --workdir=runs/pattern
 

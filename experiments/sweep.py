@@ -1,4 +1,4 @@
-"""Trains every arm of a sweep with every seed, one run after another; the same command resumes.
+"""Train every arm of a sweep with every seed, one run after another; the same command resumes.
 
     python -m experiments.sweep --sweep=configs/sweeps/pattern.py --workdir=runs/pattern
         [--only=LLLG,G] [--seeds=0,1] [--set=model.model_dim=64 ...]
@@ -10,14 +10,13 @@ stop the others; the exit status is 2 at the end. Read the result with `experime
 
 from __future__ import annotations
 
-import shlex
 import sys
 
 from absl import flags
 
 from lightning_jax.ablation import sweep
 from lightning_jax.config.errors import UserError
-from lightning_jax.runtime import files, program
+from lightning_jax.runtime import files, invocation, program
 
 _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, from configs/sweeps.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep.", required=True)
@@ -42,8 +41,8 @@ def main() -> None:
         allow_changed_data=_CHANGED.value,
     )
     if rows:
-        folder = shlex.quote(_WORKDIR.value)
-        print(f"next     python -m experiments.report --workdir={folder}", file=sys.stderr)
+        report = invocation.command("report", f"--workdir={_WORKDIR.value}")
+        print(f"next     {report}", file=sys.stderr)
     program.emit_json({"finished": rows, "failed": failures})
     if failures:
         name, first = next(iter(failures.items()))

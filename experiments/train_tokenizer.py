@@ -1,4 +1,4 @@
-"""Trains a byte-level BPE tokenizer.
+"""Train a byte-level BPE tokenizer.
 
     python -m experiments.train_tokenizer --input='text/**/*.txt' --vocab_size=4096 --out=t.json
 

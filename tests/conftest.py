@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +21,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 CACHE = Path(__file__).parent.parent / ".pytest_cache" / "compiled"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# As in an activated environment: the commands of messages name its tools without a path.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 # What the data tests index is no concern of the user's own cache.
 USER_CACHE = CACHE.with_name("user")
 os.environ["XDG_CACHE_HOME"] = str(USER_CACHE)

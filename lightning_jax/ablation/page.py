@@ -6,7 +6,6 @@ import base64
 import contextlib
 import html
 import io
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from lightning_jax.ablation.results import METRIC, Run
 from lightning_jax.config.errors import UserError
+from lightning_jax.runtime.invocation import recorded
 from lightning_jax.train.metrics import read_rows
 from lightning_jax.train.record import Record
 
@@ -201,17 +201,10 @@ def origin(runs: Sequence[Run], workdir: Path) -> str:
     for run in runs:
         with contextlib.suppress(UserError):
             made += Record.read(run.folder(workdir)).sessions
-    commands = [_command(run["command"]) for run in made]
+    commands = [recorded(run["command"]) for run in made]
     commits = [f"commit {run['git_commit'] or run.get('git_commit_unknown')}" for run in made]
     versions = [", ".join(map(" ".join, run["versions"].items())) for run in made]
     return "\n".join(dict.fromkeys([*commands, *commits, *versions]))
-
-
-def _command(argv: list[str]) -> str:
-    program = Path(*argv[:1])
-    if program.parent.name == "experiments":
-        return f"python -m experiments.{program.stem} {shlex.join(argv[1:])}"
-    return shlex.join(argv)
 
 
 def _score(value: float | None) -> str:

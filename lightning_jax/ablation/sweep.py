@@ -36,6 +36,7 @@ from lightning_jax.ablation.results import (
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build, first_change, require, suggest, to_dict
+from lightning_jax.runtime import shipped
 from lightning_jax.runtime.files import read_json, write_json
 from lightning_jax.train import loop
 from lightning_jax.train.workdir import claim
@@ -151,14 +152,7 @@ def load_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None =
     Raises:
       UserError: no such file, a fault in it (with its line), or a sweep that `build_sweep` refuses.
     """
-    path = Path(path)
-    if not path.is_file():
-        folder = path.parent if path.parent.name else Path("configs/sweeps")
-        near = sorted(str(file) for file in folder.glob("*.py") if file.stem != "__init__")
-        raise UserError(
-            f"sweep = {str(path)!r}: no such file"
-            + (f": {suggest(str(path), near)}" if near else "")
-        )
+    path = Path(shipped.find(os.fspath(path), shipped.SWEEPS, f"sweep = {os.fspath(path)!r}"))
     module: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
     try:
         exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), module)

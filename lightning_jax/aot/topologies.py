@@ -18,6 +18,7 @@ from typing import Any
 from lightning_jax.aot.chips import CHIPS, Chip
 from lightning_jax.config.errors import UserError, suggest
 from lightning_jax.config.fields import require
+from lightning_jax.runtime.invocation import install
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,7 @@ def versions() -> dict[str, str]:
       UserError: libtpu is not installed.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("libtpu is not installed: pip install -e '.[tpu-aot]'")
+        raise UserError(f"package libtpu is missing: {install('tpu-aot')}")
     return {name: metadata.version(name) for name in ("jax", "libtpu")}
 
 

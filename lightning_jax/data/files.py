@@ -30,6 +30,7 @@ from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import suggest
 from lightning_jax.data.globs import encoded_name, shown_name
 from lightning_jax.data.index import Entry, Index, IndexStore, key_of
+from lightning_jax.runtime.invocation import install
 
 LONGEST = 2**30  # bytes of a document, and of a line: it is held in memory several times
 _RATIO, _ALWAYS = 100, 2**28
@@ -42,9 +43,8 @@ def optional_import(name: str, extra: str = "data") -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(
-            f"package {name.partition('.')[0]} is missing: pip install lightning_jax[{extra}]"
-        ) from error
+        package = name.partition(".")[0]
+        raise UserError(f"package {package} is missing: {install(extra)}") from error
 
 
 class _RecordFile:

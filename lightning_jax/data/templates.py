@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_jax.config.errors import UserError
+from lightning_jax.runtime.invocation import install
 
 SECONDS = 10.0
 CHARACTERS = 2**24
@@ -90,8 +91,7 @@ class _Worker:
 def _start() -> subprocess.Popen[bytes]:
     if importlib.util.find_spec("jinja2") is None:
         raise UserError(
-            "package jinja2, which chat templates need, is missing: "
-            "pip install lightning_jax[interop]"
+            f"package jinja2, which chat templates need, is missing: {install('interop')}"
         )
     script = Path(__file__).with_name("template_worker.py")
     return subprocess.Popen(

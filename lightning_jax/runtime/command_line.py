@@ -7,7 +7,6 @@ config file is Python and is executed.
 from __future__ import annotations
 
 import contextlib
-import glob
 import logging
 import os
 import re
@@ -23,6 +22,7 @@ from ml_collections import config_flags
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build, suggest
+from lightning_jax.runtime import shipped
 
 # The flags defined here belong to the program that asks for them.
 flags.disclaim_key_flags()
@@ -117,7 +117,7 @@ def arguments(commands: Sequence[str]) -> list[str]:
     path = _config_first()
     try:
         with _without_warnings_of_absl():
-            rest = flags.FLAGS(sys.argv)[1:]
+            rest = flags.FLAGS(_with_file(path))[1:]
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a config file may even call sys.exit(0)
@@ -191,13 +191,17 @@ def _config_first() -> str | None:
         if any(_OVERRIDE.match(argument) for argument in rest):
             load_config(None)
         return None
-    file = path.split(":", 1)[0]
-    if not os.path.isfile(file):
-        near = glob.glob(os.path.join(os.path.dirname(file) or "configs", "[!_]*.py"))
-        hint = f": {suggest(file, sorted(near))}" if near else ""
-        raise UserError(f"--{CONFIG}={path}: no such file{hint}")
+    file = shipped.find(path.split(":", 1)[0], shipped.CONFIGS, f"--{CONFIG}={path}")
     sys.argv[1:] = [f"--{CONFIG}={path}", *rest]
     return file
+
+
+def _with_file(config_file: str | None) -> list[str]:
+    """sys.argv as absl takes it; sys.argv itself, which is recorded, keeps the config's name."""
+    if config_file is None:
+        return sys.argv
+    argument = "".join(sys.argv[1].partition(":")[1:])
+    return [sys.argv[0], f"--{CONFIG}={config_file}{argument}", *sys.argv[2:]]
 
 
 def _flag_message(error: BaseException, config_file: str | None) -> str:

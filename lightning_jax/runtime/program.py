@@ -21,7 +21,7 @@ from typing import Any
 from absl import flags
 
 from lightning_jax.config.errors import UserError
-from lightning_jax.runtime import command_line, output
+from lightning_jax.runtime import command_line, invocation, output
 from lightning_jax.runtime.command_line import (
     define_config,
     load_config,
@@ -159,7 +159,7 @@ def _place(path: Any) -> str:
 
 def _help(commands: Sequence[str]) -> str:
     main = sys.modules["__main__"]
-    lines = [inspect.cleandoc(main.__doc__ or ""), "", "Flags:"]
+    lines = [invocation.as_called(inspect.cleandoc(main.__doc__ or "")), "", "Flags:"]
     if commands:
         lines[1:1] = ["", f"Commands: {', '.join(commands)}"]
     for flag in sorted(flags.FLAGS.get_key_flags_for_module(sys.argv[0]), key=lambda f: f.name):

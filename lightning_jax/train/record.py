@@ -18,6 +18,7 @@ from typing import Any
 
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.kinds import OBJECT, TEXT, check, integer, list_of, map_of, or_null
+from lightning_jax.runtime import shipped
 from lightning_jax.runtime.checkout import git_commit
 from lightning_jax.runtime.files import read_json, write_json
 
@@ -125,7 +126,10 @@ class Record:
             "command": sys.argv,
             "host": socket.gethostname(),
             "python": platform.python_version(),
-            "versions": {name: metadata.version(name) for name in _PACKAGES},
+            "versions": {
+                "lightning_jax": shipped.version(),
+                **{name: metadata.version(name) for name in _PACKAGES},
+            },
             "git_commit": commit,
         }
         if reason:

@@ -81,7 +81,7 @@ def test_templates_by_name():
 def test_without_jinja_one_line_says_how_to_get_it(monkeypatch):
     templates._worker.close()
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(UserError, match=r"^package jinja2.*pip install .*\[interop\]$"):
+    with pytest.raises(UserError, match=r"^package jinja2.*pip install .*\[interop\]'$"):
         template("any").render(user("x"))
 
 

@@ -231,7 +231,7 @@ def test_real_stdlib_code():
 
 
 def test_missing_package_names_the_extra(monkeypatch):
-    with pytest.raises(UserError, match=r"no_such is missing: pip install lightning_jax\[data\]"):
+    with pytest.raises(UserError, match=r"no_such is missing: pip install 'lightning_jax\[data\]'"):
         files.optional_import("no_such.package")
 
 

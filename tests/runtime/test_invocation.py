@@ -1,12 +1,75 @@
+"""Commands in messages are those that work where the user is."""
+
 import shlex
+import sys
+from pathlib import Path
 
-from lightning_jax.runtime.invocation import command
+import pytest
+
+from lightning_jax.runtime import invocation, shipped
+
+BIN = Path(sys.executable).parent
 
 
-def test_a_command_is_one_that_a_shell_takes_apart_again():
-    line = command("train", "--workdir=runs/a b", "--config.sample_prompt=it's")
-    assert shlex.split(line)[2:] == [
-        "experiments.train",
-        "--workdir=runs/a b",
-        "--config.sample_prompt=it's",
-    ]
+@pytest.fixture
+def in_checkout(monkeypatch):
+    monkeypatch.chdir(shipped.root())
+    monkeypatch.setattr(sys, "orig_argv", [sys.executable, "-m", "pytest"])
+
+
+@pytest.fixture
+def by_script(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_command_is_one_that_a_shell_takes_apart_again(in_checkout):
+    flags = ["--workdir=runs/a b", "--config.sample_prompt=it's"]
+    line = invocation.command("train", *flags)
+    assert shlex.split(line) == ["python", "-m", "experiments.train", *flags]
+
+
+def test_elsewhere_it_is_the_console_script(by_script):
+    assert invocation.command("train", "--seed=1") == "lightning-jax train --seed=1"
+
+
+def test_who_has_called_the_script_is_told_of_the_script(in_checkout, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", [sys.executable, "/bin/lightning-jax", "train"])
+    assert invocation.command("train") == "lightning-jax train"
+
+
+def test_what_no_shell_finds_has_its_path(in_checkout, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shlex.split(invocation.command("train"))[0] in (
+        sys.executable,
+        ".venv/bin/python",
+    )
+    monkeypatch.chdir(BIN.parent.parent)
+    inside = str(BIN.relative_to(BIN.parent.parent))
+    assert invocation.tool("pytest", "x") == f"{inside}/pytest x"
+    monkeypatch.chdir(tmp_path)
+    assert invocation.tool("pytest") == f"{BIN}/pytest"
+    assert invocation.tool("no_such_tool") == "no_such_tool"
+
+
+def test_extras_are_quoted():
+    assert invocation.install("data") == "pip install 'lightning_jax[data]'"
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["/a b/experiments/train.py", "--x=a b"], "python -m experiments.train '--x=a b'"),
+        (["/lightning_jax/shipped/experiments/train.py", "-x"], "lightning-jax train -x"),
+        (["mine.py", "a b"], "mine.py 'a b'"),
+        ([], ""),
+    ],
+)
+def test_a_recorded_command_has_no_path_of_its_machine(argv, line):
+    assert invocation.recorded(argv) == line
+
+
+def test_help_is_in_the_words_of_the_caller(in_checkout, tmp_path, monkeypatch):
+    text = "    python -m experiments.train --config=configs/x.py"
+    assert invocation.as_called(text) == text
+    monkeypatch.chdir(tmp_path)
+    assert invocation.as_called(text) == "    lightning-jax train --config=configs/x.py"

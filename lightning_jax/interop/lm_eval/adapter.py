@@ -33,6 +33,7 @@ from lightning_jax.infer.buckets import length_bucket
 from lightning_jax.infer.engine import Engine
 from lightning_jax.infer.sampling import Sampling
 from lightning_jax.infer.scoring import Scorer
+from lightning_jax.runtime.invocation import install
 
 try:
     from lm_eval.api.instance import Instance
@@ -40,9 +41,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     from tqdm import tqdm
 except ImportError as error:
-    raise UserError(
-        f"package {error.name} is missing: pip install lightning_jax[lm-eval]"
-    ) from error
+    raise UserError(f"package {error.name} is missing: {install('lm-eval')}") from error
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _DEFAULT_MAX_GEN_TOKS = 256

@@ -161,6 +161,6 @@ def test_without_the_harness_one_line_says_how_to_get_it(monkeypatch):
     for name in ("adapter", "tasks"):
         monkeypatch.delitem(sys.modules, f"lightning_jax.interop.lm_eval.{name}", raising=False)
     with pytest.raises(
-        UserError, match=r"^package lm_eval.* is missing: pip install .*\[lm-eval\]$"
+        UserError, match=r"^package lm_eval.* is missing: pip install .*\[lm-eval\]'$"
     ):
         importlib.import_module("lightning_jax.interop.lm_eval.tasks")
