@@ -26,6 +26,8 @@ import jax
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require
 
+# What tells jax who the processes are.
+_CLUSTERS = "TPU pod slice, Slurm's srun, Open MPI's mpirun, Kubernetes"
 _ANSWER_SECONDS = 300.0
 # A process that does not answer for so long is dead; less than a minute, for its chips cost money.
 _HEARTBEAT_SECONDS = 45
@@ -68,12 +70,20 @@ def start(distributed: bool, address: str | None, number: int | None, index: int
     try:
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
     except Exception as error:
-        missing = ", ".join(f"--{name}" for name, value in given.items() if value is None)
-        hint = f"; outside of a cluster that jax knows, give {missing}" if missing else ""
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"--distributed: {reason}{hint}") from error
+        raise UserError(f"--distributed: {_why_alone(given, error)}") from error
     if not is_writer():
         logging.getLogger("lightning_jax").setLevel(logging.WARNING)
+
+
+def _why_alone(given: Mapping[str, Any], error: Exception) -> str:
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    if not missing:
+        return reason
+    # jax's words for a parameter that no cluster has told it, which name its own argument.
+    if isinstance(error, ValueError) and reason.endswith("should be defined"):
+        reason = f"this process belongs to no cluster that jax knows ({_CLUSTERS})"
+    return f"{reason}: give {', '.join(missing)}, or leave --distributed out for one process"
 
 
 def _check(address: str | None, number: int | None, index: int | None) -> None:

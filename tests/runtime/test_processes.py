@@ -172,8 +172,13 @@ def test_processes_that_are_gone_are_a_line(several, monkeypatch):
         ((True, "host:1", 2, 2), "--process_id = 2: must be in 0 to 1"),
         ((True, "host:1", None, -1), "--process_id = -1: must be 0 or more"),
         ((True, "no.such.host.invalid:1", 2, 1), "process 0 does not answer"),
-        ((True, None, None, None), "outside of a cluster that jax knows, give --coordinator_addr"),
-        ((True, "127.0.0.1:1", None, 0), "outside of a cluster that jax knows, give --num_proc"),
+        (
+            (True, None, None, None),
+            "--distributed: this process belongs to no cluster that jax knows (TPU pod slice, "
+            "Slurm's srun, Open MPI's mpirun, Kubernetes): give --coordinator_address, "
+            "--num_processes, --process_id, or leave --distributed out for one process",
+        ),
+        ((True, "127.0.0.1:1", None, 0), "Kubernetes): give --num_processes, or leave"),
     ],
     ids=str,
 )
