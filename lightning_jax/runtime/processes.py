@@ -81,7 +81,7 @@ def _why_alone(given: Mapping[str, Any], error: Exception) -> str:
     if not missing:
         return reason
     # jax's words for a parameter that no cluster has told it, which name its own argument.
-    if isinstance(error, ValueError) and reason.endswith("should be defined"):
+    if isinstance(error, ValueError) and reason.endswith(" be defined"):
         reason = f"this process belongs to no cluster that jax knows ({_CLUSTERS})"
     return f"{reason}: give {', '.join(missing)}, or leave --distributed out for one process"
 
