@@ -13,6 +13,7 @@ the measured mean `experts_per_token`; None stands for the nominal number (`nomi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from lightning_jax.config import ModelConfig, MoeConfig
 from lightning_jax.config.fields import require
@@ -286,6 +287,32 @@ def comparison_rows(config: ModelConfig, experts_per_token: float | None = None)
         used = nominal_experts(config.moe) if experts_per_token is None else experts_per_token
         label = "experts used, of those held"
         rows.append([label, f"{used:.2f} of {held}", "dense", f"{1 - used / held:.1%}"])
+    return rows
+
+
+def cost_rows(models: Mapping[str, ModelConfig], context: int) -> Rows:
+    """Rows, header first: cache and attention of each model at one context, next to the first's.
+
+    Args:
+      models: by the name in its row.
+      context: tokens of one sequence.
+    """
+    rows = [
+        [
+            "",
+            "KV-cache bytes (16 bit)",
+            "of the first",
+            "attention FLOPs of prefill",
+            "of the first",
+        ]
+    ]
+    first = next(iter(models.values()))
+    for name, config in models.items():
+        cells = [name]
+        for cost in (kv_cache_bytes, attention_flops):
+            value = cost(config, context)
+            cells += [_count(value), f"{value / cost(first, context):.1%}"]
+        rows.append(cells)
     return rows
 
 

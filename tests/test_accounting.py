@@ -152,6 +152,15 @@ def test_tables():
     assert rows[1][1:] == ["352", "2.05 K", "82.8%"]
 
 
+def test_patterns_are_compared_with_the_first():
+    # At four windows L keeps a quarter of what G keeps, and sees 14,368 of its 32,896 pairs.
+    rows = accounting.cost_rows({unit: model(unit=unit) for unit in ("GG", "Gg", "LG")}, 256)
+    assert [row[0] for row in rows] == ["", "GG", "Gg", "LG"]
+    assert [row[2] for row in rows[1:]] == ["100.0%", "50.0%", "62.5%"]
+    assert [row[4] for row in rows[1:]] == ["100.0%", "100.0%", "71.8%"]
+    assert rows[1][1] == "131 K"  # 2 layers, 256 keys and values, K=2 heads of 32, 2 bytes
+
+
 def test_an_unknown_vocabulary_is_refused_where_it_counts():
     with pytest.raises(UserError, match="model.vocab_size = 0: must be the tokenizer's size"):
         accounting.parameters(model(vocab_size=0))

@@ -37,6 +37,8 @@ MODEL = {
 # What a test puts in place of a notebook's parameters.
 TINY = {
     "01_tour": {"changes": MODEL},
+    "02_attention_and_kv": {"lengths": [256, 512], "rounds": 1},
+    "03_top_p_routing": {"changes": MODEL, "top_ps": [0.2], "num_texts": 2, "short": 2048},
 }
 NAMES = notebooks.names()
 

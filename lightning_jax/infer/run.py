@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -23,6 +25,7 @@ from lightning_jax import checkpoint, sharding
 from lightning_jax import model as lm
 from lightning_jax.checkpoint import LoadedRun
 from lightning_jax.config import ModelConfig, RunConfig
+from lightning_jax.config.errors import suggest
 from lightning_jax.config.fields import require
 from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
@@ -66,6 +69,20 @@ class TextRouting:
     def experts_per_token(self) -> float:
         """Mean over tokens and layers."""
         return float(self.count_RT.mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class TextScore:
+    """How well a run predicts some texts, and with how many experts.
+
+    bits_per_byte: over all tokens but the first of each text, per UTF-8 byte of them.
+    experts_per_token: mean over tokens and layers; NaN for a model without experts.
+    tokens: that were predicted.
+    """
+
+    bits_per_byte: float
+    experts_per_token: float
+    tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +154,39 @@ class Run:
         index_RTC = np.asarray(self._forward(ids).expert_index_RTC)
         routed = [i for i, spec in enumerate(self.model.layers) if spec.routed]
         return TextRouting(tuple(pieces), tuple(routed), index_RTC[:, : len(ids)], moe.num_experts)
+
+    def score(self, texts: Iterable[str]) -> TextScore:
+        """Returns bits per byte and experts per token over texts, each read by itself.
+
+        `experiments.evaluate` measures whole held-out documents, packed as in training; this is for
+        comparing routers, or runs, on a few texts at hand.
+
+        Raises:
+          UserError: no text has more than one token.
+        """
+        nats, num_bytes, tokens, counts = 0.0, 0, 0, []
+        for text in texts:
+            losses = self.token_losses(text)
+            nats, tokens = nats + float(losses.sum()), tokens + len(losses)
+            num_bytes += len(self.tokenizer.decode(self.encode(text)[1:]).encode())
+            if self.model.moe.num_experts:
+                counts.append(self.routing(text).count_RT.mean(0))
+        require(
+            num_bytes > 0, "texts", f"{tokens} tokens to predict", "at least one, of some bytes"
+        )
+        experts = float(np.concatenate(counts).mean()) if counts else math.nan
+        return TextScore(nats / math.log(2) / num_bytes, experts, tokens)
+
+    def held_out(self, name: str) -> Iterator[str]:
+        """Yields the held-out documents of one of the run's sources, in the order of a hash.
+
+        Raises:
+          UserError: no source of that name, or its files are no longer there.
+        """
+        known = self.config.data.source_names
+        require(name in known, "source", name, suggest(name, known))
+        source = Sources.open(self.config.data).eval[name]
+        return (source[document]["text"] for document in source.hash_order())
 
     def generate(
         self,

@@ -92,6 +92,19 @@ def test_a_model_without_experts_has_no_routing():
         run.routing("def ")
 
 
+def test_a_score_is_over_all_tokens_of_all_texts(run):
+    texts = [TEXT, "ab"]
+    nats = sum(run.token_losses(text).sum() for text in texts)
+    counts = np.concatenate([run.routing(text).count_RT for text in texts], axis=1)
+    score = run.score(texts)
+    # A token is a byte, and each text is predicted from its bos on.
+    assert score.tokens == sum(len(text.encode()) for text in texts)
+    assert score.bits_per_byte == pytest.approx(nats / np.log(2) / score.tokens)
+    assert score.experts_per_token == pytest.approx(counts.mean())
+    with pytest.raises(UserError, match="texts"):
+        run.score([])
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_run_comes_back_from_its_folder(tmp_path):
@@ -102,3 +115,7 @@ def test_a_run_comes_back_from_its_folder(tmp_path):
     assert run.model.attention.rope_base_global == 50_000.0
     early = lightning_jax.load_run(tmp_path / "run", step=6)
     assert early.step == 6 and early.token_losses(TEXT).mean() != run.token_losses(TEXT).mean()
+    held_out = list(run.held_out("a"))
+    assert held_out and set(" ".join(held_out).split()) <= set(tiny.WORDS)
+    with pytest.raises(UserError, match="source = 'c'"):
+        run.held_out("c")

@@ -1,0 +1,136 @@
+"""Figures of the experts that the tokens of a text take."""
+
+from __future__ import annotations
+
+import html
+import keyword
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lightning_jax.infer.run import TextRouting
+from lightning_jax.plots.common import BLACK, BLUE, ORANGE
+
+
+def experts(routing: TextRouting) -> Figure:
+    """Draws how many experts each token takes in each layer, and the mean over layers below."""
+    count_RT, T = routing.count_RT, len(routing.pieces)
+    figure = Figure(figsize=(min(14, 3 + 0.22 * T), 4.2), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    image = top.imshow(count_RT, aspect="auto", cmap="YlOrRd", vmin=0, interpolation="nearest")
+    top.set_yticks(range(len(routing.layers)), [f"layer {index}" for index in routing.layers])
+    figure.colorbar(image, ax=top, label="experts")
+    bottom.bar(range(T), count_RT.mean(0), color=ORANGE)
+    bottom.set(ylabel="mean", xlabel="" if T <= 80 else "token")
+    if T <= 80:
+        labels = [repr(piece)[1:-1] for piece in routing.pieces]
+        bottom.set_xticks(range(T), labels, rotation=90, family="monospace", fontsize=8)
+    return figure
+
+
+def expert_load(routing: TextRouting) -> Figure:
+    """Draws the share of the tokens that each expert of each layer takes."""
+    share_RE = routing.load_RE / len(routing.pieces)
+    figure = Figure(figsize=(8.5, 1.2 + 0.3 * len(routing.layers)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(share_RE, aspect="auto", cmap="YlOrRd", vmin=0, interpolation="nearest")
+    axes.set_yticks(range(len(routing.layers)), [f"layer {index}" for index in routing.layers])
+    axes.set(xlabel="expert", title="share of the tokens")
+    figure.colorbar(image, ax=axes)
+    return figure
+
+
+def experts_in_text(routing: TextRouting) -> str:
+    """Returns HTML: the text, each token on a colour by its mean number of experts.
+
+    Hovering shows the number. A legend with the range follows.
+    """
+    mean_T = routing.count_RT.mean(0)
+    low, high = float(mean_T.min()), float(mean_T.max())
+    spans = []
+    for piece, mean in zip(routing.pieces, mean_T, strict=True):
+        if piece:
+            style = f"background:{_heat((mean - low) / max(high - low, 1e-9))}"
+            shown = html.escape(piece)
+            spans.append(f'<span style="{style}" title="{mean:.2f} experts">{shown}</span>')
+    ends = [f'<span style="background:{_heat(x)}">&nbsp;{v:.1f}&nbsp;</span>' for x, v in
+            ((0.0, low), (0.5, (low + high) / 2), (1.0, high))]  # fmt: skip
+    return (
+        '<pre style="line-height:1.5;white-space:pre-wrap;color:#000;background:#fff">'
+        f"{''.join(spans)}</pre><p>Experts per token: {' '.join(ends)}</p>"
+    )
+
+
+def _heat(share: float) -> str:
+    """White to orange, light enough for black text."""
+    return "#" + "".join(f"{round(255 + (end - 255) * share):02x}" for end in (245, 150, 60))
+
+
+def expert_counts(routings: Sequence[TextRouting]) -> Figure:
+    """Draws the share of texts' tokens by their number of experts, and the mean, in each layer."""
+    count_RT = np.concatenate([routing.count_RT for routing in routings], axis=1)
+    layers, R = routings[0].layers, len(count_RT)
+    most = int(count_RT.max())
+    share_RC = np.stack([np.bincount(row, minlength=most + 1)[1:] for row in count_RT])
+    figure = Figure(figsize=(7.5, 1.2 + 0.34 * R), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(
+        share_RC / count_RT.shape[1], aspect="auto", cmap="YlOrRd", vmin=0, interpolation="nearest"
+    )
+    axes.plot(count_RT.mean(1) - 1, range(R), "o", color=BLUE, label="mean")
+    axes.set_yticks(range(R), [f"layer {index}" for index in layers])
+    axes.set_xticks(range(most), range(1, most + 1))
+    axes.set(xlabel="experts of a token")
+    figure.colorbar(image, ax=axes, label="share of the tokens")
+    axes.legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def experts_by_kind(routings: Sequence[TextRouting]) -> Figure:
+    """Draws the mean experts of tokens of Python code by what they are: names, digits ...
+
+    The bars have the number of tokens; the whiskers are a standard error on both sides.
+    """
+    means: dict[str, list[float]] = {}
+    for routing in routings:
+        for kind, mean in zip(piece_kinds(routing.pieces), routing.count_RT.mean(0), strict=True):
+            means.setdefault(kind, []).append(float(mean))
+    kinds = sorted(means, key=lambda kind: np.mean(means[kind]))
+    errors = [np.std(means[kind]) / len(means[kind]) ** 0.5 for kind in kinds]
+    heights = [np.mean(means[kind]) for kind in kinds]
+    figure = Figure(figsize=(6.5, 0.9 + 0.34 * len(kinds)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(len(kinds)), heights, xerr=errors, color=ORANGE, ecolor=BLACK)
+    axes.set_yticks(range(len(kinds)), [f"{kind} ({len(means[kind]):,})" for kind in kinds])
+    axes.set(xlabel="experts per token")
+    everything = np.mean([mean for found in means.values() for mean in found])
+    axes.axvline(everything, color=BLACK, ls="--", lw=1)
+    return figure
+
+
+def piece_kinds(pieces: Sequence[str]) -> list[str]:
+    """Returns what each token of Python code is, by its text and by the one before.
+
+    "keyword", "name", "rest of a name" (it goes on with a word), "number", "punctuation",
+    "white space", "line end" (with the indentation that follows it), or "other".
+    """
+    kinds, before = [], ""
+    for piece in pieces:
+        text, goes_on = piece.strip(), _in_word(piece[:1]) and _in_word(before[-1:])
+        if not text:
+            kind = "line end" if "\n" in piece else "white space" if piece else "other"
+        elif text.isdigit():
+            kind = "number"
+        elif all(map(_in_word, text)):
+            kind = "keyword" if text in keyword.kwlist else "name"
+            kind = "rest of a name" if goes_on else kind
+        else:
+            kind = "other" if any(map(_in_word, text)) else "punctuation"
+        kinds.append(kind)
+        before = piece or before
+    return kinds
+
+
+def _in_word(letter: str) -> bool:
+    return letter.isalnum() or letter == "_"
