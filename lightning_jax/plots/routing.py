@@ -20,7 +20,7 @@ def experts(routing: TextRouting) -> Figure:
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     image = top.imshow(count_RT, aspect="auto", cmap="YlOrRd", vmin=0, interpolation="nearest")
     top.set_yticks(range(len(routing.layers)), [f"layer {index}" for index in routing.layers])
-    figure.colorbar(image, ax=top, label="experts")
+    figure.colorbar(image, ax=top, label="experts", ticks=range(int(count_RT.max()) + 1))
     bottom.bar(range(T), count_RT.mean(0), color=ORANGE)
     bottom.set(ylabel="mean", xlabel="" if T <= 80 else "token")
     if T <= 80:
@@ -57,7 +57,8 @@ def experts_in_text(routing: TextRouting) -> str:
     ends = [f'<span style="background:{_heat(x)}">&nbsp;{v:.1f}&nbsp;</span>' for x, v in
             ((0.0, low), (0.5, (low + high) / 2), (1.0, high))]  # fmt: skip
     return (
-        '<pre style="line-height:1.5;white-space:pre-wrap;color:#000;background:#fff">'
+        '<pre style="font-family:monospace;line-height:1.5;white-space:pre-wrap;color:#000;'
+        'background:#fff">'
         f"{''.join(spans)}</pre><p>Experts per token: {' '.join(ends)}</p>"
     )
 
