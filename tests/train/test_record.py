@@ -70,7 +70,7 @@ def test_what_was_not_known_is_added_with_its_step(tmp_path):
 
 @pytest.mark.slow
 def test_a_thousand_starts_keep_the_file_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "git_commit", lambda root: ("commit", None))
+    monkeypatch.setattr(record, "git_commit", lambda: ("commit", None))
     made = Record.read(tmp_path)
     made.begin("digest", data=text(a="0"))
     for start in range(1, 251):
