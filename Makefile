@@ -41,6 +41,10 @@ check: $(INSTALLED_TEST)  ## lint, format and the quick tests
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 -q -m "not slow" tests
 
+.PHONY: types
+types: $(INSTALLED_TEST)  ## the type hints, read by pyright
+	$(BIN)/python -m pyright
+
 help:  ## this list
 	sed -n 's/^\([a-z]*\):.*## /  make \1 	/p' Makefile | expand -t 20
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -85,6 +85,10 @@ class LightningLM(nn.Module):
     config: ModelConfig
     train: bool = False
 
+    if TYPE_CHECKING:
+        # Flax's own annotation has the pair for `mutable=`, which nobody asks of this module.
+        def apply(self, *args: Any, **kwargs: Any) -> Output: ...
+
     @nn.compact
     def __call__(
         self,
@@ -140,7 +144,8 @@ class LightningLM(nn.Module):
             shape = (config.model_dim, config.vocab_size)
             head_DV = self._table("head", "kernel_DV", shape, dtype)
         if cache is not None:
-            segments = {kind: context.kinds[kind].chunk.after_BS for kind in cache.segments}
+            chunks: dict[str, Any] = {kind: context.kinds[kind].chunk for kind in cache.segments}
+            segments = {kind: chunk.after_BS for kind, chunk in chunks.items()}
             cache = Cache(segments, prefix_caches, unit_caches)
         return Output(hidden_BTD, head_DV, stats, cache)
 
@@ -304,7 +309,9 @@ def require_finite(params: Any, where: object) -> None:
     pairs = jax.tree_util.tree_leaves_with_path(params)
     leaves = [leaf for _, leaf in pairs]
     if all(_on_host(leaf) for leaf in leaves):
-        finite = [np.isfinite(np.asarray(leaf)).all() for leaf in leaves]  # compiles nothing
+        finite: list[Any] = [
+            np.isfinite(np.asarray(leaf)).all() for leaf in leaves
+        ]  # compiles nothing
     else:
         finite = jax.device_get(_are_finite(leaves))
     if not all(finite):

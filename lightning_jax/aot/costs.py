@@ -120,7 +120,7 @@ def _fusion_bytes(program: Program, computation: str, op: Op) -> int:
 def _parameters(program: Program, computation: str) -> dict[int, Op]:
     """The parameters of a computation by number."""
     return {
-        int(re.match(r"\d+", op.attributes)[0]): op
+        int(re.findall(r"\d+", op.attributes)[0]): op
         for op in program.computations[computation]
         if op.opcode == "parameter"
     }
@@ -173,7 +173,7 @@ def _convolution_flops(op: Op, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> fl
 
     A TPU's product of batched matrices is a convolution with holes over the batch.
     """
-    left, right, out = re.match(r"(\w+)_(\w+)->(\w+)", op.attribute("dim_labels") or "").groups()
+    left, right, out = re.findall(r"(\w+)_(\w+)->(\w+)", op.attribute("dim_labels") or "")[0]
     window = _window(op.attribute("window") or "")
     result = op.arrays[0].dims
     pairs = 1

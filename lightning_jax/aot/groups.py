@@ -59,7 +59,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _iota(text: str) -> np.ndarray:
     """`[2,4]<=[4,2]T(1,0)`: iota of 8, reshaped to [4,2], transposed, reshaped to [2,4]."""
-    shape, source, order = _IOTA.match(text).groups()
+    shape, source, order = _IOTA.findall(text)[0]
     values = np.arange(math.prod(_numbers(shape)))
     if source:
         values = values.reshape(_numbers(source))
@@ -73,7 +73,7 @@ def _mesh_groups(axes: str, devices: str | None, chosen: str) -> np.ndarray:
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
     order = np.arange(math.prod(sizes.values()))
     if devices:
-        shape, _, permutation = _IOTA.match(devices).groups()
+        shape, _, permutation = _IOTA.findall(devices)[0]
         order = order.reshape(_numbers(shape))
         order = order.transpose(_numbers(permutation)) if permutation else order
     parts, members = [], []

@@ -74,7 +74,9 @@ def _comparison(program: Program, condition: str) -> tuple[str, str] | None:
     inner = program.computations[root.called[0]]
     last = next(op for op in inner if op.is_root)
     numbers = {
-        op.name: int(re.match(r"\d+", op.attributes)[0]) for op in inner if op.opcode == "parameter"
+        op.name: int(re.findall(r"\d+", op.attributes)[0])
+        for op in inner
+        if op.opcode == "parameter"
     }
     is_less = last.opcode == "compare" and last.attribute("direction") == "LT"
     if not is_less or any(name not in numbers for name in last.operands):

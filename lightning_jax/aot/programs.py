@@ -216,7 +216,7 @@ def _weights(model: ModelConfig, mesh: Mesh) -> engine.Weights:
         lambda a, to: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=to), abstract, placement
     )
     router = jax.eval_shape(lambda: lm.init_router(model))
-    base = _whole(mesh, jax.ShapeDtypeStruct((), jnp.float32))
+    base: Any = _whole(mesh, jax.ShapeDtypeStruct((), jnp.float32))
     return engine.Weights(params, jax.tree.map(lambda a: _whole(mesh, a), router), base)
 
 

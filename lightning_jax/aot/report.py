@@ -66,8 +66,9 @@ def describe(text: str, assignment: str, facts: Facts) -> dict[str, Any]:
         facts.network,
         lambda computation, op: seconds_of(computation, op.name),
     )
+    peak = facts.memory["peak"]
     return {
-        "fits": facts.memory["program"] is not None and facts.memory["peak"] <= chip.hbm,
+        "fits": facts.memory["program"] is not None and peak is not None and peak <= chip.hbm,
         "memory": facts.memory | {"hbm": chip.hbm},
         "largest_buffers": memory.largest(assignment, program),
         "flops": {

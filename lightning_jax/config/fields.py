@@ -97,7 +97,7 @@ def _require_name(name: Any, path: str) -> None:
 
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return build(kind, value, path=path + ".")
     if typing.get_origin(kind) is tuple:
         return _convert_mapping(typing.get_args(kind)[0], value, path)
@@ -119,7 +119,7 @@ def _convert_mapping(item: Any, value: Any, path: str) -> tuple[Any, ...]:
     pairs = [(name, entry) for name, entry in value.items() if entry is not None]
     for name, _ in pairs:
         _require_name(name, path)
-    if not dataclasses.is_dataclass(item):
+    if not (isinstance(item, type) and dataclasses.is_dataclass(item)):
         return tuple((name, _convert(float, entry, f"{path}.{name}")) for name, entry in pairs)
     for name, entry in pairs:
         _require_mapping(entry, f"{path}.{name}", "a mapping of fields")

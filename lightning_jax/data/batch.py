@@ -25,4 +25,4 @@ class Batch(NamedTuple):
     def empty(cls, *shape: int) -> Batch:
         """Returns padding: zeros of numpy in the dtypes above."""
         ids = (np.zeros(shape, np.int32) for _ in cls._fields[:-1])
-        return cls(*ids, np.zeros(shape, np.float32))
+        return cls(*ids, loss_mask=np.zeros(shape, np.float32))

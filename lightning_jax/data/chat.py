@@ -44,7 +44,8 @@ _OPEN, _CLOSE, _CUT = "\U000f0000", "\U000f0001", "\U000f0002"
 
 
 class _SpecialEncoder(Protocol):
-    specials: Mapping[str, int]
+    @property
+    def specials(self) -> Mapping[str, int]: ...
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]: ...
 
@@ -116,7 +117,9 @@ class ChatTemplate:
             raise UserError("chat messages = []: must be at least one message")
         if continue_final and add_generation_prompt:
             raise UserError("continue_final = True: must be False with add_generation_prompt")
-        plain = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        plain: list[Message] = [
+            {k: v for k, v in message.items() if v is not None} for message in messages
+        ]
         if continue_final:
             plain[-1] = _left_open(plain[-1])
         source = self.source(template, tools=bool(extra.get("tools")))
@@ -207,6 +210,7 @@ def _named(config: Mapping[str, Any], path: Path) -> dict[str, str]:
         return {}
     if isinstance(value, str):
         return {DEFAULT: value}
+    pairs: list[tuple[Any, Any]]
     if isinstance(value, dict):
         pairs = [*value.items()]
     elif isinstance(value, list) and all(isinstance(entry, dict) for entry in value):

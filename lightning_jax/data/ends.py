@@ -100,8 +100,11 @@ class _StreamDecoder(Protocol):
 
 
 class _Tokenizer(Protocol):
-    stop_ids: tuple[int, ...]
-    stop_strings: tuple[str, ...]
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]: ...
 
     def stream_decoder(self, before: Sequence[int] = ()) -> _StreamDecoder: ...
 

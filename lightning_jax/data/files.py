@@ -22,7 +22,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -234,7 +234,7 @@ class ArrayRecordFile(_RecordFile):
 
 
 def _json_lines(
-    path: Path, text_field: str, opened: Callable[..., BinaryIO], most: int = sys.maxsize
+    path: Path, text_field: str, opened: Callable[..., Any], most: int = sys.maxsize
 ) -> Iterator[Entry]:
     """Entries of JSON lines; `most` bytes of them are read, blank lines included."""
     end, number, name = 0, 0, shown_name(str(path))

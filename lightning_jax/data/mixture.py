@@ -162,7 +162,7 @@ def _endless(source: Source, tokenizer: Tokenizer, seed: int, part: slice) -> Do
     digest = hashlib.sha256(f"{seed}\0{source.name}".encode()).digest()
     order = int.from_bytes(digest[:4], "big")
     # Repeat before slicing: then the parts are equal over epochs even if they do not divide one.
-    documents = grain.MapDataset.source(source).shuffle(seed=order).repeat()[part]
+    documents: Any = grain.MapDataset.source(source).shuffle(seed=order).repeat()[part]
     return documents.map(lambda document: _tokens(document, tokenizer))
 
 

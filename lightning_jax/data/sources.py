@@ -76,8 +76,8 @@ class Source:
     def __repr__(self) -> str:
         return f"Source({self.name}, {len(self)} documents)"
 
-    def __getitem__(self, document: int) -> dict[str, str]:
-        reader, record = self._find(document)
+    def __getitem__(self, index: int) -> dict[str, str]:
+        reader, record = self._find(index)
         text = reader.read(record)
         if self.span is not None:
             text = text.encode("utf-8")[self.span].decode("utf-8")
@@ -135,7 +135,7 @@ class Source:
         return int(self.gather("size").sum())
 
     def _require_readable(self) -> None:
-        for document in np.flatnonzero(self.gather("size") < 0):
+        for document in np.flatnonzero(self.gather("size") < 0).tolist():
             self[document]
 
     @functools.cached_property
@@ -288,8 +288,8 @@ class Sources:
         only = only_content(keys)
         if only is None:
             is_eval = choose(whole.gather("side"), keys, eval_fraction)
-            train, held_out = (whole.members[chosen] for chosen in (~is_eval, is_eval))
-            return tuple(dataclasses.replace(whole, members=part) for part in (train, held_out))
+            train = dataclasses.replace(whole, members=whole.members[~is_eval])
+            return train, dataclasses.replace(whole, members=whole.members[is_eval])
         document = dataclasses.replace(whole, members=whole.members[only : only + 1])
         text = document[0]["text"].encode("utf-8")
         start = tail_start(text, eval_fraction)
@@ -298,8 +298,8 @@ class Sources:
                 f"data.sources.{name}.path: {shown_name(document.origin(0))} is all its text, and "
                 f"too short to hold a part of it out; set data.sources.{name}.eval_path"
             )
-        spans = slice(0, start), slice(start, len(text))
-        return tuple(dataclasses.replace(document, span=span) for span in spans)
+        train = dataclasses.replace(document, span=slice(0, start))
+        return train, dataclasses.replace(document, span=slice(start, len(text)))
 
     def _documents(self, name: str, kind: str) -> Source:
         """All documents of the `path` or `eval_path` of a source."""
@@ -337,7 +337,7 @@ class _Split(Mapping[str, Source]):
 def _whole_and_part(source: Source) -> tuple[bytes, bytes]:
     """The text of a source that is one document, and the part of it in this split."""
     text = dataclasses.replace(source, span=None)[0]["text"].encode("utf-8")
-    return text, text[source.span]
+    return text, text[source.span or slice(None)]
 
 
 def _joined(readers: Sequence[Any], name: str) -> np.ndarray:

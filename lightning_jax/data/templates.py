@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning_jax.config.errors import UserError
 from lightning_jax.runtime.invocation import install
@@ -53,10 +53,11 @@ class _Worker:
     def ask(self, request: str) -> dict[str, Any]:
         with self._lock:
             process = self._running()
+            stdin, stdout = _pipes(process)
             try:
-                process.stdin.write(request.encode("ascii") + b"\n")
-                process.stdin.flush()
-                line = process.stdout.readline()
+                stdin.write(request.encode("ascii") + b"\n")
+                stdin.flush()
+                line = stdout.readline()
             except BrokenPipeError:
                 line = b""
             except BaseException:
@@ -84,8 +85,13 @@ class _Worker:
         if process is not None and self._owner == os.getpid():
             process.kill()
             process.wait()
-            process.stdin.close()
-            process.stdout.close()
+            for pipe in _pipes(process):
+                pipe.close()
+
+
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    assert process.stdin and process.stdout  # `_start` asks for both
+    return process.stdin, process.stdout
 
 
 def _start() -> subprocess.Popen[bytes]:

@@ -124,7 +124,7 @@ def open_texts(
     files that are not UTF-8 or cannot be read; `by_name`: see `TextFiles`.
     """
     table, count = kept_name("texts", key), 0
-    known, old = {}, store.load(table)
+    known, old, old_digests = {}, store.load(table), np.empty((0, _DIGEST_BYTES), np.uint8)
     if old is not None:
         each = (old[name].tolist() for name in ("bytes", "time", "size"))
         rows = enumerate(zip(old["names"].tobytes().split(b"\0"), *each, strict=True))
@@ -136,7 +136,7 @@ def open_texts(
     digests = np.empty((len(files), _DIGEST_BYTES), np.uint8)
     for i, file in enumerate(files):
         row = known.get((names[i], file.size, file.time))
-        if row is not None:
+        if old is not None and row is not None:
             size[i], keys[i], digests[i] = old["size"][row], old["key"][row], old_digests[row]
             continue
         size[i], keys[i], digests[i] = _read(file.path)
@@ -153,7 +153,7 @@ def open_texts(
         }
         store.keep(table, arrays)
     chosen = np.flatnonzero((size >= 0) | (not readable))
-    found = [files[i].name for i in chosen]
+    found = [files[i].name for i in chosen.tolist()]
     return TextFiles(root, found, size[chosen], keys[chosen], digests[chosen], by_name=by_name)
 
 

@@ -19,7 +19,7 @@ from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer_files import load_hugging_face, load_sentencepiece, quiet
 from lightning_jax.data.tokenizer_folder import Settings
 from lightning_jax.data.tokenizer_kinds import ByteTokenizer, Tokenizer, too_small
-from lightning_jax.runtime.files import write_file
+from lightning_jax.runtime.files import StrPath, write_file
 
 _LOADERS = {".json": load_hugging_face, ".model": load_sentencepiece}
 _SMALLEST_BPE = 256 + 2
@@ -102,7 +102,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokeni
     return load_tokenizer(str(path))
 
 
-def resolve_tokenizer(sources: Sources, workdir: str | Path, *, rows: int = 0) -> Tokenizer:
+def resolve_tokenizer(sources: Sources, workdir: StrPath, *, rows: int = 0) -> Tokenizer:
     """Returns the run's tokenizer, and keeps it in `workdir` so that the folder is complete.
 
     `rows` are those of the model's embedding, 0 if they follow from the tokenizer. Ids beyond them

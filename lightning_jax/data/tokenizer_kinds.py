@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from lightning_jax.config.errors import UserError
 from lightning_jax.data import tokenizer_stream
@@ -29,14 +29,29 @@ class Tokenizer(Protocol):
     for all of these). `specials` are ids by their spelling.
     """
 
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-    stop_ids: tuple[int, ...]
-    stop_strings: tuple[str, ...]
-    adds_bos: bool
-    specials: Mapping[str, int]
-    chat_template: ChatTemplate | None
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def bos_id(self) -> int: ...
+
+    @property
+    def eos_id(self) -> int: ...
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]: ...
+
+    @property
+    def adds_bos(self) -> bool: ...
+
+    @property
+    def specials(self) -> Mapping[str, int]: ...
+
+    @property
+    def chat_template(self) -> ChatTemplate | None: ...
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """With `specials`, text that spells a special token is that token, else it is text.
@@ -44,12 +59,15 @@ class Tokenizer(Protocol):
         Raises `UserError` where `text` is no valid Unicode (an unpaired surrogate), or the
         vocabulary has no way to express it.
         """
+        raise NotImplementedError
 
     def decode(self, ids: Sequence[int]) -> str:
         """Drops specials and ids outside the vocabulary; bytes that are no UTF-8 become U+FFFD."""
+        raise NotImplementedError
 
     def stream_decoder(self, before: Sequence[int] = ()) -> StreamDecoder:
         """Returns a decoder of the ids after `before`, which are not decoded themselves."""
+        raise NotImplementedError
 
     def within(self, rows: int) -> Tokenizer:
         """Returns the tokenizer for a model whose embedding has `rows` rows.
@@ -58,6 +76,7 @@ class Tokenizer(Protocol):
 
         Raises `UserError` where a token that is needed is among them.
         """
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +86,11 @@ class ByteTokenizer:
     vocab_size: int = 258
     bos_id: int = 256
     eos_id: int = 257
-    stop_ids: ClassVar[tuple[int, ...]] = (257,)
-    stop_strings: ClassVar[tuple[str, ...]] = ()
-    adds_bos: ClassVar[bool] = True
-    specials: ClassVar[Mapping[str, int]] = {}
-    chat_template: ClassVar[ChatTemplate | None] = None
+    stop_ids: tuple[int, ...] = (257,)
+    stop_strings: tuple[str, ...] = ()
+    adds_bos: bool = True
+    specials: Mapping[str, int] = dataclasses.field(default_factory=dict, compare=False)
+    chat_template: ChatTemplate | None = None
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         return list(_utf8(text))

@@ -28,9 +28,11 @@ class StreamDecoder(Protocol):
 
     def push(self, token_id: int) -> str:
         """Returns the characters that `token_id` completes, often one, sometimes none."""
+        raise NotImplementedError
 
     def flush(self) -> str:
         """Returns the text still held back; an unfinished character becomes U+FFFD."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,7 @@ class WorkerIterator(grain.DatasetIterator):
         return self._made.error if self._made else None
 
     def __next__(self) -> Any:
-        while not self.ready(_POLL_SECONDS):
+        while not self.ready(_POLL_SECONDS) or self._made is None:
             pass
         if self._made.error is not None:
             raise self._made.error
@@ -135,7 +135,7 @@ class _Worker:
             return None if alive else _Made(error=UserError("the data worker died without a word"))
 
     def where(self) -> str:
-        frame = sys._current_frames().get(self._thread.ident)
+        frame = sys._current_frames().get(self._thread.ident or 0)
         return _place(traceback.extract_stack(frame)) if frame else "ended"
 
     def stop(self) -> bool:

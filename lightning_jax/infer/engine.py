@@ -114,6 +114,7 @@ def prefill_step(
     ends_here_B = (offset_B >= 0) & (offset_B < time)
     last_BV = output._replace(hidden_BTD=last_B1D).logits()[:, 0]
     logits_BV = jnp.where(ends_here_B[:, None], last_BV, logits_BV)
+    assert output.cache is not None  # it was given
     return output.cache, logits_BV, _experts_used(output.stats)
 
 
@@ -137,7 +138,9 @@ def decode_step(
         state.routing_top_p_B,
     )
     logits_BV = output.logits()[:, 0]
-    return output.cache, *state.advance(logits_BV, valid_vocab), _experts_used(output.stats)
+    state, token_B, logprob_B = state.advance(logits_BV, valid_vocab)
+    assert output.cache is not None  # it was given
+    return output.cache, state, token_B, logprob_B, _experts_used(output.stats)
 
 
 class Engine:

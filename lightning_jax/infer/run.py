@@ -261,7 +261,7 @@ def _forward(
         keep_choices=True,
     )
     index_RTC = None
-    if output.stats is not None:
+    if output.stats is not None and output.stats.choices is not None:
         index_URBTC = output.stats.choices.expert_index_MC
         index_RTC = index_URBTC[:, :, 0].reshape(-1, *index_URBTC.shape[3:])
     return _Forward(output.logits()[0], index_RTC)

@@ -20,7 +20,7 @@ from lightning_jax.data.files import optional_import
 from lightning_jax.data.tokenizer_folder import GENERATION_CONFIG, VOCABULARIES
 from lightning_jax.data.tokenizer_kinds import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 from lightning_jax.data.tokenizer_stream import BYTE_OF_CHARACTER
-from lightning_jax.runtime.files import disk_errors, read_json, write_file, write_json
+from lightning_jax.runtime.files import StrPath, disk_errors, read_json, write_file, write_json
 
 _TOKENIZER_JSON, _TOKENIZER_MODEL = VOCABULARIES
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -29,7 +29,7 @@ _CLASS = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def export_tokenizer(
-    tokenizer: Tokenizer, workdir: str | Path, folder: str | Path, *, rows: int
+    tokenizer: Tokenizer, workdir: StrPath, folder: str | Path, *, rows: int
 ) -> str:
     """Writes the files of a run's tokenizer into the Hugging Face folder of its model.
 

@@ -67,8 +67,8 @@ def upcycle(
     """
     require_choice("pool", pool, POOLS)
     _check(source, target)
-    fresh = traverse_util.flatten_dict(lm.init_params(target, key), sep="/")
-    theirs = traverse_util.flatten_dict(params, sep="/")
+    fresh: dict[str, Any] = traverse_util.flatten_dict(lm.init_params(target, key), sep="/")
+    theirs: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
     written = {path: leaf for path, leaf in theirs.items() if not path.startswith(("units", "pre"))}
     if not target.tie_embeddings and source.tie_embeddings:
         written["head/kernel_DV"] = theirs["embed/table_VD"].T

@@ -33,8 +33,9 @@ from lightning_jax.ops.sequence_parallel import with_earlier_keys
 View = Fresh | Stored
 
 # Logical names of the leading axes of queries, fresh keys and values, and caches [U, B, S, K, H].
-_QUERIES, _KEYS = (*TOKENS, "heads"), (*TOKENS, "kv_heads")
-_CACHE = ("layers", "batch", None, "kv_heads")
+_QUERIES: Any = (*TOKENS, "heads")
+_KEYS: Any = (*TOKENS, "kv_heads")
+_CACHE: Any = ("layers", "batch", None, "kv_heads")
 # Projections of the input, and what splits their results.
 _INTO = {
     "query": ("BTD,DNH->BTNH", "heads"),
@@ -95,6 +96,8 @@ class Attention(nn.Module):
         if self.spec.owns_kv:
             key_BTKH = self._normed_and_rotated("key_norm", projected["key"], context)
             view, cache = self._own_view(KV(key_BTKH, projected["value"]), context, cache, unit)
+        if view is None:
+            raise ValueError("a layer that borrows keys and values needs the view of their owner")
         out_BTNH = self._attend(query_BTNH, view)
         if self.config.output_gate:
             gate_BTN = nn.sigmoid(projected["gate"]).astype(x_BTD.dtype)
@@ -228,4 +231,6 @@ def _names(view: View) -> View:
     """Logical names of the arrays of a view, as `sharding.island` takes them."""
     if isinstance(view, Fresh):
         return Fresh(_KEYS, jax.tree.map(lambda _: TOKENS, view.mask))
-    return Stored(_CACHE, (), ("batch",), view.window)
+    unit: Any = ()
+    chunk: Any = ("batch",)
+    return Stored(_CACHE, unit, chunk, view.window)

@@ -58,6 +58,8 @@ class Layer(nn.Module):
         with jax.named_scope("mlp"):
             normed_BTD = RMSNorm(config.norm_eps, name="mlp_norm")(x_BTD)
             if self.spec.routed:
+                if bias_E is None:
+                    raise ValueError("a routed layer needs the selection bias of its experts")
                 moe = MoE(config.moe, depth, self.train, name="moe")
                 out_BTD, stats = moe(
                     normed_BTD, context.token_mask_BT, bias_E, context.top_p, context.keep_choices

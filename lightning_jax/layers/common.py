@@ -92,16 +92,16 @@ def param(
     shape: tuple[int, ...],
     axes: tuple[str, ...],
     dtype: Any = jnp.float32,
-) -> jax.Array | Stacked:
+) -> jax.Array:
     """Declares a float32 parameter with one logical name per axis; returns it ready for use.
 
     Ready means gathered from its FSDP shards and cast to `dtype`. A `Stacked` one comes back as it
-    was passed in.
+    was passed in, whatever the annotation says.
     """
     if isinstance(module.get_variable("params", name), Stacked):
         return module.get_variable("params", name)
     in_use = jnp.dtype(dtype).name
-    stored = module.param(
+    stored: Any = module.param(
         name, lambda key: Declared(init.sample(key, shape), axes, init=init, in_use=in_use)
     )
     # Cast before the gather: half the bytes travel when computing in bfloat16.

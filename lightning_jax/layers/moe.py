@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -121,7 +122,7 @@ class MoE(nn.Module):
         self, x_BTD: jax.Array, choices: Choices
     ) -> tuple[jax.Array, balance.ExchangeStats]:
         config, dim = self.config, x_BTD.shape[-1]
-        parameters = self._weights(dim, x_BTD.dtype), self._biases(dim)
+        parameters: Any = self._weights(dim, x_BTD.dtype), self._biases(dim)
         names, unit = (_WEIGHTS, _BIASES[: len(parameters[1])]), None
         if isinstance(parameters[0][0], Stacked):
             unit = parameters[0][0].unit

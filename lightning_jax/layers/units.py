@@ -81,7 +81,7 @@ def _forward_unit(
     bias_RE: jax.Array,
 ) -> tuple[jax.Array, RoutingStats | None]:
     """What a `Unit` computes without caches."""
-    views: dict[str, View] = {}
+    views: dict[str, View | None] = {}
     collected, routed = [], 0
     for run in _runs(config):
         first, last, end = run[0], run[-1], routed + len(run) * run[0].routed
@@ -124,7 +124,8 @@ def _layer(config: ModelConfig, train: bool, spec: LayerSpec, context: Context) 
 
     def layer(params: Any, x_BTD: jax.Array, bias_E: jax.Array | None, view: View | None) -> Any:
         arguments = x_BTD, context, bias_E, view, None, jnp.int32(0)
-        x_BTD, view, _, stats = module.apply({"params": params}, *arguments)
+        found: Any = module.apply({"params": params}, *arguments)
+        x_BTD, view, _, stats = found
         return x_BTD, view, stats
 
     if config.remat == "none":

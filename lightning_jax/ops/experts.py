@@ -172,8 +172,8 @@ def check_device(implementation: str, platform: str) -> None:
 
 def _resolve(implementation: str | None, rows: int, dtype: jnp.dtype, gate_EDF: jax.Array) -> str:
     if implementation is None:
-        dims, platform = gate_EDF.shape[-2:], target.current().platform
-        return _choose(platform, rows, dims, jnp.dtype(dtype), gate_EDF.dtype)
+        (D, F), platform = gate_EDF.shape[-2:], target.current().platform
+        return _choose(platform, rows, (D, F), jnp.dtype(dtype), gate_EDF.dtype)
     if implementation not in IMPLEMENTATIONS:
         known = suggest(implementation, IMPLEMENTATIONS)
         raise ValueError(f"implementation must be {known}, got {implementation!r}")

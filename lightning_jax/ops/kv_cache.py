@@ -112,7 +112,7 @@ class _Cache:
         is_bits = dtype == jnp.bfloat16 and target.current().platform == "cpu"
         shape = (units, batch, size, kv_heads, head_dim)
         zeros = (jnp.zeros(shape, jnp.uint16 if is_bits else dtype) for _ in range(2))
-        return cls(*zeros, dtype.name)
+        return cls(*zeros, dtype=dtype.name)
 
     @property
     def size(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +97,7 @@ def cross_entropy(
       ValueError: `chunk` is below 1.
     """
     static = chunk, valid_vocab, vocab_axes
-    sums = _sums(hidden_MD, head_DV, targets_M, weights_M, z_weight, *static)
+    sums: Any = _sums(hidden_MD, head_DV, targets_M, weights_M, z_weight, *static)
     return sums[0], *jax.lax.stop_gradient(sums[1:])
 
 
@@ -176,10 +177,10 @@ def _sums_and_gradients(
         return dhead, (nll, logsumexp, dhidden.astype(dtype))
 
     tokens = (hidden_MD, targets_M, weights_M.astype(jnp.float32))
-    dhead, (*losses, dhidden) = _scan_chunks(
+    dhead, (nll_M, logsumexp_M, dhidden) = _scan_chunks(
         one_chunk, jnp.zeros(head_DV.shape, jnp.float32), tokens, chunk
     )
-    return _weigh(*losses, weights_M, z_weight), (dhidden, dhead.astype(head_DV.dtype))
+    return _weigh(nll_M, logsumexp_M, weights_M, z_weight), (dhidden, dhead.astype(head_DV.dtype))
 
 
 def _scale_gradients(chunk, valid_vocab, vocab_axes, gradients, cotangents):

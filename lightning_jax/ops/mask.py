@@ -101,19 +101,18 @@ class Mask:
             ValueError: an aligned mask with T + `query_offset` != S.
         """
         self.check_lengths(T, S)
-        if self.aligned:
+        query_BT, key_BS = self.query_positions_BT, self.key_positions_BS
+        if query_BT is None or key_BS is None:
             key_BS = jnp.arange(S, dtype=jnp.int32)[None]
             query_BT = key_BS[:, self.query_offset :]
-        else:
-            query_BT, key_BS = self.query_positions_BT, self.key_positions_BS
         distance_BTS = query_BT[:, :, None] - key_BS[:, None, :]
         visible_BTS = jnp.ones(distance_BTS.shape, bool)
         if self.causal:
             visible_BTS &= distance_BTS >= 0
         if self.window is not None:
             visible_BTS &= distance_BTS < self.window
-        if self.query_segments_BT is not None:
-            key_BS = self.key_segments_BS
-            visible_BTS &= self.query_segments_BT[:, :, None] == key_BS[:, None, :]
+        query_BT, key_BS = self.query_segments_BT, self.key_segments_BS
+        if query_BT is not None and key_BS is not None:
+            visible_BTS &= query_BT[:, :, None] == key_BS[:, None, :]
             visible_BTS &= (key_BS != 0)[:, None, :]
         return visible_BTS

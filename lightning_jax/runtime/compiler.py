@@ -17,6 +17,7 @@ from lightning_jax.runtime import target
 from lightning_jax.runtime.files import user_folder
 from lightning_jax.runtime.target import Target
 
+_config: Any = jax.config  # Its attributes are not declared.
 # Programs that compile faster are not worth a file.
 _CACHED_FROM_SECONDS = 0.2
 # Of the user's cache, which no deleted run takes with it; the least recently read go first.
@@ -91,7 +92,7 @@ def cache_in(folder: str | os.PathLike[str]) -> None:
     Call this before anything is compiled: in a program, not in a library.
     """
     emulated = jax.default_backend() == "cpu" and jax.device_count() > 1
-    if not emulated and not jax.config.jax_compilation_cache_dir:
+    if not emulated and not _config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _CACHED_FROM_SECONDS)
 
@@ -102,7 +103,7 @@ def cache_for_user() -> None:
     For programs that write no folder of a run. Does nothing where that folder cannot be written.
     """
     home = user_folder()
-    if home is None or jax.config.jax_compilation_cache_dir:
+    if home is None or _config.jax_compilation_cache_dir:
         return
     folder = home / "compiled"
     try:

@@ -39,8 +39,8 @@ def disk_errors(what: str) -> Iterator[None]:
         number = os_error_number(error)
         if number is None and not isinstance(error, OSError):
             raise
-        reason = error.strerror or error if number is None else os.strerror(number)
-        raise UserError(f"{what}: {reason}") from error
+        reason = os.strerror(number) if number is not None else getattr(error, "strerror", None)
+        raise UserError(f"{what}: {reason or error}") from error
 
 
 @contextlib.contextmanager

@@ -32,14 +32,15 @@ class EventFile:
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._event = event_pb2.Event
+        self._event = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
         directory.mkdir(exist_ok=True)
         self._file = open(directory / _next_name(directory), "wb")
         self._records = RecordWriter(self._file)
         self._add(file_version="brain.Event:2")
         # TensorBoard takes the first start event as the start of the run; at each later one it
         # drops the events from that step on.
-        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        log: Any = event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        session = log(status=log.START)
         self._add(step=first_step, session_log=session)
 
     def _add(self, **fields: Any) -> None:
@@ -120,6 +121,7 @@ def _records(content: bytes) -> Iterator[tuple[bytes, int, list[str]]]:
         end = start + _HEAD + size + _TAIL
         if end > len(content):
             return
-        event = event_pb2.Event.FromString(content[start + _HEAD : end - _TAIL])
+        kind = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
+        event = kind.FromString(content[start + _HEAD : end - _TAIL])
         yield content[start:end], event.step, [value.tag for value in event.summary.value]
         start = end

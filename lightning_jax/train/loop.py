@@ -130,7 +130,7 @@ def _warn_of_shared_streams(session: Session) -> None:
 
 def _train(session: Session) -> TrainState:
     """Runs all steps after those of the newest checkpoint; returns the last state."""
-    state = None if session.start else session.first_state()
+    state: Any = None if session.start else session.first_state()
     batches, plan = None, session.plan
     # A checkpoint holds the batch iterator of the segment in which, or at whose end, it was made.
     first = plan.segments.index(plan.last_trained(session.start))
@@ -169,7 +169,7 @@ def _run_segment(session: Session, segment: Segment, state: TrainState, batches:
     session.progress.begin_stage(segment.stage.name)
     session.throughput.end_lap()  # The time between two stages is not training time.
     step = max(segment.first_step, session.start)
-    unread: dict[str, Any] | None = None  # metrics of step `step`, the last one taken
+    unread: Any = None  # metrics of step `step`, the last one taken
     try:
         inside = segment.first_step < step < segment.end_step
         if inside and step == session.start and session.owes_evaluation():

@@ -73,7 +73,7 @@ def _put(batch: Batch, mesh: Mesh, rows: Sequence[int], size: int) -> Batch:
     placement = sharding.batch_sharding(mesh)
 
     def place(array: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, slice]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             return array[np.searchsorted(rows, np.arange(size)[index[0]]), index[1]]
 
         return jax.make_array_from_callback((size, array.shape[1]), placement, part)

@@ -95,8 +95,8 @@ def resolve(
     """
     sources, rows = sources or Sources.open(config.data), config.model.vocab_size
     with tempfile.TemporaryDirectory(prefix="lightning_jax_") as temporary:
-        is_kept = workdir is not None and bool(kept_files(Path(workdir)))
-        folder = Path(workdir if is_kept else temporary)
+        kept = workdir if workdir is not None and kept_files(Path(workdir)) else None
+        folder = Path(kept or temporary)
         tokenizer = resolve_tokenizer(sources, folder, rows=rows)
         files = kept_files(folder)
     size = rows or -(-tokenizer.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE

@@ -146,7 +146,7 @@ def write_start(
         _write(claim.path, past.record, resolved)
         # Last, because the folder has a run from then on.
         with Checkpointer(claim.path, keep=resolved.config.keep_checkpoints) as checkpointer:
-            items = dict(zip(folder.START_ITEMS, (params, router), strict=True))
+            items: dict[str, Any] = dict(zip(folder.START_ITEMS, (params, router), strict=True))
             checkpointer.save(0, items, None, to_dict(Plan.of(resolved.config).meta(0)))
         return resolved
 

@@ -68,7 +68,7 @@ def weighted_balance_loss(
     flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (stats, counts))
     losses = jax.vmap(balance.balance_losses)(*flat)
     weighted = (weight * losses[name].mean() for name, weight in weights.items())
-    return sum(weighted, start=jnp.float32(0))
+    return sum(weighted, start=jnp.zeros((), jnp.float32))
 
 
 def forward_loss(
@@ -264,7 +264,7 @@ def eval_step(
     router: lm.Router,
     batch: Batch,
     rope_base_global: float | jax.Array,
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
     """Returns the cross-entropy of each position in nats, and statistics under `eval_routing`."""
     output = lm.LightningLM(config.model).apply(
         {"params": params},

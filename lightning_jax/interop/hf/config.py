@@ -192,7 +192,7 @@ def _fields(config: Json, family: Family, kv_source: Sequence[int] | None) -> Js
     routed = [family.moe is not None and family.routed(config, i) for i in range(len(letters))]
     mlps = mlp_letters(routed)
     moe = {**_TRAINING, **_NO_MOE}
-    if EXPERTS in mlps:
+    if EXPERTS in mlps and family.moe is not None:
         _require_keys(config, (*family.moe_keys, "num_experts_per_tok"))
         top_k = config["num_experts_per_tok"]
         moe |= family.moe(config) | {"top_k": top_k, "max_experts": top_k}

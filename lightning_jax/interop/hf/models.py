@@ -149,15 +149,15 @@ class _Targets:
     """Parameters on their devices, filled slice by slice in place."""
 
     def __init__(self, config: ModelConfig, dtype: str, mesh: Mesh | None):
-        abstract = traverse_util.flatten_dict(lm.abstract_params(config), sep="/")
-        axes = traverse_util.flatten_dict(lm.logical_axes(config), sep="/")
+        abstract: dict[str, Any] = traverse_util.flatten_dict(lm.abstract_params(config), sep="/")
+        axes: dict[str, Any] = traverse_util.flatten_dict(lm.logical_axes(config), sep="/")
         self._shapes = {path: leaf.shape for path, leaf in abstract.items()}
         self._dtypes = dict.fromkeys(abstract, jnp.dtype(dtype))
         bias = jax.eval_shape(lambda: lm.init_router(config)).bias_URE
         self._shapes[SELECTION_BIAS], self._dtypes[SELECTION_BIAS] = bias.shape, bias.dtype
-        whole: Any = SingleDeviceSharding(jax.devices()[0]) if mesh is None else None
+        one = SingleDeviceSharding(jax.devices()[0])
         self._placement = {
-            path: whole or sharding.tree_shardings(axes.get(path, ()), mesh)
+            path: one if mesh is None else sharding.tree_shardings(axes.get(path, ()), mesh)
             for path in self._shapes
         }
         self._arrays: dict[str, jax.Array] = {}
@@ -227,7 +227,7 @@ def save(
     _check_router(router, model_type)
     if model_type == LIGHTNING:
         described["top_p"] = float(router.top_p)
-    leaves = traverse_util.flatten_dict(params, sep="/")
+    leaves: dict[str, Any] = traverse_util.flatten_dict(params, sep="/")
     leaves[SELECTION_BIAS] = router.bias_URE
     values = _file_values(file_tensors(config, model_type), leaves)
     with new_folder(path, "path") as folder, disk_errors(f"cannot write {path}"):

@@ -149,9 +149,9 @@ def write_folder(
     count = len(shards)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     where = {}
-    for (path, tensors), name in zip(shards, names if count > 1 else [SINGLE], strict=True):
+    for (path, held), name in zip(shards, names if count > 1 else [SINGLE], strict=True):
         os.replace(path, folder / name)
-        where |= dict.fromkeys(tensors, name)
+        where |= dict.fromkeys(held, name)
     if count > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 

@@ -196,7 +196,7 @@ class LightningAdapter(LM):
         """
         default = max(1, min(_DEFAULT_MAX_GEN_TOKS, self.max_length // 2))
         prompts, groups = [], defaultdict(list)
-        asked = [Generation.parse(request.args[1], default) for request in requests]
+        asked = [Generation.parse(request.arguments[1], default) for request in requests]
         for number, (request, generation) in enumerate(zip(requests, asked, strict=True)):
             room = self.max_length - generation.max_new_tokens
             require(

@@ -86,7 +86,7 @@ def evaluate_tasks(workdir: str | Path, options: TaskOptions) -> dict[str, Any]:
         adapter.chat_template(True)
     from lm_eval.evaluator import simple_evaluate
 
-    found = simple_evaluate(
+    found: Any = simple_evaluate(
         model=adapter,
         tasks=tasks,
         task_manager=manager,
@@ -119,7 +119,8 @@ def without_lost(
 
     def lost_in(task: str) -> tuple[int, int]:
         inside = [lost_in(name) for name in subtasks.get(task, ())]
-        return tuple(map(sum, zip(lost_bytes.get(task, (0, 0)), *inside, strict=True)))
+        known, all_of = map(sum, zip(lost_bytes.get(task, (0, 0)), *inside, strict=True))
+        return known, all_of
 
     for rows in (found.get("results", {}), found.get("groups", {})):
         for task, row in rows.items():

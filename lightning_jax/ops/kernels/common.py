@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ def check_band(name: str, queries: int, keys: int, window: int | None, query_off
         raise ValueError(f"{name}: window={window}: must be at least 1 (self), or None for all")
 
 
-def check_dtypes(name: str, arrays: Sequence[jax.Array], dtypes: Sequence[jnp.dtype]) -> None:
+def check_dtypes(name: str, arrays: Sequence[Any], dtypes: Sequence[jnp.dtype]) -> None:
     """Raises a ValueError unless all arrays have one and the same of some dtypes."""
     found = [x.dtype for x in arrays]
     if found[0] not in dtypes or len(set(found)) > 1:

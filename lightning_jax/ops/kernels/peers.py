@@ -7,6 +7,8 @@ padding sees padding).
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -40,7 +42,8 @@ def splash_attention(
     """
     (T, N), S = query_BTNH.shape[1:3], key_BSKH.shape[1]
     # Padding lies behind all keys that a query sees.
-    shape = tuple(-(-length // _SPLASH_LANES) * _SPLASH_LANES for length in (T, S))
+    rows, columns = (-(-length // _SPLASH_LANES) * _SPLASH_LANES for length in (T, S))
+    shape = rows, columns
     if window is not None and window < S:
         mask = splash_mask.LocalMask(shape, (window - 1, 0), query_offset)
     else:
@@ -70,7 +73,7 @@ def splash_attention(
         return jnp.pad(x_BTNH, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
 
     scaled_BTNH = (query_BTNH.astype(jnp.float32) * scale).astype(query_BTNH.dtype)
-    out_BNTH = jax.vmap(attend)(*map(heads_first, (scaled_BTNH, key_BSKH, value_BSKH)))
+    out_BNTH: Any = jax.vmap(attend)(*map(heads_first, (scaled_BTNH, key_BSKH, value_BSKH)))
     return out_BNTH.swapaxes(1, 2)[:, :T]
 
 

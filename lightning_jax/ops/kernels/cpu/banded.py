@@ -130,7 +130,8 @@ def _forward(layout, query_BTNH, key_BSKH, value_BSKH, sinks_N, segments):
         B, _, G, P, H = query_BKGPH.shape
         rows = (B, K, G, P)
         state = _full(rows, FLOOR), _full(rows, 0.0), _full((B, K, H, G, P), 0.0)
-        out_BKHGP, lse_BKGP = _normalise(*_visit_all(layout, block, visit, state), sinks_N)
+        top_BKGP, total_BKGP, sum_BKHGP = _visit_all(layout, block, visit, state)
+        out_BKHGP, lse_BKGP = _normalise(top_BKGP, total_BKGP, sum_BKHGP, sinks_N)
         return _put_rows(out_bits, out_BKHGP, block, layout, dtype), lse_BKGP
 
     blocks = jnp.arange(queries.shape[1] // layout.blocks.query)

@@ -152,7 +152,7 @@ def _run(sizes, clamp, x_MD, gate_MC, order, first, weights, biases, *, keep):
                 y_RD += gate_R[:, None] * biases_e[2][None]
             y_MD = _add_rows(y_MD, token_R, y_RD)
             if keep:
-                kept = [narrow.put(*kept, jnp.concatenate(hidden_RF, axis=1), start, dtype)]
+                kept = [narrow.put(kept[0], jnp.concatenate(hidden_RF, axis=1), start, dtype)]
             return (y_MD, *kept)
 
         return _for_each_block(sizes, end - order.size_E[e], end, block, carry)

@@ -93,7 +93,7 @@ def _forward(problem, *inputs):
 
 
 def _backward(problem, saved, dout_BTNH):
-    return *backward(problem, *saved, dout_BTNH), None
+    return *backward(problem, *saved, dout=dout_BTNH), None
 
 
 _attention.defvjp(_forward, _backward)

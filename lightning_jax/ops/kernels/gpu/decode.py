@@ -191,7 +191,7 @@ def paged_decode(
 def _decode(query_BTNH, cache, positions_BT, segments_BT, pages_BJ, stored, sinks_N, options):
     """Both caches as one pool of pages; `stored` are position and segment of a ring's slots."""
     window, scale, logit_softcap, interpret = options
-    _check(query_BTNH, *cache, scale, logit_softcap)
+    _check(query_BTNH, *cache, scale=scale, logit_softcap=logit_softcap)
     cap = None if logit_softcap is None else float(logit_softcap)
     B, T, N, H = query_BTNH.shape
     page, K = cache[0].shape[1:3]
@@ -217,7 +217,7 @@ def _decode(query_BTNH, cache, positions_BT, segments_BT, pages_BJ, stored, sink
     pool = [None if x is None else x.reshape(-1, *x.shape[2:]) for x in cache]
     bounds_B2 = _bounds(jnp.broadcast_to(positions_BT, (B, T)), static.window)
     partial = _shares(static, query_BKRH, bounds_B2, *per_query, pages_BJ, *stored, *pool)
-    out_BKRH = _combine(*partial, sinks_N)
+    out_BKRH = _combine(*partial, sinks_N=sinks_N)
     out_BTKGH = out_BKRH.reshape(B, K, T, G, H).swapaxes(1, 2)
     return out_BTKGH.reshape(B, T, N, H).astype(query_BTNH.dtype)
 

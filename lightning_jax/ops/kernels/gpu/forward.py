@@ -151,9 +151,9 @@ def visible_pairs(queries, keys, band: Band, query_segments_ref, key_segments_re
     # One comparison for both edges: as unsigned numbers, negative distances are huge.
     seen = distance.astype(jnp.uint32) < np.uint32(band.window)
     if query_segments_ref is not None:
-        key_segments = rows(key_segments_ref, *keys, band.keys)
+        key_segments = rows(key_segments_ref, keys[0], keys[1], band.keys)
         key_segments = jnp.where(key_segments == 0, _NO_SEGMENT, key_segments)
-        query_segments = rows(query_segments_ref, *queries, band.queries)
+        query_segments = rows(query_segments_ref, queries[0], queries[1], band.queries)
         seen &= along(query_segments, axis) == along(key_segments, 1 - axis)
     return seen
 
@@ -281,7 +281,7 @@ def query_walk(problem: Problem, tile: Tile, query_BTNH, key_BSKH, value_BSKH, s
         query_segments_BT, key_segments_BS = segments
         sizes = tile.query, tile.key
         spans_BI4 = gpu_blocks.packed_spans(
-            gpu_blocks.key_span, *segments, sizes, tile, problem.band
+            gpu_blocks.key_span, query_segments_BT, key_segments_BS, sizes, tile, problem.band
         )
     key_spec = pl.BlockSpec((None, S, None, H), lambda n, i, b: (b, 0, lax.div(n, N // K), 0))
     operands = [query_BTNH, key_BSKH, value_BSKH, query_segments_BT, key_segments_BS, spans_BI4]

@@ -92,7 +92,7 @@ def sliding_window_attention(
         interpret=interpret,
     )
     segments = None
-    if query_segments_BT is not None:
+    if query_segments_BT is not None and key_segments_BS is not None:
         segments = tuple(
             jnp.broadcast_to(x, (query_BTNH.shape[0], x.shape[1]))
             for x in (query_segments_BT, key_segments_BS)

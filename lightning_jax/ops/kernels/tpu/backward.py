@@ -153,7 +153,7 @@ def _running(band, refs, step, kv, heads):
         dquery_RH = None
         for position in range(blocks.tiles):
             distance = index - position + blocks.tiles * back if edge else None
-            if not edge or (distance >= 0 and band.sees(distance)):
+            if distance is None or (distance >= 0 and band.sees(distance)):
                 key = (step - back) * blocks.block + position * blocks.tile
                 pair = _pair(band, refs, kv, rows[index], key)
                 scores_PR = tiles.hide(band, pair.scores_PR, distance, 1)
@@ -168,7 +168,7 @@ def _running(band, refs, step, kv, heads):
             if dquery_RH is not None:
                 refs.dquery_sum[tiles.stack_rows(band, index)] += dquery_RH
 
-    dqueries = [visit(index, 0, True) for index in range(blocks.tiles)]
+    dqueries: list[Any] = [visit(index, 0, True) for index in range(blocks.tiles)]
     if band.interior_blocks or band.edge_blocks:
         for index, dquery_RH in enumerate(dqueries):
             refs.dquery_sum[tiles.stack_rows(band, index)] = dquery_RH
@@ -197,11 +197,9 @@ def _folded(band, refs, step, kv, heads):
     def ends(index):
         ends = key(index, 0), key(index, interior + 1)
         near, far = (_pair(band, refs, kv, rows[index], end) for end in ends)
-        pair = _Pair(
-            *(
-                None if x is None else jnp.where(near_PR, x, y)
-                for x, y in zip(near, far, strict=True)
-            )
+        pair = _Pair._make(
+            None if x is None or y is None else jnp.where(near_PR, x, y)
+            for x, y in zip(near, far, strict=True)
         )
         gradients = _gradients(band, rows[index], pair, pair.scores_PR)
         nears = [x_PR * near_PR.astype(jnp.float32) for x_PR in gradients]

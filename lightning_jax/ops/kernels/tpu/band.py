@@ -193,7 +193,7 @@ class Band:
         """Keys that are kept in fast memory: a power of two, or all."""
         return min(1 << self.lag.bit_length(), self.steps) * self.blocks.block
 
-    def ring_slice(self, key: jax.Array, size: int) -> pl.Slice:
+    def ring_slice(self, key: jax.Array, size: int) -> pl.Slice | slice:
         """Where the ring holds the keys from `key` on; `key` and the ring are multiples of size."""
         if self.ring < self.length:
             key = lax.bitwise_and(key, self.ring - 1)

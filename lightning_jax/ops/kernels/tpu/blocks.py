@@ -82,9 +82,9 @@ def blocks_for(
     `head_size` is the padded one, `group` the number of query heads per key/value head. Windows
     that are a multiple of the tile are cheapest, so the tile shrinks to divide a short one.
     """
-    reach = "all" if window is None or window >= offset + queries else "long"
-    if reach == "long" and window <= _SHORT:
-        reach = "short"
+    reach = "all"
+    if window is not None and window < offset + queries:
+        reach = "short" if window <= _SHORT else "long"
     choices = (kind, reach), (kind, "short"), (_OTHER_DEVICE, "short")
     keys = [(device, min(head_size, 256), part) for device, part in choices]
     rows = next(_TABLE[key] for key in keys if key in _TABLE)

@@ -250,7 +250,7 @@ def _decode(
     return out_BKTGH.transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
 
 
-def _to_rows(x_BTNH, K, fill=0):
+def _to_rows(x_BTNH, K, fill: float = 0):
     """Rows in the order (key/value head, time, head of the group), filled to whole registers."""
     B, T, N, H = x_BTNH.shape
     x_BRH = x_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, T * N, H)

@@ -134,11 +134,13 @@ def _kernel(band: Band, *refs: Any) -> None:
 
 def _named(band: Band, refs: list[Any]) -> _Refs:
     query, key, value = (refs.pop(0) for _ in range(3))
-    segments = [refs.pop(0) for _ in range(2)] if band.segments else [None, None]
+    of_query, of_key = [refs.pop(0) for _ in range(2)] if band.segments else [None, None]
     sinks = refs.pop(0) if band.sinks else None
     out, lse, key_ring, value_ring = (refs.pop(0) for _ in range(4))
     ring = refs.pop(0) if band.segments else None
-    return _Refs(query, key, value, *segments, sinks, out, lse, key_ring, value_ring, ring, *refs)
+    return _Refs(
+        query, key, value, of_query, of_key, sinks, out, lse, key_ring, value_ring, ring, *refs
+    )
 
 
 def _running(band, refs, step, first_head, kv, heads):
@@ -151,7 +153,7 @@ def _running(band, refs, step, first_head, kv, heads):
         scores, values = [], []
         for position in range(blocks.tiles):
             distance = index - position + blocks.tiles * back if edge else None
-            if not edge or (distance >= 0 and band.sees(distance)):
+            if distance is None or (distance >= 0 and band.sees(distance)):
                 key = (step - back) * blocks.block + position * blocks.tile
                 score_RP = _scores(band, refs, kv, rows[index], key)
                 scores.append(tiles.hide(band, score_RP, distance, 0))
@@ -198,7 +200,7 @@ def _folded(band, refs, step, first_head, kv, heads):
             band, None, scores, [_values(band, refs, kv, key) for key in keys], fold=near_RP
         )
 
-    states = [first_visit(index) for index in range(blocks.tiles)]
+    states: list[Any] = [first_visit(index) for index in range(blocks.tiles)]
     if interior > first:
         for index, state in enumerate(states):
             _save(band, refs, index, state)
@@ -260,7 +262,7 @@ def _update(band, state, scores, values, fold=None):
         # By products: a selection here is fused into the matrix product, which v5e cannot do.
         near_RP = weights[0] * fold.astype(jnp.float32)
         weights[:1] = [near_RP, weights[0] - near_RP]
-    sum_RH = sum(
+    sum_RH: Any = sum(
         dot(weight_RP.astype(value_PH.dtype), value_PH, (1, 0))
         for weight_RP, value_PH in zip(weights, values, strict=True)
     )

@@ -105,12 +105,12 @@ def widen(x_RW: jax.Array, lanes: int) -> jax.Array:
     return jnp.concatenate([x_RW] * (lanes // W), axis=1)
 
 
-def positions(band: Band, index: int) -> pl.Slice:
+def positions(band: Band, index: int) -> pl.Slice | slice:
     """The query positions of a tile within its block."""
     return pl.ds(index * band.blocks.tile, band.blocks.tile)
 
 
-def stack_rows(band: Band, index: int) -> pl.Slice:
+def stack_rows(band: Band, index: int) -> pl.Slice | slice:
     """The rows of a tile in an array that holds all tiles of a stack of heads."""
     rows = band.blocks.tile * band.blocks.stack
     return pl.ds(index * rows, rows)
