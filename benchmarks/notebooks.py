@@ -35,6 +35,7 @@ from rich.jupyter import JUPYTER_HTML_FORMAT
 
 from lightning_jax.config.errors import UserError, suggest
 from lightning_jax.runtime import files, program
+from lightning_jax.runtime.checkout import git_commit
 
 _ROOT = Path(__file__).resolve().parents[1]
 FOLDER = _ROOT / "notebooks"
@@ -131,7 +132,9 @@ def build(name: str) -> dict[str, Any]:
     """Executes a notebook and writes it with its outputs; returns what it took, and where."""
     from benchmarks import report
 
-    load, used, begin = os.getloadavg()[0], _processor_seconds(), time.perf_counter()
+    # Before the notebook's own file changes.
+    commit, load = git_commit()[0], os.getloadavg()[0]
+    used, begin = _processor_seconds(), time.perf_counter()
     notebook = execute(read(name))
     taken = {"seconds": time.perf_counter() - begin, "cpu_seconds": _processor_seconds() - used}
     tidy(notebook)
@@ -139,7 +142,7 @@ def build(name: str) -> dict[str, Any]:
     return {
         **{key: round(value, 1) for key, value in taken.items()},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": report.git_commit(),
+        "commit": commit,
         "machine": report.machine() | {"load_before": round(load, 2)},
         "versions": report.versions(),
     }

@@ -22,7 +22,7 @@ LONGEST_DEFINITION = 10
 # The smallest model with everything that a notebook shows; compiled once for all of them.
 MODEL = {
     "model.model_dim": 32,
-    "model.unit": "LGLg",
+    "model.unit": "LGg",
     "model.moe.num_experts": 8,
     "model.moe.expert_dim": 16,
     "model.moe.max_experts": 4,
