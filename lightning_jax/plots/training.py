@@ -96,15 +96,13 @@ def controller(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, target: float
         left.plot(tokens, [row["top_p"] for row in steps], color=color, label=name)
         used = [float(np.mean(row["mean_experts"])) for row in steps]
         right.plot(tokens, used, color=color)
-    right.axhline(target, color=BLACK, ls="--", lw=1)
-    right.annotate("target", (0.99, target), xycoords=right.get_yaxis_transform(), ha="right",
-                   va="bottom")  # fmt: skip
+    right.axhline(target, color=BLACK, ls="--", lw=1, label="target")
     left.set_title("top-p", fontsize=10)
     right.set_title("experts per token, mean over layers", fontsize=10)
     for axes in (left, right):
         axes.set_xlabel("tokens")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    left.legend(frameon=False)
+        axes.legend(frameon=False)
     return figure
 
 
@@ -126,5 +124,6 @@ def trade_off(scores: Mapping[float, TextScore], *, trained: float) -> Figure:
             axes.legend(frameon=False)
     axes.set(xlabel="experts per token", ylabel="bits per byte")
     axes.set_title("each point is a top-p", fontsize=10)
+    axes.margins(0.08)
     axes.grid(alpha=0.3)
     return figure
