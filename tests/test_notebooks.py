@@ -69,7 +69,7 @@ def test_it_runs(name, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_kept_with_what_it_shows(name):
     notebook = notebooks.read(name)
-    assert len(pictures(notebook)) >= 3
+    assert len(pictures(notebook)) >= 3, f"python -m benchmarks.notebooks --names={name}"
     text = (notebooks.FOLDER / f"{name}.ipynb").read_text()
     assert len(text) < MOST_BYTES
     # Nothing of the machine it ran on, and no noise.

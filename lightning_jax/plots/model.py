@@ -65,18 +65,19 @@ def costs(models: Mapping[str, ModelConfig], contexts: Sequence[int]) -> Figure:
       contexts: lengths in tokens.
     """
     figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     panels = {
         "KV cache of one sequence, bytes": accounting.kv_cache_bytes,
         "attention of its prefill, FLOPs": accounting.attention_flops,
     }
-    for axes, (title, cost) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+    for axes, (title, cost) in zip((left, right), panels.items(), strict=True):
         for (name, model), color in zip(models.items(), COLORS * len(models), strict=False):
             values = [cost(model, context) for context in contexts]
             axes.plot(contexts, values, "o-", color=color, label=name)
         axes.set(title=title, xlabel="tokens", xscale="log", yscale="log")
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    right.legend(frameon=False)
     return figure
 
 
