@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -137,8 +137,7 @@ class Run:
     def token_losses(self, text: str) -> np.ndarray:
         """Returns float32 `[T - 1]`: nats that each token of `encode` costs, but the first."""
         ids = self.encode(text)
-        scores_TV = jax.nn.log_softmax(self._forward(ids).logits_TV[: len(ids) - 1])
-        return -np.take_along_axis(np.asarray(scores_TV), np.asarray(ids[1:])[:, None], 1)[:, 0]
+        return _losses(self._forward(ids), ids)
 
     def routing(self, text: str) -> TextRouting:
         """Returns the experts of each token of `encode` in each layer.
@@ -166,15 +165,17 @@ class Run:
         """
         nats, num_bytes, tokens, counts = 0.0, 0, 0, []
         for text in texts:
-            losses = self.token_losses(text)
-            nats, tokens = nats + float(losses.sum()), tokens + len(losses)
-            num_bytes += len(self.tokenizer.decode(self.encode(text)[1:]).encode())
-            if self.model.moe.num_experts:
-                counts.append(self.routing(text).count_RT.mean(0))
+            ids = self.encode(text)
+            forward = self._forward(ids)
+            nats, tokens = nats + float(_losses(forward, ids).sum()), tokens + len(ids) - 1
+            num_bytes += len(self.tokenizer.decode(ids[1:]).encode())
+            if forward.expert_index_RTC is not None:
+                index_RTC = np.asarray(forward.expert_index_RTC)[:, : len(ids)]
+                counts.append((index_RTC < self.model.moe.num_experts).sum(-1))
         require(
             num_bytes > 0, "texts", f"{tokens} tokens to predict", "at least one, of some bytes"
         )
-        experts = float(np.concatenate(counts).mean()) if counts else math.nan
+        experts = float(np.concatenate(counts, axis=1).mean()) if counts else math.nan
         return TextScore(nats / math.log(2) / num_bytes, experts, tokens)
 
     def held_out(self, name: str) -> Iterator[str]:
@@ -241,6 +242,13 @@ class Run:
 class _Forward:
     logits_TV: jax.Array
     expert_index_RTC: jax.Array | None
+
+
+def _losses(forward: _Forward, ids: Sequence[int]) -> np.ndarray:
+    """Nats that each token costs, but the first."""
+    # Over the whole bucket: each length would be compiled.
+    scores_TV = np.asarray(jax.nn.log_softmax(forward.logits_TV))[: len(ids) - 1]
+    return -np.take_along_axis(scores_TV, np.asarray(ids[1:])[:, None], 1)[:, 0]
 
 
 @functools.partial(compiler.jit, static_argnames=("config",))
