@@ -6,7 +6,7 @@ import datetime
 import importlib
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -49,15 +49,27 @@ def run_suite(name: str, options: Options) -> dict[str, Any]:
     if options.profile and name not in PROFILED:
         raise UserError(f"--profile is for the suites {', '.join(PROFILED)}, not {name}")
     suite = importlib.import_module(f"benchmarks.{name}")
+
+    def measure() -> list[dict[str, Any]]:
+        rows = suite.run(options)
+        if not rows:
+            raise UserError(
+                no_such_rows(name, options) or f"suite = {name!r}: nothing was measured"
+            )
+        return rows
+
+    return describe(name, measure, options.rounds)
+
+
+def describe(name: str, measure: Callable[[], list[dict[str, Any]]], rounds: int) -> dict[str, Any]:
+    """Measures, and says on what: `run_suite`'s result for the rows that `measure` returns."""
     load = os.getloadavg()[0]
-    rows = suite.run(options)
-    if not rows:
-        raise UserError(no_such_rows(name, options) or f"suite = {name!r}: nothing was measured")
+    rows = measure()
     return {
         "suite": name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": git_commit()[0],
-        "rounds": options.rounds,
+        "rounds": rounds,
         "machine": machine() | {"load_before": round(load, 2)},
         "versions": versions(),
         "rows": rows,
