@@ -13,7 +13,9 @@ WORKDIR ?= runs/quickstart
 BIN := $(VENV)/bin
 comma := ,
 INSTALLED_TEST := $(VENV)/.installed-$(subst $(comma),-,$(TEST_EXTRAS))
-PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+# What follows is silent; a line every few seconds says that it works.
+WATCHED := (while sleep 4; do echo "[setup] $$SECONDS s ..."; done) & trap "kill $$!" EXIT;
+PIP_INSTALL := $(WATCHED) $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .PHONY: quickstart multiprocess test check help
 
@@ -66,7 +68,7 @@ $(BIN)/python:
 	  exit 2; \
 	fi; \
 	echo "[setup] creating $(VENV) with $$chosen ($$version)"; \
-	$$chosen -m venv --clear "$(VENV)"
+	$(WATCHED) $$chosen -m venv --clear "$(VENV)"
 
 $(VENV)/.installed: setup.py constraints.txt | $(BIN)/python
 	echo "[setup] installing lightning_jax and what it needs (a few minutes the first time)"

@@ -14,19 +14,28 @@ from configs import base
 
 def get_config() -> ConfigDict:
     config = base.get_config()
-    config.data.tokenizer = "bpe:1024"
+    config.data.tokenizer = "bpe:4096"
     config.model.head_chunk = 256
+    config.model.attention.output_gate = True
+    # Muon's work grows with the square of it, and is the same for every batch, however small.
+    config.model.moe.expert_dim = 64
+    config.optimizer.name = "muon"
+    # Few tokens: small batches, for many steps, and a high rate that falls for almost half of them.
+    shape = dict(batch_size=4, learning_rate=0.02)
     config.stages = base.named(
-        stable=base.stage(tokens=300_000, warmup_tokens=32_000, learning_rate=4e-3),
+        stable=base.stage(tokens=600_000, warmup_tokens=32_000, **shape),
         decay=base.stage(
-            tokens=80_000,
-            mixture=base.named(code=0.7, docs=0.3),
-            learning_rate=4e-3,
+            tokens=500_000,
+            mixture=base.named(code=0.85, docs=0.15),
             decay="sqrt",
-            decay_tokens=80_000,
+            decay_tokens=500_000,
+            **shape,
         ),
     )
     config.eval_every = 0
     config.final_eval_tokens = 0  # the text that gzip and xz get: all that is held out
     config.checkpoint_every = 100
+    config.log_every = 5
+    config.sample_prompt = "def __init__(self,"  # a byte pair has its space in front
+    config.sample_tokens = 160
     return config

@@ -36,4 +36,5 @@ def get_config() -> ConfigDict:
     config.eval_tokens = 40_000
     config.final_eval_tokens = 0  # README reports all held-out text
     config.checkpoint_every = 250
+    config.sample_prompt = "def __init__(self,"  # a byte pair has its space in front
     return config
