@@ -2,13 +2,16 @@
 
     python -m experiments.quickstart [--config=configs/quickstart.py] [--workdir=runs/quickstart]
 
-Ends with held-out bits per byte next to gzip and xz on the same bytes, a sample, and this model
-against its dense full-attention predecessor. Call it again to see the tables: it resumes.
+Ends with a sample, held-out bits per byte next to gzip and xz on the same bytes, this model against
+its dense full-attention predecessor, and the card of the run, WORKDIR/card.html. Call it again to
+see the tables: it resumes.
 """
+
+import sys
 
 from absl import flags
 
-from lightning_jax.runtime import program
+from lightning_jax.runtime import files, program
 
 _CONFIG = program.define_config("configs/quickstart.py")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the run.")
@@ -18,34 +21,33 @@ _CHANGED = flags.DEFINE_bool(
 
 
 def main() -> None:
-    config = program.load_config(_CONFIG.value)
-    from lightning_jax import accounting
-    from lightning_jax.data.compression import compression_rows
-    from lightning_jax.data.sources import Sources
+    config, workdir = program.load_config(_CONFIG.value), _WORKDIR.value
+    files.check_output_folder("workdir", workdir)
+    print("loading jax ...", file=sys.stderr)
+    from configs import base
+    from lightning_jax import card
+    from lightning_jax.config import RunConfig, build
+    from lightning_jax.infer.sampling import Sampling
     from lightning_jax.infer.text import sample
-    from lightning_jax.runtime import tables
     from lightning_jax.train import loop
 
     samples = []
 
-    def remember(*args) -> str:
-        samples.append(sample(*args))
+    def sampler(*args) -> str:
+        # Below the temperature of a larger model, of which more tokens are right.
+        samples.append(sample(*args, sampling=Sampling(temperature=0.6, top_p=0.9)))
         return samples[-1]
 
-    results = loop.run(config, _WORKDIR.value, sampler=remember, allow_changed_data=_CHANGED.value)
-    model = {name: row["bits_per_byte"] for name, row in results.items()}
-    used = next(iter(results.values())).get("experts_per_token")
-    program.emit_text(f"\nA sample, from {config.sample_prompt!r}:\n\n{samples[-1]}\n")
-    tables.print_table(
-        compression_rows(Sources.open(config.data), {"this model": model}),
-        "Held-out text, bits per byte (less is better)",
+    loop.run(
+        config, workdir, sampler=sampler, allow_changed_data=_CHANGED.value, keep_compiled=True
     )
-    tables.print_table(
-        accounting.comparison_rows(config.model, used), "This model against the predecessor shape"
-    )
-    program.emit_text(
-        f"Next: tensorboard --logdir={_WORKDIR.value}, configs/small.py, notebooks/01_tour.ipynb"
-    )
+    for text in samples[-1:]:
+        program.emit_text(f"\nA sample, from {config.sample_prompt!r}:\n\n{text}\n")
+    start = build(RunConfig, base.get_config())
+    facts = card.read(workdir, base=start, sample=samples[-1] if samples else None)
+    card.print_tables(facts)
+    card.write(facts)
+    program.emit_text(card.last_words(facts))
 
 
 if __name__ == "__main__":

@@ -262,12 +262,12 @@ def summary_rows(config: ModelConfig, seq_len: int) -> Rows:
         ["", f"at {seq_len:,} tokens"],
         ["layers", f"{config.num_layers} ({pattern})"],
         ["layers that keep keys and values", str(sum(s.owns_kv for s in config.layers))],
-        ["parameters", _count(size.total)],
-        ["parameters used per token", _count(size.active)],
+        ["parameters", count_text(size.total)],
+        ["parameters used per token", count_text(size.active)],
         ["experts per token, of those held", f"{used:g} of {held}" if held else "dense"],
-        ["training FLOPs per token", _count(flops_per_token(config, seq_len=seq_len))],
-        ["FLOPs per decoded token", _count(decode_flops(config, seq_len))],
-        ["KV-cache bytes per token (16 bit)", _count(kv_bytes_per_token(config, seq_len))],
+        ["training FLOPs per token", count_text(flops_per_token(config, seq_len=seq_len))],
+        ["FLOPs per decoded token", count_text(decode_flops(config, seq_len))],
+        ["KV-cache bytes per token (16 bit)", count_text(kv_bytes_per_token(config, seq_len))],
     ]
 
 
@@ -282,7 +282,7 @@ def comparison_rows(config: ModelConfig, experts_per_token: float | None = None)
         for context in CONTEXTS:
             ours, theirs = cost(config, context), cost(dense, context)
             label = f"{name}, context {context // 1024}K"
-            rows.append([label, _count(ours), _count(theirs), f"{1 - ours / theirs:.1%}"])
+            rows.append([label, count_text(ours), count_text(theirs), f"{1 - ours / theirs:.1%}"])
     if held := config.moe.num_experts:
         used = nominal_experts(config.moe) if experts_per_token is None else experts_per_token
         label = "experts used, of those held"
@@ -311,7 +311,7 @@ def cost_rows(models: Mapping[str, ModelConfig], context: int) -> Rows:
         cells = [name]
         for cost in (kv_cache_bytes, attention_flops):
             value = cost(config, context)
-            cells += [_count(value), f"{value / cost(first, context):.1%}"]
+            cells += [count_text(value), f"{value / cost(first, context):.1%}"]
         rows.append(cells)
     return rows
 
@@ -364,8 +364,8 @@ def _score_flops(config: ModelConfig) -> int:
     return pair_flops(config.attention.num_heads, config.attention.head_dim)
 
 
-def _count(value: float) -> str:
-    """1234567 -> "1.23 M"."""
+def count_text(value: float) -> str:
+    """Returns a number in three digits: 1234567 -> "1.23 M"."""
     units = ["", " K", " M", " G", " T", " P", " E"]
     while abs(value) >= 999.5 and len(units) > 1:
         value /= 1000

@@ -93,6 +93,27 @@ def test_train_evaluate_generate(home, trained):
     one_line(call(home, "train", *other), "model.model_dim = 64", "32")
 
 
+@pytest.mark.slow
+def test_the_quickstart_ends_with_sample_tables_and_card_and_a_run_gets_another(home):
+    folder = home / "quick"
+    flags = (f"--config={home}/config.py", f"--workdir={folder}", "--config.sample_tokens=8")
+    result = call(home, "quickstart", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "A sample, from 'def ':\n\ndef " in result.stdout
+    bits = json.loads((folder / "evaluation.json").read_text())["text"]["bits_per_byte"]
+    assert f"Held-out text: {bits:.3f} bits per byte" in result.stdout
+    assert f"The card of this run: {folder}/card.html" in result.stdout
+    assert "gzip -9" in result.stderr and "predecessor shape" in result.stderr
+    assert (folder / "card.html").read_text().startswith("<!doctype html>")
+
+    (folder / "card.html").unlink()
+    result = call(home, "report", f"--workdir={folder}")
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["held_out"]["text"]["this model"] == bits and answer["tokens"] == 640
+    assert Path(answer["card"]).read_text().startswith("<!doctype html>")
+
+
 # Case F7
 @pytest.mark.slow
 def test_the_first_and_last_lines_of_a_training_lead_on(home, trained):

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "config": set(),
     "runtime": {"config"},
     "sharding": {"config"},
+    "pages": set(),
     "accounting": {"config"},
     "ops": {"ops.kernels", "runtime"},
     "ops.kernels": {"runtime"},
@@ -39,7 +40,8 @@ MAY_IMPORT = {
     "arena": BELOW_TRAINING,
     "interop": BELOW_TRAINING | {"train", "infer"},
     "plots": BELOW_MODEL | {"infer"},
-    "ablation": BELOW_TRAINING | {"train", "plots"},
+    "card": BELOW_TRAINING | {"train", "infer", "plots", "pages"},
+    "ablation": BELOW_TRAINING | {"train", "plots", "pages"},
     "aot": BELOW_TRAINING | {"train", "infer"},
 }
 # The values that kernels take; the ops that choose a kernel stand above it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import html
 import io
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_jax import pages
 from lightning_jax.ablation.results import METRIC, Run
 from lightning_jax.config.errors import UserError
 from lightning_jax.runtime.invocation import recorded
@@ -22,15 +22,6 @@ _CURVE_POINTS = 40
 # Okabe and Ito's palette: told apart with any colour vision.
 _COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 _MARKERS = "osD^vPX*"
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block;
-  overflow-x: auto; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #ccc; text-align: right;
-  white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; } pre { background: #f4f4f4; padding: .8rem; overflow-x: auto; }
-"""
 
 
 def curves(runs: Sequence[Run], workdir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -164,35 +155,18 @@ def build(
         for arm in report["arms"]
     ]
     items = "".join(f"<li>{html.escape(line)}</li>" for line in gaps)
-    picture = base64.b64encode(image).decode()
-    title = html.escape(report["question"])
-    return f"""<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head>
-<body>
-<h1>{title}</h1>
-{_html_table(header, rows)}
+    columns = ["arm", "changes", *[f"bits/byte on {domain}" for domain in domains]]
+    body = f"""{pages.table([header, *rows])}
 {f"<ul>{items}</ul>" if gaps else ""}
 <p>Held-out bits per byte over all domains: mean ± sample standard deviation over seeds. Differences
 are paired by seed; the interval is Student's t at 95%.</p>
-<p><img alt="Bits per byte against KV cache, and learning curves"
- src="data:image/png;base64,{picture}"></p>
+{pages.picture(image, "Bits per byte against KV cache, and learning curves")}
 <h2>Arms</h2>
-{_html_table(["arm", "changes", *[f"bits/byte on {domain}" for domain in domains]], detail)}
+{pages.table([columns, *detail])}
 <h2>How to reproduce</h2>
-<pre>{html.escape(origin)}</pre>
-<p>Seeds {", ".join(map(str, report["seeds"]))}; every field is in sweep.json.</p>
-</body>
-</html>
-"""
-
-
-def _html_table(header: list[str], rows: list[list[str]]) -> str:
-    def line(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    lines = [line(header, "th"), *[line(row, "td") for row in rows]]
-    return "\n".join(["<table>", *lines, "</table>"])
+{pages.listing(origin)}
+<p>Seeds {", ".join(map(str, report["seeds"]))}; every field is in sweep.json.</p>"""
+    return pages.document(report["question"], body)
 
 
 def origin(runs: Sequence[Run], workdir: Path) -> str:

@@ -11,14 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lightning_jax import accounting
 from lightning_jax.config import ModelConfig, RunConfig, kinds
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import LARGEST_COUNT, require
 from lightning_jax.runtime.files import read_json, write_file
-from lightning_jax.train.metrics import read_rows
+from lightning_jax.train.metrics import pace, read_rows
 
 METRIC = "bits_per_byte"
 # Of a domain in evaluation.json.
@@ -120,9 +118,7 @@ def run_row(run: Run, folder: Path) -> dict[str, Any]:
         if "experts_per_token" in row
     ]
     experts = sum(used) / tokens if used else None
-    steps = [row for row in read_rows(folder / "metrics.jsonl") if "tokens_per_second" in row]
-    windows = np.diff([0, *(row["tokens"] for row in steps)])
-    speeds = [row["tokens_per_second"] for row in steps]
+    speed, seconds = pace(read_rows(folder / "metrics.jsonl"))
     return {
         "arm": run.arm,
         "seed": run.seed,
@@ -133,10 +129,8 @@ def run_row(run: Run, folder: Path) -> dict[str, Any]:
         "domains": by_domain,
         "experts_per_token": experts,
         **costs(model, experts),
-        "tokens_per_second": float(np.median(speeds)) if speeds else None,
-        "seconds": sum(
-            n / speed for n, speed in zip(windows.tolist(), speeds, strict=True) if speed
-        ),
+        "tokens_per_second": speed,
+        "seconds": seconds,
     }
 
 

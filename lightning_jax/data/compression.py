@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import lzma
 import zlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from lightning_jax.data.sources import Sources
 
@@ -31,19 +31,50 @@ def compressed_bits_per_byte(texts: Iterable[str]) -> dict[str, float]:
     }
 
 
-def compression_rows(
-    sources: Sources, models: Mapping[str, Mapping[str, float | None]]
-) -> list[list[Any]]:
-    """Returns a table: a row per domain, with its bytes, each model's and each compressor's bits.
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """The held-out text of one domain: what a model and the compressors make of the same bytes.
+
+    Attributes:
+      domain: its name.
+      num_bytes: UTF-8 bytes of the text.
+      model: bits per byte; None if they were not measured.
+      compressors: bits per byte by compressor, the domain as one file.
+    """
+
+    domain: str
+    num_bytes: int
+    model: float | None
+    compressors: Mapping[str, float]
+
+    def __str__(self) -> str:
+        if self.model is None:
+            return f"Held-out {self.domain}: no bits per byte"
+        parts = [
+            f"{abs(self.model / theirs - 1):.1%} {'less' if self.model <= theirs else 'more'} than "
+            f"{name} ({theirs:.3f})"
+            for name, theirs in self.compressors.items()
+        ]
+        return f"Held-out {self.domain}: {self.model:.3f} bits per byte, {', '.join(parts)}"
+
+
+def compare(sources: Sources, model: Mapping[str, float | None]) -> list[Compared]:
+    """Compresses the held-out text of each source.
 
     Args:
-      sources: their held-out text is compressed, each domain as one file.
-      models: bits per byte by domain, by the model's name; None where there are none.
+      model: bits per byte by domain.
     """
-    rows: list[list[Any]] = [["held out", "bytes", *models, *COMPRESSORS]]
-    for name, source in sources.eval.items():
-        measured = [bits[name] for bits in models.values()]
-        ours = ["none" if bits is None else f"{bits:.3f}" for bits in measured]
-        theirs = [f"{bits:.3f}" for bits in compressed_bits_per_byte(source.texts()).values()]
-        rows.append([name, f"{source.num_bytes:,}", *ours, *theirs])
+    return [
+        Compared(name, source.num_bytes, model.get(name), compressed_bits_per_byte(source.texts()))
+        for name, source in sources.eval.items()
+    ]
+
+
+def comparison_rows(compared: Sequence[Compared]) -> list[list[str]]:
+    """Returns a table, header first: a row per domain, with its bytes and everyone's bits."""
+    rows = [["held out", "bytes", "this model", *COMPRESSORS]]
+    for text in compared:
+        ours = "none" if text.model is None else f"{text.model:.3f}"
+        theirs = [f"{bits:.3f}" for bits in text.compressors.values()]
+        rows.append([text.domain, f"{text.num_bytes:,}", ours, *theirs])
     return rows

@@ -149,7 +149,12 @@ def generate_run(
 
 
 def sample(
-    config: RunConfig, params: Any, router: lm.Router, tokenizer: Tokenizer, rope_base_global: float
+    config: RunConfig,
+    params: Any,
+    router: lm.Router,
+    tokenizer: Tokenizer,
+    rope_base_global: float,
+    sampling: Sampling = TRAINING_SAMPLE,
 ) -> str:
     """Returns `config.sample_prompt` continued by `config.sample_tokens` tokens.
 
@@ -173,7 +178,7 @@ def sample(
         engine,
         tokenizer,
         prompt,
-        TRAINING_SAMPLE,
+        sampling,
         max_new_tokens=config.sample_tokens,
         key=jax.random.key(config.seed),
         rows=1 if mesh.empty else sharding.batch_shards(mesh),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,19 @@ def flatten(metrics: dict[str, Any]) -> dict[str, Any]:
         else:
             row[name] = plain(np.asarray(value))
     return row
+
+
+def pace(rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, float]:
+    """Returns tokens per second and seconds of training, of a run's rows, over all its sessions.
+
+    The speed is the median over logged windows, so that compilation does not count; None if no step
+    was logged.
+    """
+    steps = [row for row in rows if "tokens_per_second" in row]
+    windows = np.diff([0, *(row["tokens"] for row in steps)]).tolist()
+    speeds = [row["tokens_per_second"] for row in steps]
+    seconds = sum(n / speed for n, speed in zip(windows, speeds, strict=True) if speed)
+    return (float(np.median(speeds)) if speeds else None), seconds
 
 
 class MetricsWriter:

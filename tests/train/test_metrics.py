@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 from lightning_jax.config.errors import UserError
-from lightning_jax.train.metrics import MetricsWriter, flatten, read_rows
+from lightning_jax.train.metrics import MetricsWriter, flatten, pace, read_rows
 
 
 def write(workdir, rows, resume_step=0):
@@ -160,3 +160,10 @@ def test_metrics_that_cannot_be_read_are_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match="metrics.jsonl: Is a directory"):
         read_rows(tmp_path / "metrics.jsonl")
+
+
+def test_pace_is_the_median_speed_and_the_time_of_all_sessions():
+    rows = [{"tokens": 10, "tokens_per_second": 1.0}, {"step": 3, "eval": {}}]
+    rows += [{"tokens": 30, "tokens_per_second": 10.0}, {"tokens": 50, "tokens_per_second": 10.0}]
+    assert pace(rows) == (10.0, 14.0)
+    assert pace([]) == (None, 0)
