@@ -36,6 +36,6 @@ def get_config() -> ConfigDict:
     config.final_eval_tokens = 0  # the text that gzip and xz get: all that is held out
     config.checkpoint_every = 100
     config.log_every = 5
-    config.sample_prompt = "def __init__(self,"  # a byte pair has its space in front
+    config.sample_prompt = "def __init__(self, file):"  # a byte pair has its space in front
     config.sample_tokens = 160
     return config
