@@ -156,11 +156,11 @@ def _ours(attend: Any, passes: str, arrays: list[jax.Array]) -> Call:
     return queue(lambda: call(*arrays))
 
 
-def _arrays(head_dim: int = HEAD_DIM) -> list[jax.Array]:
+def _arrays() -> list[jax.Array]:
     """Query, key, value and the output's cotangent in bfloat16."""
     heads = (QUERY_HEADS, KV_HEADS, KV_HEADS, QUERY_HEADS)
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = [(BATCH, LENGTH, count, head_dim) for count in heads]
+    shapes = [(BATCH, LENGTH, count, HEAD_DIM) for count in heads]
     return [
         jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)
     ]

@@ -74,10 +74,6 @@ class Rounds:
         """Median over rounds, milliseconds."""
         return 1e3 * statistics.median(self.seconds[name])
 
-    def min_ms(self, name: str) -> float:
-        """Fastest round, milliseconds."""
-        return 1e3 * min(self.seconds[name])
-
     def cpu_ms(self, name: str) -> float:
         """Median over rounds of the processor time of all threads, milliseconds."""
         return 1e3 * statistics.median(self.cpu_seconds[name])

@@ -33,7 +33,6 @@ SUITES = (
 )
 PROFILED = ("attention", "moe", "train")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
-_ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_suite(name: str, options: Options) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The cost of a model, from its config alone: parameters, FLOPs, KV-cache bytes, utilisation.
+"""The cost of a model, from its config alone: parameters, FLOPs, KV-cache bytes.
 
 Letters as everywhere: D model width, N query heads, K key/value heads, H head size, E experts,
 F expert or MLP hidden, V vocabulary, W window, T sequence length. One multiply-add is two FLOPs;
@@ -208,24 +208,6 @@ def kv_cache_bytes(config: ModelConfig, context: int, *, bytes_per_value: int = 
 def kv_bytes_per_token(config: ModelConfig, context: int, *, bytes_per_value: int = 2) -> float:
     """Returns cache bytes per token of context, mean over a context of `context` tokens."""
     return kv_cache_bytes(config, context, bytes_per_value=bytes_per_value) / context
-
-
-def mfu(
-    config: ModelConfig,
-    *,
-    tokens_per_second: float,
-    seq_len: int,
-    peak_flops: float,
-    experts_per_token: float | None = None,
-) -> float:
-    """Returns model FLOPs utilisation of training (PaLM, arXiv 2204.02311, appendix B).
-
-    Args:
-      tokens_per_second: of all devices together.
-      peak_flops: FLOPs per second of all devices together, in the compute dtype.
-    """
-    flops = flops_per_token(config, seq_len=seq_len, experts_per_token=experts_per_token)
-    return flops * tokens_per_second / peak_flops
 
 
 def predecessor(config: ModelConfig) -> ModelConfig:

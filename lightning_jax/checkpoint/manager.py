@@ -58,10 +58,6 @@ class Checkpointer:
                 raise
             error.add_note(f"and the last checkpoint was not saved: {failure}")
 
-    def latest_step(self) -> int | None:
-        """Returns the newest complete checkpoint's step, or None."""
-        return max(all_steps(self._directory), default=None)
-
     def save(
         self, step: int, items: Mapping[str, Any], data_iterator: Any, meta: Mapping[str, Any]
     ) -> None:

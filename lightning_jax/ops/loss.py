@@ -26,7 +26,6 @@ def token_losses(
     targets_M: jax.Array,
     *,
     chunk: int,
-    valid_vocab: int | None = None,
     vocab_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Computes `-log p(target)` and the log-sum-exp of the logits of every token.
@@ -40,9 +39,8 @@ def token_losses(
       targets_M: int32 ids; one outside 0..V-1 gives the loss of a zero logit, so that padding needs
         a weight of 0 and no valid id.
       chunk: most tokens whose logits exist at one time, at least 1. No effect on the results.
-      valid_vocab: columns from this one on are padding of the table: no probability, no gradient.
-      vocab_axes: mesh axes whose devices have the same tokens and share the columns, in order. Ids
-        and `valid_vocab` count the columns of all.
+      vocab_axes: mesh axes whose devices have the same tokens and share the columns, in order; ids
+        count the columns of all.
 
     Returns:
       `(nll_M, logsumexp_M)`, float32; the same on the devices that share the columns.
@@ -56,7 +54,7 @@ def token_losses(
     def one_chunk(_, tokens):
         hidden, targets = tokens
         columns = _columns(head, vocab_axes)
-        logits = _logits(narrow.operand(hidden, dtype), head, columns, valid_vocab)
+        logits = _product("MD,DV->MV", narrow.operand(hidden, dtype), head)
         return _, _losses(logits, columns, targets, vocab_axes)
 
     return _scan_chunks(one_chunk, None, (hidden_MD, targets_M), chunk)[1]
@@ -70,7 +68,6 @@ def cross_entropy(
     *,
     z_weight: float | jax.Array,
     chunk: int,
-    valid_vocab: int | None = None,
     vocab_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Computes sums over tokens, which add up over micro-batches and devices.
@@ -96,8 +93,7 @@ def cross_entropy(
     Raises:
       ValueError: `chunk` is below 1.
     """
-    static = chunk, valid_vocab, vocab_axes
-    sums: Any = _sums(hidden_MD, head_DV, targets_M, weights_M, z_weight, *static)
+    sums: Any = _sums(hidden_MD, head_DV, targets_M, weights_M, z_weight, chunk, vocab_axes)
     return sums[0], *jax.lax.stop_gradient(sums[1:])
 
 
@@ -113,15 +109,6 @@ def _columns(head_DV: jax.Array, vocab_axes: tuple[str, ...]) -> jax.Array:
     if vocab_axes:
         columns += jax.lax.axis_index(vocab_axes) * head_DV.shape[1]
     return columns
-
-
-def _logits(
-    hidden_MD: jax.Array, head_DV: jax.Array, columns: jax.Array, valid_vocab: int | None
-) -> jax.Array:
-    logits_MV = _product("MD,DV->MV", hidden_MD, head_DV)
-    if valid_vocab is None:
-        return logits_MV
-    return jnp.where(columns[None, :] < valid_vocab, logits_MV, -jnp.inf)
 
 
 def _is_target(columns: jax.Array, targets_M: jax.Array) -> jax.Array:
@@ -141,10 +128,9 @@ def _losses(
     return logsumexp_M - target_M, logsumexp_M
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _sums(hidden_MD, head_DV, targets_M, weights_M, z_weight, chunk, valid_vocab, vocab_axes):
-    options = dict(chunk=chunk, valid_vocab=valid_vocab, vocab_axes=vocab_axes)
-    losses = token_losses(hidden_MD, head_DV, targets_M, **options)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _sums(hidden_MD, head_DV, targets_M, weights_M, z_weight, chunk, vocab_axes):
+    losses = token_losses(hidden_MD, head_DV, targets_M, chunk=chunk, vocab_axes=vocab_axes)
     return _weigh(*losses, weights_M, z_weight)
 
 
@@ -155,9 +141,7 @@ def _weigh(nll_M, logsumexp_M, weights_M, z_weight):
     return nll_sum + z_sum, nll_sum, z_sum
 
 
-def _sums_and_gradients(
-    hidden_MD, head_DV, targets_M, weights_M, z_weight, chunk, valid_vocab, vocab_axes
-):
+def _sums_and_gradients(hidden_MD, head_DV, targets_M, weights_M, z_weight, chunk, vocab_axes):
     """Returns the sums, and the gradients of the first one."""
     dtype = hidden_MD.dtype
     head = narrow.operand(head_DV, dtype)
@@ -166,7 +150,7 @@ def _sums_and_gradients(
         hidden, targets, weights = tokens
         hidden = narrow.operand(hidden, dtype)
         columns = _columns(head, vocab_axes)
-        logits = _logits(hidden, head, columns, valid_vocab)
+        logits = _product("MD,DV->MV", hidden, head)
         nll, logsumexp = _losses(logits, columns, targets, vocab_axes)
         dlogsumexp = weights * (1 + 2 * z_weight * logsumexp)
         dlogits = jnp.exp(logits - logsumexp[:, None]) * dlogsumexp[:, None]
@@ -183,7 +167,7 @@ def _sums_and_gradients(
     return _weigh(nll_M, logsumexp_M, weights_M, z_weight), (dhidden, dhead.astype(head_DV.dtype))
 
 
-def _scale_gradients(chunk, valid_vocab, vocab_axes, gradients, cotangents):
+def _scale_gradients(chunk, vocab_axes, gradients, cotangents):
     cotangent = cotangents[0] * collectives.size(vocab_axes)  # as `collectives.total`
     dhidden, dhead = (
         (gradient.astype(jnp.float32) * cotangent).astype(gradient.dtype) for gradient in gradients

@@ -26,7 +26,7 @@ def test_short_calls_are_repeated():
 def test_ratios_are_of_the_same_round():
     found = measure.Rounds({"a": [1.0, 20.0, 3.0], "b": [0.5, 10.0, 1.0]})
     assert found.ratio("a", "b") == 2.0
-    assert found.median_ms("a") == 3000.0 and found.min_ms("b") == 500.0
+    assert found.median_ms("a") == 3000.0
     assert found.gflops("b", 2e9) == pytest.approx(2.0)
 
 

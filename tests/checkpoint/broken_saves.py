@@ -42,9 +42,9 @@ def save(checkpointer, step):
     checkpointer.wait()
 
 
-def check(checkpointer):
+def check(checkpointer, workdir):
     """The newest checkpoint must be whole."""
-    newest = checkpointer.latest_step()
+    newest = all_steps(checkpoints_dir(workdir))[-1]
     found = checkpointer.restore(None, state(0))
     for item, tree in state(newest).items():
         for name, array in tree.items():
@@ -90,7 +90,7 @@ def break_at(number, kind, workdir):
             assert str(error).endswith(f"checkpoints: {FULL}"), error
         calls.broken = False
         (workdir / "calls").write_text(str(calls.count))
-        check(checkpointer)
+        check(checkpointer, workdir)
         save(checkpointer, 2)
     # A disk that fails after 2 has its number leaves 1 there too.
     assert sorted(path.name for path in checkpoints_dir(workdir).iterdir()) in (["2"], ["1", "2"])
@@ -107,13 +107,13 @@ def write_too_much(workdir):
         except UserError as error:
             assert str(error).endswith("checkpoints: File too large"), error
         gc.collect()
-        check(checkpointer)
+        check(checkpointer, workdir)
 
 
 def look(workdir):
     """What a kill has left must be whole, and the next save leaves itself alone."""
     with Checkpointer(workdir, keep=1) as checkpointer:
-        check(checkpointer)
+        check(checkpointer, workdir)
         save(checkpointer, 3)
     assert sorted(path.name for path in checkpoints_dir(workdir).iterdir()) == ["3"]
 

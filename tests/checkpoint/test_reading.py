@@ -187,7 +187,7 @@ def test_the_good_older_checkpoint_is_named_for_training(damaged, run):
         command = str(caught.value).split("to train on from it, first run ")[1]
         subprocess.run(command, shell=True, check=True)
         assert_bitwise(checkpointer.restore(None, {"params": run[2]}), {"params": run[2]})
-        assert read_meta(damaged).step == checkpointer.latest_step() == 1
+        assert read_meta(damaged).step == 1
     assert (damaged / "damaged-2" / "params").is_dir()
 
 

@@ -25,13 +25,11 @@ def inputs(scale=1.0, dtype=jnp.float32):
     return hidden_MD, head_DV, targets_M, weights_M
 
 
-def oracle(hidden_MD, head_DV, targets_M, weights_M, valid_vocab=None):
+def oracle(hidden_MD, head_DV, targets_M, weights_M):
     """Returns the three sums and the gradients of their first, in float64."""
     hidden, head, weights = (np.asarray(a, np.float64) for a in (hidden_MD, head_DV, weights_M))
     targets = np.asarray(targets_M)
     logits = hidden @ head
-    if valid_vocab is not None:
-        logits[:, valid_vocab:] = -np.inf
     top = logits.max(1)
     lse = top + np.log(np.exp(logits - top[:, None]).sum(1))
     rows = np.arange(len(targets))
@@ -43,16 +41,10 @@ def oracle(hidden_MD, head_DV, targets_M, weights_M, valid_vocab=None):
     return (nll_sum + z_sum, nll_sum, z_sum), (dlogits @ head.T, hidden.T @ dlogits)
 
 
-def sums_and_gradients(hidden_MD, head_DV, targets_M, weights_M, *, chunk, valid_vocab=None):
+def sums_and_gradients(hidden_MD, head_DV, targets_M, weights_M, *, chunk):
     def total(hidden_MD, head_DV, z_weight):
         sums = cross_entropy(
-            hidden_MD,
-            head_DV,
-            targets_M,
-            weights_M,
-            z_weight=z_weight,
-            chunk=chunk,
-            valid_vocab=valid_vocab,
+            hidden_MD, head_DV, targets_M, weights_M, z_weight=z_weight, chunk=chunk
         )
         return sums[0], sums
 
@@ -68,15 +60,10 @@ def assert_matches(actual, expected, rtol=2e-5):
         np.testing.assert_allclose(np.asarray(a, np.float64) / scale, e / scale, atol=rtol)
 
 
-@pytest.mark.parametrize(
-    ("chunk", "valid_vocab"), [(1, None), (7, None), (7, 33), (22, None), (M, 33), (1000, None)]
-)
-def test_matches_the_oracle(chunk, valid_vocab):
+@pytest.mark.parametrize("chunk", [1, 7, 22, M, 1000])
+def test_matches_the_oracle(chunk):
     args = inputs()
-    actual = sums_and_gradients(*args, chunk=chunk, valid_vocab=valid_vocab)
-    assert_matches(actual, oracle(*args, valid_vocab=valid_vocab))
-    if valid_vocab is not None:
-        assert not np.any(actual[1][1][:, valid_vocab:])
+    assert_matches(sums_and_gradients(*args, chunk=chunk), oracle(*args))
 
 
 def test_large_logits_stay_finite():
@@ -145,15 +132,13 @@ def test_never_holds_more_than_a_chunk_of_logits():
     assert f"f32[4,6,{V}]" not in text
 
 
-def split_sums_and_gradients(args, *, shards, chunk, valid_vocab=None, factor=1.0):
+def split_sums_and_gradients(args, *, shards, chunk, factor):
     """As `sums_and_gradients`, columns split over `shards` devices and tokens over the others."""
     mesh = jax.make_mesh((8 // shards, shards), ("data", "vocab"), axis_types=(AUTO, AUTO))
 
     def local(hidden_MD, head_DV, targets_M, weights_M):
-        options = dict(z_weight=Z_WEIGHT, chunk=chunk, valid_vocab=valid_vocab)
-        sums = cross_entropy(
-            hidden_MD, head_DV, targets_M, weights_M, **options, vocab_axes=("vocab",)
-        )
+        options = dict(z_weight=Z_WEIGHT, chunk=chunk, vocab_axes=("vocab",))
+        sums = cross_entropy(hidden_MD, head_DV, targets_M, weights_M, **options)
         return total(jnp.stack(sums), ("data",))
 
     def scaled(hidden_MD, head_DV):
@@ -167,12 +152,12 @@ def split_sums_and_gradients(args, *, shards, chunk, valid_vocab=None, factor=1.
         return jax.device_get((sums, grads))
 
 
-def inputs_with_gaps(dtype, valid_vocab):
+def inputs_with_gaps(dtype):
     """24 tokens: targets in every part of the columns, and outside of all where the weight is 0."""
     rng = np.random.default_rng(1)
     hidden_MD = jnp.asarray(rng.normal(size=(24, D)), dtype)
     head_DV = jnp.asarray(rng.normal(size=(D, V)), jnp.float32)
-    targets_M = np.arange(24, dtype=np.int32) * 5 % valid_vocab
+    targets_M = np.arange(24, dtype=np.int32) * 5 % V
     weights_M = rng.integers(1, 3, 24).astype(np.float32)
     gaps = [3, 11, 20]
     targets_M[gaps], weights_M[gaps] = [-1, V, 2**31 - 1], 0
@@ -181,40 +166,34 @@ def inputs_with_gaps(dtype, valid_vocab):
 
 @pytest.mark.usefixtures("compile_afresh")
 @pytest.mark.parametrize(
-    ("shards", "chunk", "valid_vocab", "dtype"),
+    ("shards", "chunk", "dtype"),
     [
-        (2, 1, V, "float32"),
-        (2, 4, 33, "bfloat16"),
-        (4, 5, V, "float32"),
-        (8, 7, V, "float32"),
-        (8, 1000, 33, "float32"),  # the last device has padding alone
-        (8, 9, V, "bfloat16"),
+        (2, 1, "float32"),
+        (2, 4, "bfloat16"),
+        (4, 5, "float32"),
+        (8, 7, "float32"),
+        (8, 1000, "float32"),
+        (8, 9, "bfloat16"),
     ],
 )
-def test_columns_split_over_devices_change_nothing(shards, chunk, valid_vocab, dtype):
-    args = inputs_with_gaps(dtype, valid_vocab)
-    sums, grads = split_sums_and_gradients(
-        args, shards=shards, chunk=chunk, valid_vocab=valid_vocab, factor=-3.0
-    )
+def test_columns_split_over_devices_change_nothing(shards, chunk, dtype):
+    args = inputs_with_gaps(dtype)
+    sums, grads = split_sums_and_gradients(args, shards=shards, chunk=chunk, factor=-3.0)
     assert grads[0].dtype == dtype and grads[1].dtype == jnp.float32
-    rounded, targets_M = args[1].astype(dtype), np.clip(args[2], 0, valid_vocab - 1)
-    expected = oracle(
-        args[0], rounded.astype(jnp.float32), targets_M, args[3], valid_vocab=valid_vocab
-    )
+    rounded, targets_M = args[1].astype(dtype), np.clip(args[2], 0, V - 1)
+    expected = oracle(args[0], rounded.astype(jnp.float32), targets_M, args[3])
     assert_matches(sums, expected[0])
     scaled = [-3 * gradient for gradient in expected[1]]
     assert_matches(grads, scaled, rtol=1e-2 if dtype == "bfloat16" else 2e-5)
-    assert not np.any(grads[1][:, valid_vocab:])
 
 
 @pytest.mark.usefixtures("compile_afresh")
 def test_losses_of_split_columns_and_their_gradient_are_those_of_one_device():
-    hidden_MD, head_DV, targets_M, _ = inputs_with_gaps("float32", V)
+    hidden_MD, head_DV, targets_M, _ = inputs_with_gaps("float32")
     mesh = jax.make_mesh((8,), ("vocab",), axis_types=(AUTO,))
 
     def losses(hidden_MD, head_DV, vocab_axes=()):
-        options = dict(chunk=5, valid_vocab=33, vocab_axes=vocab_axes)
-        return token_losses(hidden_MD, head_DV, jnp.minimum(targets_M, 32), **options)
+        return token_losses(hidden_MD, head_DV, targets_M, chunk=5, vocab_axes=vocab_axes)
 
     with jax.set_mesh(mesh):
         run = jax.shard_map(
