@@ -37,7 +37,7 @@ def keep(folder: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def marked(root: Path, run: Run) -> Iterator[None]:
-    """Names the run that is being trained, meanwhile, in the sweep's folder."""
+    """While the block runs, the sweep's folder names the run that is being trained."""
     write_file(root / _RUNNING, str(run))
     try:
         yield

@@ -80,7 +80,6 @@ def summarize(sweep: Sweep, workdir: Path) -> dict[str, Any]:
     the baseline over the seeds that both have (`mean`, `low`, `high`, `seeds`, `verdict`; None for
     the baseline or without common seeds) and `costs` (means over seeds); `missing`, the runs
     without a result and why; `notes`.
-
     """
     rows: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in sweep.arms}
     missing = []

@@ -67,8 +67,8 @@ class Network:
 class Transfer:
     """One collective and its seconds in one run.
 
-    `hidden` are those behind other ops, each of which hides one transfer at a time, for as long as
-    it takes itself.
+    During `hidden` of them other ops run; an op hides one transfer at a time, and no longer than it
+    takes itself.
     """
 
     collective: Collective

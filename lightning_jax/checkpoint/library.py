@@ -1,4 +1,4 @@
-"""Orbax, imported when it is needed, and without what it prints: all that it has to say it raises.
+"""Orbax, imported when it is needed and silenced: what matters it raises besides.
 
 Where a write fails, TensorStore goes on with the others and reports their ends to the event loop
 of Orbax, which is closed by then: one traceback for each, beside the error that is raised.

@@ -68,9 +68,10 @@ def _experts_used(stats: RoutingStats | None) -> jax.Array:
 
 
 def compiled_for(config: ModelConfig) -> ModelConfig:
-    """Returns the config that they are compiled for, which models that differ elsewhere share.
+    """Returns the config that these functions are compiled for.
 
-    The RoPE base is an argument, so that stages with other bases share them too.
+    Models that differ only in what decoding does not read share it, and stages with other RoPE
+    bases, because the base is an argument.
     """
     attention = dataclasses.replace(config.attention, implementation="", rope_base_global=2.0)
     return dataclasses.replace(config, attention=attention)

@@ -155,8 +155,8 @@ class GatedMLP(nn.Module):
             )
             return total(project("BTF,FD->BTD", hidden_BTF, down_FD), mlp_axes)
 
-        # One sum over devices each way. A partitioner would send back the gradients by gate and by
-        # up apart.
+        # One sum over devices each way. A partitioner would sum the gradients of x through the gate
+        # and through up over devices one by one.
         into, out = (None, "mlp"), ("mlp", None)
         run = sharding.island(local, inputs=(TOKENS, into, into, out), outputs=TOKENS)
         return run(x_BTD, *summed_in_float32((gate_DF, up_DF, down_FD)))

@@ -131,7 +131,7 @@ class MoE(nn.Module):
         else:
             parameters = summed_in_float32(parameters)
 
-        # Units are declared side by side, for which jax has no ragged exchange; any other will do.
+        # `vmap` initialises the units, for which jax has no ragged exchange; any other will do.
         transport = "all_gather" if self.is_initializing() else config.transport or None
 
         def local(x_BTD, choices, parameters, unit):

@@ -3,8 +3,8 @@
 Everything is float32 and made of sums over tokens, so shards and micro-batches add up. Counts
 are exact below 2^24 tokens. Every function works under `jax.vmap` over layers.
 
-Letters: M tokens, E experts, C choices per token, J groups (or partitions) of consecutive
-experts, E/J in each.
+Letters: M tokens, E experts, C choices per token, J groups (or partitions) of G = E/J consecutive
+experts each, P parts of the experts.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ class ExchangeStats:
 class RoutingStats:
     """Sums over the tokens of one layer; add two with `jax.tree.map(jnp.add, a, b)`.
 
-    All but `choices`, which are no sum: they are None unless somebody asked for them.
-
-    Counts carry no gradient; `*prob_sum*`, entropy_sum and z_sum do. Padding is in none of them.
+    `choices` are no sum; they are None unless they were asked for. Counts carry no gradient;
+    `*prob_sum*`, entropy_sum and z_sum do. Padding is in none of them.
 
     tokens: real tokens.
     top1_count_E: tokens whose most probable expert is e.

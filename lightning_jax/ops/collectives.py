@@ -17,8 +17,9 @@ def size(axes: tuple[str, ...]) -> int:
 def total(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Sums over the devices of mesh axes, for a result that they return whole; `()` sums nothing.
 
-    Such a result's cotangent reaches each of its n copies as the same n-th part (`jax.shard_map`
-    without `check_vma`). The gradient of `psum`, their sum, is n times any of them.
+    `jax.shard_map` without `check_vma` gives each of the n devices an equal n-th part of such a
+    result's cotangent. The gradient of `psum` would add these parts up over the devices; n times
+    the device's own part is the same, and needs no communication.
     """
     return jax.lax.psum(x, axes) if axes else x
 

@@ -13,8 +13,8 @@ def lookup(
 ) -> jax.Array:
     """Returns `table_VD[tokens_BT]`, [B, T, D] in the table's dtype.
 
-    Differentiable in reverse mode. The gradients of a row add up in at least float32, for in
-    bfloat16 those of a frequent token stop to count after 256 of them.
+    Differentiable in reverse mode. The gradients of a row add up in at least float32: in bfloat16
+    the sum of a frequent token's would stop growing at 256 of them.
 
     Args:
       table_VD: the table; with `vocab_axes` this device's rows of it.
@@ -37,7 +37,7 @@ def _rows(table_VD: jax.Array, row_BT: jax.Array) -> jax.Array:
 
 
 def _forward(table_VD, row_BT):
-    # Of the table its rows and dtype alone.
+    # Kept of the table: its number of rows and its dtype.
     return table_VD[row_BT], (row_BT, jnp.zeros((len(table_VD), 0), table_VD.dtype))
 
 

@@ -1,7 +1,8 @@
 """The choice of experts for each token, and the order in which the slots are computed.
 
-Letters: M tokens, E experts, C choices (slots) per token, S = M*C slots, D model width. In `route`
-and its results M stands for any number of leading axes, such as [B, T].
+Letters: M tokens, E experts, C choices (slots) per token, S = M*C slots, D model width, J groups of
+G consecutive experts, R rows. In `route` and its results M stands for any number of leading axes,
+such as [B, T].
 Everything here is float32: bfloat16 cumulative sums over many experts mis-threshold.
 """
 
@@ -157,8 +158,8 @@ def _within_groups(order_ME: jax.Array, num_groups: int, max_groups: int) -> jax
     """-inf for the experts outside of each token's best groups."""
     order_MJG = order_ME.reshape(*order_ME.shape[:-1], num_groups, -1)
     best_MJ2, _ = jax.lax.top_k(order_MJG, min(2, order_MJG.shape[-1]))
-    _, group_MK = jax.lax.top_k(jnp.sum(best_MJ2, axis=-1), max_groups)
-    allowed_MJ = jnp.any(jax.nn.one_hot(group_MK, num_groups, dtype=bool), axis=-2)
+    _, group_MX = jax.lax.top_k(jnp.sum(best_MJ2, axis=-1), max_groups)
+    allowed_MJ = jnp.any(jax.nn.one_hot(group_MX, num_groups, dtype=bool), axis=-2)
     return jnp.where(allowed_MJ[..., None], order_MJG, -jnp.inf).reshape(order_ME.shape)
 
 

@@ -119,8 +119,9 @@ def _blocked(sizes, clamp, x_MD, gate_MC, order, first, weights, biases):
     return _run(sizes, clamp, x_MD, gate_MC, order, first, weights, biases, keep=False)[0]
 
 
-# J is 2 F: gate and up projections side by side, one product instead of two. In the forward pass
-# two are as fast, and laying the weights side by side would not pay for few rows.
+# R is the rows of a block; of what is kept, all sorted rows. J is 2 F: gate and up projections side
+# by side, one product instead of two. In the forward pass two are as fast, and laying the weights
+# side by side would not pay for few rows.
 
 
 def _forward(sizes, clamp, *arguments):

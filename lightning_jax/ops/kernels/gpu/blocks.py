@@ -57,8 +57,8 @@ _CLASS_OF_NAME = {
 _SMALL = "small"
 
 # (class, head size) -> tiles for windows from `_WIDE` keys on. So says the compiler, without a GPU:
-# on Hopper all products are `wgmma`, and no loop over unmasked blocks spills registers (but that of
-# ("hopper", 128).dkey with a soft-cap, 12 of them). Which of the tiles that fit is fastest was not
+# on Hopper all products are `wgmma`, and no loop over unmasked blocks spills registers, except that
+# of ("hopper", 128).dkey with a soft-cap (12). Which of the tiles that fit is fastest was not
 # measured; suite `kernels_gpu` has a table for that.
 _TILES = {
     ("hopper", 64): Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
@@ -87,9 +87,10 @@ _FLOAT32 = {
 
 
 def device_class() -> str:
-    """Returns the row of the tile table for the target; Hopper's where that is no GPU.
+    """Returns the row of the tile table for the target.
 
-    That is where something is lowered for GPUs by name (`lowering_platforms=("cuda",)`).
+    A target that is no GPU gets Hopper's: it lowers for GPUs by name
+    (`lowering_platforms=("cuda",)`).
     """
     now = target.current()
     if now.platform != "gpu":

@@ -1,9 +1,9 @@
 """Grouped matmuls for GPUs in Pallas Triton: rows sorted by expert, times weights or one another.
 
 A program computes one tile of results, of one expert: tiles start where the expert's rows start, so
-no two programs write the same row. There are as many programs as any group sizes can need; those
-too many end at once. Weight gradients are summed over an expert's rows by one program in a fixed
-order: same inputs, same bits, without atomics.
+no two programs write the same row. There are as many programs as any group sizes could need, of
+which the superfluous ones end at once. Weight gradients are summed over an expert's rows by one
+program in a fixed order: same inputs, same bits, without atomics.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 A grid step takes a row of the batch and walks those pages that hold positions its queries can see;
 the next page is on its way while one is computed with. All heads share a page's copy and its two
 products: a page is a matrix with a row for every (token, key/value head), and scores between a
-query head and keys of another key/value head are hidden. That multiplies work which a TPU has to
-spare by K, and saves taking keys apart by head. Pages are those of PagedAttention (Kwon et al.,
-arXiv:2309.06180).
+query head and keys of another key/value head are hidden. That takes K times the products, which a
+TPU has to spare, and keys need not be taken apart by head. Pages are those of PagedAttention (Kwon
+et al., arXiv:2309.06180).
 
 Letters besides the usual ones: R rows, the queries of all heads in the order (key/value head, time,
 head of the group); C columns of a page, in the order (token, key/value head); J pages of a row of

@@ -2,9 +2,9 @@
 
 A grid step takes a block of keys and values, which join a ring in fast memory, and the queries at
 the same place of the row, if any. The ring holds all that they can see, so every key is read once
-and no index is looked up. Tiles of queries run
-interleaved: while one waits for its products another takes its exponentials. The running softmax is
-Milakov & Gimelshein, arXiv:1805.02867, in base 2 with the scale folded into the queries.
+and no index is looked up. Tiles of queries run interleaved: while one waits for its products
+another takes its exponentials. The running softmax is Milakov & Gimelshein, arXiv:1805.02867, in
+base 2 with the scale folded into the queries.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ class Specs:
     """Which blocks of its arrays a grid step sees."""
 
     def __init__(self, band: Band, lag: int = 0):
-        """`lag`: blocks that finished keys lag behind the queries, and steps that only finish.
+        """`lag`: by how many blocks finished keys lag behind the queries; the grid has as many
+        steps more, which only finish keys.
 
         Steps without queries of their own map to the first or the last query block, so nothing is
         copied. They must: revisiting an output block after leaving it makes Pallas write back a
