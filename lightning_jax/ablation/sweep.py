@@ -34,8 +34,8 @@ from lightning_jax.ablation.results import (
     write_results,
 )
 from lightning_jax.config import RunConfig
-from lightning_jax.config.errors import UserError
-from lightning_jax.config.fields import build, first_change, require, suggest, to_dict
+from lightning_jax.config.errors import UserError, suggest
+from lightning_jax.config.fields import build, first_change, require, to_dict
 from lightning_jax.runtime import shipped
 from lightning_jax.runtime.files import read_json, write_json
 from lightning_jax.train import loop

@@ -2,9 +2,9 @@
 
 Both are of one device and of one run of an op. The bytes are those of the schedule: every op reads
 its operands and writes its results, as far as these lie in the main memory; of a stack that an op
-slices, only the slice counts. Kernels (Pallas) count their operands and results once, of a stack
-over the turns of a loop a turn's part, and no FLOPs, because nothing in the text says what they
-compute.
+slices, only the slice counts. Kernels (Pallas) count their operands and results once; of a stack
+with an entry for each turn of a loop, one entry. They count no FLOPs, because nothing in the text
+says what they compute.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _fusion_bytes(program: Program, computation: str, op: Op) -> int:
     ops, by_name = program.computations[name], program.by_name[name]
     operands = program.operand_arrays(computation, op)
     total = 0
-    for index, inner in _parameters(program, name).items():
+    for index, inner in program.parameters(name).items():
         if index < len(operands) and operands[index].in_hbm:
             total += _read(program, name, inner)
     root = next(inner for inner in ops if inner.is_root)
@@ -115,15 +115,6 @@ def _fusion_bytes(program: Program, computation: str, op: Op) -> int:
         if array.in_hbm and part in by_name:
             total += _written(by_name, by_name[part], array.num_bytes)
     return total
-
-
-def _parameters(program: Program, computation: str) -> dict[int, Op]:
-    """The parameters of a computation by number."""
-    return {
-        int(re.findall(r"\d+", op.attributes)[0]): op
-        for op in program.computations[computation]
-        if op.opcode == "parameter"
-    }
 
 
 def _read(program: Program, computation: str, value: Op) -> int:
@@ -135,7 +126,7 @@ def _read(program: Program, computation: str, value: Op) -> int:
         if user.opcode == "bitcast":
             total += _read(program, computation, user)
         elif user.opcode == "fusion":
-            inside = _parameters(program, user.called[0])
+            inside = program.parameters(user.called[0])
             places = [at for at, name in enumerate(user.operands) if name == value.name]
             total += sum(_read(program, user.called[0], inside[at]) for at in places)
         elif user.opcode in _SLICES and user.operands[0] == value.name:

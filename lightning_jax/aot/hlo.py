@@ -111,6 +111,14 @@ class Program:
                 if inner.opcode in ("fusion", "call", "async-start"):
                     yield from self.inside(inner)
 
+    def parameters(self, computation: str) -> dict[int, Op]:
+        """The parameters of a computation by number."""
+        return {
+            int(re.findall(r"\d+", op.attributes)[0]): op
+            for op in self.computations[computation]
+            if op.opcode == "parameter"
+        }
+
     def operand_arrays(self, computation: str, op: Op) -> list[Array]:
         """The arrays of all operands of an op, in order."""
         ops = self.by_name[computation]

@@ -71,13 +71,9 @@ def _comparison(program: Program, condition: str) -> tuple[str, str] | None:
         return root.operands[0], root.operands[1]
     if root.opcode != "fusion":
         return None
-    inner = program.computations[root.called[0]]
-    last = next(op for op in inner if op.is_root)
-    numbers = {
-        op.name: int(re.findall(r"\d+", op.attributes)[0])
-        for op in inner
-        if op.opcode == "parameter"
-    }
+    inner = root.called[0]
+    last = next(op for op in program.computations[inner] if op.is_root)
+    numbers = {op.name: number for number, op in program.parameters(inner).items()}
     is_less = last.opcode == "compare" and last.attribute("direction") == "LT"
     if not is_less or any(name not in numbers for name in last.operands):
         return None

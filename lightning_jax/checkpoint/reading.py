@@ -20,7 +20,7 @@ from lightning_jax.checkpoint import folders, trees
 from lightning_jax.checkpoint.folders import all_steps, checkpoints_dir
 from lightning_jax.checkpoint.library import orbax
 from lightning_jax.config import CheckpointMeta, ModelConfig, RunConfig
-from lightning_jax.config.errors import UserError
+from lightning_jax.config.errors import UserError, some_of
 from lightning_jax.config.fields import require
 from lightning_jax.runtime.files import StrPath, read_json
 
@@ -181,8 +181,7 @@ def _check(folder: Path, wanted: Mapping[str, Any]) -> None:
     extra = [f"{folder.name}/{key}" for key in stored if key not in wanted]
     for verb, names in (("lacks", missing), ("has, beyond what is asked for,", extra)):
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(f"it {verb} {', '.join(names[:3])}{more}")
+            raise UserError(f"it {verb} {some_of(names)}")
     for key, leaf in wanted.items():
         there, here = trees.describe(stored[key]), trees.describe(leaf)
         if there != here:

@@ -1,9 +1,9 @@
-"""The exception for bad input, and the "did you mean" of all messages about unknown names."""
+"""The exception for bad input, and how all messages list names and say "did you mean"."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -19,6 +19,12 @@ def did_you_mean(value: object, options: Iterable[str]) -> str:
     """Returns ` (did you mean "b"?)` where an option is close to `value`, else nothing."""
     close = difflib.get_close_matches(str(value), list(options), n=1)
     return f' (did you mean "{close[0]}"?)' if close else ""
+
+
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """Returns `a, b, c`, and how many more names there are beyond `most`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def suggest(value: object, options: Iterable[str]) -> str:

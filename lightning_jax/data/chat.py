@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightning_jax.config.errors import UserError
-from lightning_jax.config.fields import suggest
+from lightning_jax.config.errors import UserError, suggest
 from lightning_jax.config.kinds import Kind, check, choice, either, or_null
 from lightning_jax.data import templates
 from lightning_jax.runtime.files import read_json

@@ -26,8 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_jax.config.errors import UserError
-from lightning_jax.config.fields import suggest
+from lightning_jax.config.errors import UserError, suggest
 from lightning_jax.data.globs import encoded_name, shown_name
 from lightning_jax.data.index import Entry, Index, IndexStore, key_of
 from lightning_jax.runtime.invocation import install

@@ -23,7 +23,7 @@ from lightning_jax.runtime.files import StrPath, write_file
 
 _LOADERS = {".json": load_hugging_face, ".model": load_sentencepiece}
 _SMALLEST_BPE = 256 + 2
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _SAMPLE_BYTES = 16 * 2**20
 
 
@@ -53,7 +53,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     with quiet():
         lost = round_trip.lost_share(tokenizer)
     if lost:
-        _log.warning(
+        logger.warning(
             "data.tokenizer = %r: loses %.1f%% of the bytes of a sample text; text of which it "
             "loses anything has no bits per byte",
             spec,

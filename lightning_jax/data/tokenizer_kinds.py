@@ -11,13 +11,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from lightning_jax.config.errors import UserError
+from lightning_jax.config.errors import UserError, some_of
 from lightning_jax.data import tokenizer_stream
 from lightning_jax.data.chat import ChatTemplate
 from lightning_jax.data.files import optional_import
 from lightning_jax.data.tokenizer_stream import Pieces, StreamDecoder, WindowStream
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _BYTES = Pieces(lambda token_id: bytes([token_id]) if 0 <= token_id < 256 else b"")
 
 
@@ -153,10 +153,10 @@ class _ModelTokenizer:
             for tokens in (self.added, self.specials)
         )
         outside = [name for name in (*self.added, *self.specials) if name not in added | specials]
-        _log.warning(
+        logger.warning(
             "%s: %s: beyond the %d rows of the model's embedding, so never generated, and text",
             self.name,
-            ", ".join(outside[:5]) + f" and {len(outside) - 5} more" * (len(outside) > 5),
+            some_of(outside, 5),
             rows,
         )
         return dataclasses.replace(

@@ -151,7 +151,7 @@ class Scorer:
         scores: list[tuple[float, bool]],
     ) -> int:
         """Writes the scores of a batch's pairs; returns how many."""
-        numbers = _collect(batch, made, pairs, scores)
+        numbers = _write_scores(batch, made, pairs, scores)
         for number in numbers:
             if not math.isfinite(scores[number][0]):
                 _, params, router = self._model
@@ -208,7 +208,7 @@ class Scorer:
         return _score(*self._model, tokens_BT, length_B, index_M, target_M, jnp.int32(count))
 
 
-def _collect(
+def _write_scores(
     batch: Sequence[_Row],
     made: tuple[jax.Array, jax.Array],
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],

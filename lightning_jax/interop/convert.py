@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,9 @@ from lightning_jax.data.tokenizer_folder import VOCABULARIES
 from lightning_jax.interop import hf
 from lightning_jax.interop.hf.config import read_config
 from lightning_jax.interop.tokenizer_export import export_tokenizer
-from lightning_jax.runtime.files import read_json
+from lightning_jax.runtime.files import StrPath, read_json
 from lightning_jax.runtime.folders import new_folder
 from lightning_jax.train.start import write_start
-
-StrPath = str | os.PathLike[str]
 
 
 def is_run(path: StrPath) -> bool:

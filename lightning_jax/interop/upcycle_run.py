@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,13 @@ from lightning_jax.config.fields import require
 from lightning_jax.data.sources import Sources
 from lightning_jax.interop.convert import describe, is_run, load_any
 from lightning_jax.interop.upcycle import is_exact, upcycle
+from lightning_jax.runtime.files import StrPath
 from lightning_jax.runtime.folders import new_folder
 from lightning_jax.train.evaluation import ONE_DEVICE, Evaluator, require_finite
 from lightning_jax.train.plan import Plan
 from lightning_jax.train.start import write_start
 
 logger = logging.getLogger(__name__)
-
-StrPath = str | os.PathLike[str]
 
 
 def upcycle_run(

@@ -107,12 +107,13 @@ class Attention(nn.Module):
     def _project_in(self, x_BTD: jax.Array) -> dict[str, jax.Array]:
         """Returns queries, an owner's keys and values, and float32 logits of the heads' gates.
 
-        All in one island: what they send back to x is added before it is summed over devices.
+        All in one island, so that a device adds up what they send back to x before the one sum over
+        devices.
         """
         weights = self._weights(x_BTD.shape[-1], x_BTD.dtype)
 
         def local(x_BTD: jax.Array, weights: dict[str, Any]) -> dict[str, jax.Array]:
-            inputs = {name: x_BTD for name in weights}
+            inputs = dict.fromkeys(weights, x_BTD)
             if "gate" in weights:
                 inputs["gate"] = x_BTD.astype(jnp.float32)
             return {name: project(_INTO[name][0], inputs[name], *weights[name]) for name in weights}

@@ -17,7 +17,7 @@ from lightning_jax.ops.kernels.common import HIDDEN, TRITON_HEAD_SIZES, precisio
 from lightning_jax.ops.mask import Mask
 from lightning_jax.runtime import target
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SEGMENTS, SINKS, SOFTCAP, OFFSET = "segments", "sinks", "logit_softcap", "query_offset"
 
@@ -186,7 +186,7 @@ def _choose(
             choice = "pallas_gpu"
         elif queries >= _BANDED_FROM_QUERIES and keys >= _BANDED_FROM_KEYS:
             choice = "xla_banded"
-    _logger.debug(
+    logger.debug(
         "attention: %s on %s for %s %s queries, length %s, window %s",
         choice,
         backend,

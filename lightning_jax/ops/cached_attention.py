@@ -23,7 +23,7 @@ from lightning_jax.ops.kv_cache import Fresh, Stored, slot_positions
 from lightning_jax.ops.mask import EMPTY_POSITION, Mask
 from lightning_jax.runtime import target
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _KERNELS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 IMPLEMENTATIONS = ("reference", "blocked", *_KERNELS)
@@ -82,7 +82,7 @@ def _choose(
     choice = f"pallas_{platform}"
     if choice not in _KERNELS or not _kernel(choice).fits(query_BTNH, key_UBSKH):
         choice = "blocked"
-    _logger.debug(
+    logger.debug(
         "attention to a cache: %s on %s for queries %s and keys %s",
         choice,
         platform,

@@ -10,7 +10,7 @@ Three transports, for functions that run on each device's own tokens and experts
 
 Imbalance costs rounds, and never a token. All three give the same values and gradients, up to the
 order of float32 sums, and each has the same bits on every run. Letters: see `ops.exchange_plan`;
-L = E / P experts on a device, X = 2 D.
+L = E / P experts on a device, N the tokens of all peers, X = 2 D.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ from lightning_jax.ops.experts import routed_experts
 from lightning_jax.ops.routing import Choices
 from lightning_jax.runtime import target
 
+logger = logging.getLogger(__name__)
+
 TRANSPORTS = ("all_to_all", "all_gather", "ragged_all_to_all")
-# Of a device. Gathered tokens are then few enough that one collective each way beats two with a
-# plan; at training sizes the gathered rows need P times the memory of a buffer.
+# Tokens of a device up to which they are gathered: one collective each way then beats two with a
+# plan. At training sizes the gathered rows would need P times the memory of a buffer.
 _FEW_TOKENS = 256
 
 
@@ -128,9 +130,7 @@ def _resolve(transport: str | None, tokens: int) -> str:
 def _choose(few: bool) -> str:
     transport = "all_gather" if few else "all_to_all"
     words = "at most" if few else "more than"
-    logging.getLogger(__name__).debug(
-        "exchanged_experts of %s %d tokens a device: %s", words, _FEW_TOKENS, transport
-    )
+    logger.debug("exchanged_experts of %s %d tokens a device: %s", words, _FEW_TOKENS, transport)
     return transport
 
 

@@ -23,6 +23,8 @@ from lightning_jax.ops.kernels.cpu.experts import blocked_experts, blocked_group
 from lightning_jax.ops.routing import Choices, SlotOrder, ordered_sum, sort_slots
 from lightning_jax.runtime import target
 
+logger = logging.getLogger(__name__)
+
 # Kernels of our own: imported when first used, as importing Pallas takes a second.
 _KERNELS = {
     "pallas_tpu": "lightning_jax.ops.kernels.tpu.grouped",
@@ -191,7 +193,7 @@ def _choose(
                 implementation = name
             except ValueError as error:
                 why = f" ({error})"
-    logging.getLogger(__name__).debug(
+    logger.debug(
         "experts of %s, %d rows, D, F = %s on %s: %s%s",
         *(dtype, rows, dims, platform, implementation, why),
     )

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lightning_jax.config import ModelConfig
-from lightning_jax.config.errors import UserError
-from lightning_jax.config.fields import build, first_change, suggest, to_dict
+from lightning_jax.config.errors import UserError, suggest
+from lightning_jax.config.fields import build, first_change, to_dict
 from lightning_jax.config.kinds import OBJECT, TEXT, check, number, shorten
 from lightning_jax.config.pattern import EXPERTS
-from lightning_jax.interop.hf.families import FAMILIES, Family, Json
-from lightning_jax.interop.hf.keys import FULL, KEYS, SLIDING
+from lightning_jax.interop.hf.families import FAMILIES, Family
+from lightning_jax.interop.hf.keys import FULL, KEYS, SLIDING, Json
 from lightning_jax.interop.hf.rope import PLAIN, read_rope, write_rope
 from lightning_jax.interop.hf.stack import mlp_letters, stack, with_borrowers
 

@@ -9,9 +9,7 @@ from typing import Any
 from lightning_jax.config import ModelConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.kinds import shorten
-from lightning_jax.interop.hf.keys import FULL, SLIDING
-
-Json = dict[str, Any]
+from lightning_jax.interop.hf.keys import FULL, SLIDING, Json
 
 
 @dataclasses.dataclass(frozen=True)

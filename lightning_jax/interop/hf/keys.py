@@ -6,6 +6,8 @@ below what would fill the memory with tables.
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning_jax.config.kinds import (
     FLAG,
     LARGEST_INDEX,
@@ -18,6 +20,8 @@ from lightning_jax.config.kinds import (
     number,
     or_null,
 )
+
+Json = dict[str, Any]
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from lightning_jax import model as lm
 from lightning_jax import sharding
 from lightning_jax.config import ModelConfig
-from lightning_jax.config.errors import UserError
+from lightning_jax.config.errors import UserError, some_of
 from lightning_jax.config.fields import require_choice
 from lightning_jax.config.kinds import shorten
 from lightning_jax.config.model import COMPUTE_DTYPES
@@ -37,6 +37,7 @@ from lightning_jax.interop.hf.tensors import (
     file_tensors,
     has_selection_bias,
     known_name,
+    parameter_shapes,
 )
 from lightning_jax.runtime.files import disk_errors, read_json, write_json
 from lightning_jax.runtime.folders import new_folder
@@ -125,9 +126,8 @@ def _tensors(
         ("has, beyond what config.json says,", sorted(found - set(tensors))),
     ):
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            listed = ", ".join(shorten(name).strip("'") for name in names[:3])
-            raise UserError(f"{folder}: {verb} {listed}{more}")
+            listed = some_of([shorten(name).strip("'") for name in names])
+            raise UserError(f"{folder}: {verb} {listed}")
     for name, tensor in tensors.items():
         shape = reader.shape(name)
         if shape != tensor.shape:
@@ -149,13 +149,11 @@ class _Targets:
     """Parameters on their devices, filled slice by slice in place."""
 
     def __init__(self, config: ModelConfig, dtype: str, mesh: Mesh | None):
-        abstract: dict[str, Any] = traverse_util.flatten_dict(lm.abstract_params(config), sep="/")
         axes: dict[str, Any] = traverse_util.flatten_dict(lm.logical_axes(config), sep="/")
-        self._shapes = {path: leaf.shape for path, leaf in abstract.items()}
-        self._dtypes = dict.fromkeys(abstract, jnp.dtype(dtype))
-        bias = jax.eval_shape(lambda: lm.init_router(config)).bias_URE
-        self._shapes[SELECTION_BIAS], self._dtypes[SELECTION_BIAS] = bias.shape, bias.dtype
-        one = SingleDeviceSharding(jax.devices()[0])
+        self._shapes = parameter_shapes(config)
+        self._dtypes = dict.fromkeys(self._shapes, jnp.dtype(dtype))
+        self._dtypes[SELECTION_BIAS] = jnp.dtype(jnp.float32)
+        one: Any = SingleDeviceSharding(jax.devices()[0]) if mesh is None else None
         self._placement = {
             path: one if mesh is None else sharding.tree_shardings(axes.get(path, ()), mesh)
             for path in self._shapes

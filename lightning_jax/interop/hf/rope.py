@@ -11,13 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_jax.config import AttentionConfig
-from lightning_jax.config.errors import UserError
-from lightning_jax.config.fields import require, suggest
+from lightning_jax.config.errors import UserError, suggest
+from lightning_jax.config.fields import require
 from lightning_jax.config.kinds import check, shorten
-from lightning_jax.interop.hf.keys import FULL, ROPE_KEYS, SLIDING
+from lightning_jax.interop.hf.keys import FULL, ROPE_KEYS, SLIDING, Json
 from lightning_jax.ops.rope import yarn_attention_factor
-
-Json = dict[str, Any]
 
 PLAIN: Json = {
     "kind": "none",

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Iterator
-from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from lightning_jax import model as lm
 from lightning_jax.config import ModelConfig
@@ -120,7 +120,7 @@ def file_tensors(
     Together they hold every parameter, and the router's selection bias where the family has one.
     `found` are the names in a file that is there: they decide where a family has two layouts.
     """
-    shapes = _shapes(config)
+    shapes = parameter_shapes(config)
     tensors = [
         _as_is("model.embed_tokens.weight", _whole("embed/table_VD", shapes)),
         *_layers(config, model_type, shapes, found),
@@ -132,6 +132,13 @@ def file_tensors(
     missing = set(shapes) - held - {SELECTION_BIAS}
     assert not missing, f"no tensor holds {sorted(missing)}"
     return tensors
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the parameters by path, and of the router's selection bias."""
+    leaves = traverse_util.flatten_dict(lm.abstract_params(config), sep="/")
+    bias = jax.eval_shape(lambda: lm.init_router(config)).bias_URE
+    return {path: leaf.shape for path, leaf in leaves.items()} | {SELECTION_BIAS: bias.shape}
 
 
 def known_name(name: str, model_type: str) -> str:
@@ -149,16 +156,6 @@ def known_name(name: str, model_type: str) -> str:
 def has_selection_bias(model_type: str) -> bool:
     """Whether files of this family can hold the router's selection bias."""
     return _MOE_NAMES.get(model_type, _MoeNames()).selection_bias
-
-
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    params: Any = lm.abstract_params(config)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    named = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves
-    }
-    bias = jax.eval_shape(lambda: lm.init_router(config)).bias_URE
-    return {**named, SELECTION_BIAS: bias.shape}
 
 
 def _whole(path: str, shapes: dict[str, tuple[int, ...]]) -> Part:

@@ -53,7 +53,7 @@ _KINDS = {
     "top_p": number_in(0, 1),
     **dict.fromkeys(_LENGTHS, or_null(integer(1))),
 }
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +181,9 @@ class LightningAdapter(LM):
     def _scored(self, pairs: Sequence[Any], disable_tqdm: bool) -> list[tuple[float, bool]]:
         cut = sum(len(pair[0]) + len(pair[1]) > self.max_length + 1 for pair in pairs)
         if cut:
-            _log.warning("%d contexts lose their beginning: max_length = %d", cut, self.max_length)
+            logger.warning(
+                "%d contexts lose their beginning: max_length = %d", cut, self.max_length
+            )
         with tqdm(total=len(pairs), desc="scored", disable=disable_tqdm) as progress:
             return self._scorer.score(pairs, advance=progress.update)
 
@@ -294,7 +296,7 @@ class LightningAdapter(LM):
             others = [message for message in chat_history if message["role"] != "system"]
             if len(others) == len(chat_history) or not others:
                 raise
-            _log.warning("a system message is left out: %s", error)
+            logger.warning("a system message is left out: %s", error)
             return template.render(others, add_generation_prompt, **options)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

@@ -157,7 +157,7 @@ def _running(band, refs, step, kv, heads):
                 key = (step - back) * blocks.block + position * blocks.tile
                 pair = _pair(band, refs, kv, rows[index], key)
                 scores_PR = tiles.hide(band, pair.scores_PR, distance, 1)
-                weights_PR, dscores_PR = _gradients(band, rows[index], pair, scores_PR)
+                weights_PR, dscores_PR = _gradients(rows[index], pair, scores_PR)
                 part_RH = _add(band, refs, kv, rows[index], key, weights_PR, dscores_PR)
                 dquery_RH = part_RH if dquery_RH is None else dquery_RH + part_RH
         return dquery_RH
@@ -191,7 +191,7 @@ def _folded(band, refs, step, kv, heads):
 
     def whole(index, distance):
         pair = _pair(band, refs, kv, rows[index], key(index, distance))
-        gradients = _gradients(band, rows[index], pair, pair.scores_PR)
+        gradients = _gradients(rows[index], pair, pair.scores_PR)
         return _add(band, refs, kv, rows[index], key(index, distance), *gradients)
 
     def ends(index):
@@ -201,7 +201,7 @@ def _folded(band, refs, step, kv, heads):
             None if x is None or y is None else jnp.where(near_PR, x, y)
             for x, y in zip(near, far, strict=True)
         )
-        gradients = _gradients(band, rows[index], pair, pair.scores_PR)
+        gradients = _gradients(rows[index], pair, pair.scores_PR)
         nears = [x_PR * near_PR.astype(jnp.float32) for x_PR in gradients]
         fars = [x_PR - y_PR for x_PR, y_PR in zip(gradients, nears, strict=True)]
         return _add(band, refs, kv, rows[index], ends[0], *nears) + _add(
@@ -251,7 +251,7 @@ def _pair(band: Band, refs: _Refs, kv: int, rows: _Rows, key: jax.Array) -> _Pai
     return _Pair(scores_PR, products_PR, slope_PR)
 
 
-def _gradients(band: Band, rows: _Rows, pair: _Pair, scores_PR: jax.Array):
+def _gradients(rows: _Rows, pair: _Pair, scores_PR: jax.Array):
     """Weights, and gradients of the scores (or of what the soft-cap bounds)."""
     weights_PR = jnp.exp2(scores_PR - rows.lse_1R)
     dscores_PR = weights_PR * (pair.products_PR - rows.delta_1R)
