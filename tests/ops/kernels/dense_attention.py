@@ -1,5 +1,6 @@
-"""The oracle of the attention tests: dense softmax attention and its gradients in float64."""
+"""The oracle of the attention kernels' tests, dense attention in float64, and the comparison."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -74,6 +75,55 @@ def packed_rows(length):
     """Row 0: documents that start inside blocks, then padding. Row 1: nothing but padding."""
     row = np.repeat([1, 2, 3, 0], [5, length // 2, length - length // 2 - 9, 4])
     return np.stack([row, np.zeros(length, np.int64)]).astype(np.int32)
+
+
+def run(attend, query, key, value, dout, *, segments=None, sinks=None, **options):
+    """Output and gradients of query, key, value (and sinks) of a kernel.
+
+    The queries are the last of the keys; `options` go to `attend` as they are.
+    """
+    offset = key.shape[1] - query.shape[1]
+
+    @jax.jit
+    def both(query, key, value, sinks, segments, dout):
+        def attended(query, key, value, sinks):
+            return attend(
+                query,
+                key,
+                value,
+                query_segments_BT=None if segments is None else segments[:, offset:],
+                key_segments_BS=segments,
+                sinks_N=sinks,
+                query_offset=offset,
+                **options,
+            )
+
+        out, pull = jax.vjp(attended, query, key, value, sinks)
+        return out, pull(dout)
+
+    out, gradients = both(query, key, value, sinks, segments, dout)
+    return out, [gradient for gradient in gradients if gradient is not None]
+
+
+def exact(inputs, *, window, scale, segments=None, sinks=None, logit_softcap=None):
+    """Output and gradients of `dense_attention` for the arguments of `check`."""
+    visible_BTS = _visible(inputs, window, segments)
+    options = dict(scale=scale, sinks=sinks, softcap=logit_softcap)
+    return dense_attention(*inputs, visible_BTS=visible_BTS, **options)
+
+
+def check(attend, inputs, tolerance, *, window, segments=None, **options):
+    """Compares a kernel with the oracle; returns its output and gradients."""
+    found = run(attend, *inputs, window=window, segments=segments, **options)
+    assert found[0].dtype == inputs[0].dtype
+    wanted = exact(inputs, window=window, segments=segments, **options)
+    assert_matches(found, wanted, _visible(inputs, window, segments), tolerance)
+    return found
+
+
+def _visible(inputs, window, segments):
+    length = inputs[1].shape[1]
+    return window_mask(length, window, segments, length - inputs[0].shape[1])
 
 
 def assert_matches(found, exact, visible_BTS, tolerance):

@@ -11,69 +11,37 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lightning_jax.ops.kernels.cpu import narrow
 from lightning_jax.ops.kernels.cpu.banded import banded_attention
 from lightning_jax.ops.kernels.cpu.blocks import BlockSizes, block_sizes
-from tests.ops.kernels.dense_attention import (
-    assert_matches,
-    dense_attention,
-    last_queries,
-    packed_rows,
-    random_inputs,
-    window_mask,
-)
+from tests.ops.kernels import dense_attention
+from tests.ops.kernels.dense_attention import last_queries, packed_rows, random_inputs
 
 BLOCKS = BlockSizes(query=16, key=32)
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-
-
-def _visible(query, key, window, segments):
-    length = key.shape[1]
-    return window_mask(length, window, segments, length - query.shape[1])
-
-
-def _dense(query, key, value, dout, window, segments, sinks, softcap=None):
-    """Output and gradients of q, k, v, sinks in float64 from the dense softmax."""
-    visible_BTS = _visible(query, key, window, segments)
-    options = dict(
-        visible_BTS=visible_BTS, scale=query.shape[-1] ** -0.5, sinks=sinks, softcap=softcap
-    )
-    return dense_attention(query, key, value, dout, **options)
 
 
 def _inputs(T, N, K, dtype=jnp.float32, B=2, H=8):
     return random_inputs(T, N, K, H, dtype, B)
 
 
-def _run(query, key, value, dout, window, segments, sinks, blocks=BLOCKS, softcap=None):
-    offset = key.shape[1] - query.shape[1]
+def _attend(blocks=BLOCKS):
+    return functools.partial(banded_attention, blocks=blocks)
 
-    @jax.jit
-    def both(query, key, value, sinks, dout):
-        def attend(query, key, value, sinks):
-            return banded_attention(
-                query,
-                key,
-                value,
-                window=window,
-                query_segments_BT=None if segments is None else segments[:, offset:],
-                key_segments_BS=segments,
-                sinks_N=sinks,
-                logit_softcap=softcap,
-                query_offset=offset,
-                blocks=blocks,
-            )
 
-        out, pull = jax.vjp(attend, query, key, value, sinks)
-        return out, pull(dout)
+def _options(inputs, window, segments=None, sinks=None, softcap=None):
+    scale = inputs[0].shape[-1] ** -0.5
+    return dict(window=window, segments=segments, sinks=sinks, scale=scale, logit_softcap=softcap)
 
-    out, gradients = both(query, key, value, sinks, dout)
-    return out, [gradient for gradient in gradients if gradient is not None]
+
+def _run(inputs, *options):
+    return dense_attention.run(_attend(), *inputs, **_options(inputs, *options))
+
+
+def _exact(inputs, *options):
+    return dense_attention.exact(inputs, **_options(inputs, *options))
 
 
 def _check(inputs, window, segments, sinks, tolerance, blocks=BLOCKS, softcap=None):
-    exact = _dense(*inputs, window, segments, sinks, softcap)
-    out, gradients = _run(*inputs, window, segments, sinks, blocks, softcap)
-    assert out.dtype == inputs[0].dtype
-    assert_matches((out, gradients), exact, _visible(*inputs[:2], window, segments), tolerance)
-    return out, gradients
+    options = _options(inputs, window, segments, sinks, softcap)
+    return dense_attention.check(_attend(blocks), inputs, tolerance, **options)
 
 
 @pytest.mark.parametrize(
@@ -156,8 +124,8 @@ def test_large_scores_do_not_overflow(window):
     query, key, value, dout = _inputs(70, 4, 2)
     # Hidden keys with scores near 1e6 must not reach the visible ones through the maximum.
     key = key.at[:, 30:].multiply(1e6)
-    out, gradients = _run(query, key, value, dout, window, None, None)
-    expected, exact = _dense(query, key, value, dout, window, None, None)
+    inputs = [query, key, value, dout]
+    (out, gradients), (expected, exact) = _run(inputs, window), _exact(inputs, window)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
     np.testing.assert_allclose(out[:, :30], expected[:, :30], 1e-5, 1e-5)
     np.testing.assert_allclose(gradients[0][:, :30], exact[0][:, :30], 1e-4, 1e-4)
@@ -169,9 +137,7 @@ def test_gradients_reach_visible_keys_only(window):
     query, key, value, _ = _inputs(70, 4, 2, B=1)
     times = np.array([10, 29, 30, 47, 69])
     one_hot = jnp.zeros((5, 1, 70, 4, 8)).at[np.arange(5), :, times].set(1.0)
-    _, gradients = jax.vmap(lambda dout: _run(query, key, value, dout, window, segments, None))(
-        one_hot
-    )
+    _, gradients = jax.vmap(lambda dout: _run([query, key, value, dout], window, segments))(one_hot)
     touched_query, touched_key, touched_value = (np.any(x, (1, 3, 4)) for x in gradients)
     first = np.maximum(times - (window or 70) + 1, np.where(times < 30, 0, 30))
     reachable = (np.arange(70) >= first[:, None]) & (np.arange(70) <= times[:, None])
@@ -189,8 +155,8 @@ def test_vmap():
     segments[3:] = np.roll(segments[3:], 5, axis=1)
     split = [x.reshape(3, 2, *x.shape[1:]) for x in (*inputs, segments)]
 
-    out, gradients = jax.vmap(lambda *args: _run(*args[:4], 10, args[4], sinks))(*split)
-    expected, exact = _dense(*inputs, 10, segments, sinks)
+    out, gradients = jax.vmap(lambda *args: _run(args[:4], 10, args[4], sinks))(*split)
+    expected, exact = _exact(inputs, 10, segments, sinks)
     np.testing.assert_allclose(out.reshape(expected.shape), expected, 1e-5, 1e-5)
     for gradient, wanted in zip(gradients[:3], exact[:3], strict=True):
         np.testing.assert_allclose(gradient.reshape(wanted.shape), wanted, 1e-5, 1e-5)
@@ -211,7 +177,7 @@ def test_batch_sharding_needs_no_communication(window):
     compiled = gradient.lower(*sharded).compile()
     for collective in ("all-gather", "all-to-all", "all-reduce", "collective-permute"):
         assert collective not in compiled.as_text()
-    _, exact = _dense(*inputs, window, None, None)
+    _, exact = _exact(inputs, window)
     for left, right in zip(compiled(*sharded), exact, strict=True):
         np.testing.assert_allclose(left, right, 1e-5, 1e-5)
 

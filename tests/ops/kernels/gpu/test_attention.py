@@ -10,19 +10,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lightning_jax.ops.kernels.gpu.attention import sliding_window_attention
 from lightning_jax.ops.kernels.gpu.blocks import Tile, Tiles
-from tests.ops.kernels.dense_attention import (
-    assert_matches,
-    dense_attention,
-    last_queries,
-    packed_rows,
-    random_inputs,
-    window_mask,
-)
+from tests.ops.kernels import dense_attention
+from tests.ops.kernels.dense_attention import last_queries, packed_rows, random_inputs
 
 # Interpreted kernels take long.
 pytestmark = pytest.mark.slow
-
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 # Every kernel has blocks of its own, with more queries than keys and the other way round.
 TILES = Tiles(Tile(32, 16, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1))
@@ -33,53 +25,16 @@ def _inputs(N, K, H=16, dtype=jnp.float32, B=1, length=T):
     return random_inputs(length, N, K, H, dtype, B)
 
 
-def _run(query, key, value, dout, *, window, segments=None, sinks=None, tiles=TILES, **options):
-    offset = key.shape[1] - query.shape[1]
-
-    @jax.jit
-    def both(query, key, value, sinks, segments, dout):
-        def attend(query, key, value, sinks):
-            return sliding_window_attention(
-                query,
-                key,
-                value,
-                window=window,
-                query_segments_BT=None if segments is None else segments[:, offset:],
-                key_segments_BS=segments,
-                sinks_N=sinks,
-                scale=SCALE,
-                query_offset=offset,
-                interpret=True,
-                tiles=tiles,
-                **options,
-            )
-
-        out, pull = jax.vjp(attend, query, key, value, sinks)
-        return out, pull(dout)
-
-    out, gradients = both(query, key, value, sinks, segments, dout)
-    return out, [gradient for gradient in gradients if gradient is not None]
+def _attend(tiles=TILES):
+    return functools.partial(sliding_window_attention, interpret=True, tiles=tiles)
 
 
-def _check(
-    inputs, tolerance=1e-5, *, window, segments=None, sinks=None, logit_softcap=None, **more
-):
-    length = inputs[1].shape[1]
-    visible_BTS = window_mask(length, window, segments, length - inputs[0].shape[1])
-    exact = dense_attention(
-        *inputs, visible_BTS=visible_BTS, scale=SCALE, sinks=sinks, softcap=logit_softcap
-    )
-    out, gradients = _run(
-        *inputs,
-        window=window,
-        segments=segments,
-        sinks=sinks,
-        logit_softcap=logit_softcap,
-        **more,
-    )
-    assert out.dtype == inputs[0].dtype
-    assert_matches((out, gradients), exact, visible_BTS, tolerance)
-    return out, gradients
+_run = functools.partial(dense_attention.run, _attend(), scale=SCALE)
+_exact = functools.partial(dense_attention.exact, scale=SCALE)
+
+
+def _check(inputs, tolerance=1e-5, *, tiles=TILES, **options):
+    return dense_attention.check(_attend(tiles), inputs, tolerance, scale=SCALE, **options)
 
 
 @pytest.mark.parametrize(
@@ -88,11 +43,11 @@ def _check(
         (T, 17, 8, 1),
         (T, None, 4, 4),
         (9, 4, 2, 1),
-        slow(T, 1, 2, 2),
-        slow(T, 15, 2, 1),
-        slow(64, 16, 4, 1),
-        slow(T, 33, 4, 1),
-        slow(T, 1000, 8, 2),
+        (T, 1, 2, 2),
+        (T, 15, 2, 1),
+        (64, 16, 4, 1),
+        (T, 33, 4, 1),
+        (T, 1000, 8, 2),
     ],
 )
 def test_windows_lengths_and_head_groups(length, window, N, K):
@@ -100,7 +55,7 @@ def test_windows_lengths_and_head_groups(length, window, N, K):
     _check(inputs, window=window, sinks=jnp.linspace(-1.0, 3.0, N))
 
 
-@pytest.mark.parametrize("window, with_sinks", [(20, True), slow(None, True), slow(1, False)])
+@pytest.mark.parametrize("window, with_sinks", [(20, True), (None, True), (1, False)])
 def test_packed_rows_and_padding(window, with_sinks):
     inputs, segments = _inputs(4, 2, B=2), packed_rows(T)
     sinks = jnp.array([0.5, -1.0, 3.0, 0.0]) if with_sinks else None
@@ -116,15 +71,15 @@ def test_packed_rows_and_padding(window, with_sinks):
         (20, 37, False),
         (None, 37, True),
         (1, 69, False),
-        slow(20, 1, True),
-        slow(20, 20, False),
-        slow(20, 21, True),
-        slow(20, 69, True),
-        slow(None, 1, False),
-        slow(None, 32, True),
-        slow(None, 69, True),
-        slow(1, 1, True),
-        slow(1, 2, False),
+        (20, 1, True),
+        (20, 20, False),
+        (20, 21, True),
+        (20, 69, True),
+        (None, 1, False),
+        (None, 32, True),
+        (None, 69, True),
+        (1, 1, True),
+        (1, 2, False),
     ],
 )
 def test_queries_are_the_last_of_the_keys(window, offset, packed):
@@ -133,46 +88,42 @@ def test_queries_are_the_last_of_the_keys(window, offset, packed):
     _check(last_queries(inputs, offset), window=window, segments=segments, sinks=sinks)
 
 
-@pytest.mark.slow
 def test_documents_in_any_order_and_one_row_of_segments_for_all():
     inputs = _inputs(4, 2, B=2)
     segments = np.repeat([[7, 2, 7, 0, 9, 2]], [11, 20, 9, 3, 10, 17], axis=1).astype(np.int32)
     _check(inputs, window=50, segments=segments)
 
 
-@pytest.mark.parametrize("logit_softcap, window", [(2.0, 20), slow(30.0, None)])
+@pytest.mark.parametrize("logit_softcap, window", [(2.0, 20), (30.0, None)])
 def test_soft_cap(logit_softcap, window):
     query, *others = _inputs(4, 2)
     _check([4 * query, *others], window=window, logit_softcap=logit_softcap)
 
 
-@pytest.mark.parametrize("H", [64, slow(128), slow(256)])
+@pytest.mark.parametrize("H", [64, 128, 256])
 def test_head_sizes_and_the_tiles_of_the_table(H):
     _check(_inputs(2, 1, H=H, length=150), 2e-5, window=70, tiles=None)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, slow(jnp.float16)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(dtype):
     inputs, segments = _inputs(8, 2, dtype=dtype, B=2), packed_rows(T)
     _, gradients = _check(inputs, 4e-2, window=20, segments=segments, sinks=jnp.zeros(8))
     assert [x.dtype for x in gradients] == [dtype] * 3 + [jnp.float32]
 
 
-@pytest.mark.slow
 def test_large_scores_do_not_overflow():
     query, key, value, dout = _inputs(4, 2)
     # Hidden keys with scores near 1e6 must not reach the visible ones through the maximum.
     key = key.at[:, 30:].multiply(1e6)
     out, gradients = _run(query, key, value, dout, window=20)
-    expected, exact = dense_attention(
-        query, key, value, dout, visible_BTS=window_mask(T, 20), scale=SCALE
-    )
+    expected, exact = _exact([query, key, value, dout], window=20)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
     np.testing.assert_allclose(out[:, :30], expected[:, :30], 1e-5, 1e-5)
     np.testing.assert_allclose(gradients[0][:, :30], exact[0][:, :30], 1e-4, 1e-4)
 
 
-@pytest.mark.parametrize("window", [20, slow(None)])
+@pytest.mark.parametrize("window", [20, None])
 def test_gradients_reach_visible_keys_only(window):
     segments = np.repeat([[1, 2]], [30, 40], axis=1).astype(np.int32)
     query, key, value, dout = _inputs(4, 2)
@@ -191,7 +142,6 @@ def test_gradients_reach_visible_keys_only(window):
     assert not touched_key[~several][~reachable[~several]].any()
 
 
-@pytest.mark.slow
 def test_vmap():
     inputs, sinks = _inputs(4, 2, B=4), jnp.array([0.5, -1.0, 3.0, 0.0])
     segments = np.tile(np.repeat([1, 2, 0], [13, 50, 7]), (4, 1)).astype(np.int32)
@@ -199,16 +149,13 @@ def test_vmap():
     split = [x.reshape(2, 2, *x.shape[1:]) for x in (*inputs, segments)]
     run = functools.partial(_run, window=10, sinks=sinks)
     out, gradients = jax.vmap(lambda *args: run(*args[:4], segments=args[4]))(*split)
-    expected, exact = dense_attention(
-        *inputs, visible_BTS=window_mask(T, 10, segments), scale=SCALE, sinks=sinks
-    )
+    expected, exact = _exact(inputs, window=10, segments=segments, sinks=sinks)
     np.testing.assert_allclose(out.reshape(expected.shape), expected, 1e-5, 1e-5)
     for gradient, wanted in zip(gradients[:3], exact[:3], strict=True):
         np.testing.assert_allclose(gradient.reshape(wanted.shape), wanted, 1e-5, 1e-5)
     np.testing.assert_allclose(gradients[3].sum(0), exact[3], 1e-5, 1e-5)
 
 
-@pytest.mark.slow
 def test_batch_in_shard_map():
     query, key, value, dout = _inputs(2, 1, B=2, length=33)
     mesh = Mesh(np.array(jax.devices()[:2]), "x")

@@ -12,122 +12,73 @@ from jax.sharding import Mesh, PartitionSpec
 from lightning_jax.ops.kernels.tpu.attention import sliding_window_attention
 from lightning_jax.ops.kernels.tpu.band import BlockSizes
 from lightning_jax.ops.kernels.tpu.blocks import Blocks, blocks_for
-from tests.ops.kernels.dense_attention import (
-    assert_matches,
-    dense_attention,
-    last_queries,
-    packed_rows,
-    random_inputs,
-    window_mask,
-)
+from tests.ops.kernels import dense_attention
+from tests.ops.kernels.dense_attention import last_queries, packed_rows, random_inputs
 
 # Interpreted kernels take long.
 pytestmark = pytest.mark.slow
-
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def _blocks(tiles=2, stack=1, visit=2, tile=16):
     return Blocks(*[BlockSizes(tile, tiles, stack, visit)] * 2)
 
 
-def _visible(query, key, window, segments):
-    length = key.shape[1]
-    return window_mask(length, window, segments, length - query.shape[1])
-
-
-def _dense(query, key, value, dout, window, segments=None, sinks=None, cap=None):
-    return dense_attention(
-        query,
-        key,
-        value,
-        dout,
-        visible_BTS=_visible(query, key, window, segments),
-        scale=query.shape[-1] ** -0.5,
-        sinks=sinks,
-        softcap=cap,
-    )
-
-
 def _inputs(T, N, K, dtype=jnp.float32, B=1, H=64):
     return random_inputs(T, N, K, H, dtype, B)
 
 
-def _run(
-    query,
-    key,
-    value,
-    dout,
-    window,
-    segments=None,
-    sinks=None,
-    cap=None,
-    blocks=None,
-    interpret=True,
-):
-    offset = key.shape[1] - query.shape[1]
+def _attend(blocks=None, interpret=True):
+    return functools.partial(
+        sliding_window_attention, blocks=blocks or _blocks(), interpret=interpret
+    )
 
-    @jax.jit
-    def both(query, key, value, sinks, dout):
-        def attend(query, key, value, sinks):
-            return sliding_window_attention(
-                query,
-                key,
-                value,
-                window=window,
-                query_segments_BT=None if segments is None else segments[:, offset:],
-                key_segments_BS=segments,
-                sinks_N=sinks,
-                scale=query.shape[-1] ** -0.5,
-                logit_softcap=cap,
-                query_offset=offset,
-                interpret=interpret,
-                blocks=blocks or _blocks(),
-            )
 
-        out, pull = jax.vjp(attend, query, key, value, sinks)
-        return out, pull(dout)
+def _options(inputs, window, segments=None, sinks=None, cap=None):
+    scale = inputs[0].shape[-1] ** -0.5
+    return dict(window=window, segments=segments, sinks=sinks, scale=scale, logit_softcap=cap)
 
-    out, gradients = both(query, key, value, sinks, dout)
-    return out, [gradient for gradient in gradients if gradient is not None]
+
+def _run(inputs, *options, **compiled):
+    return dense_attention.run(_attend(**compiled), *inputs, **_options(inputs, *options))
+
+
+def _exact(inputs, *options):
+    return dense_attention.exact(inputs, **_options(inputs, *options))
 
 
 def _check(inputs, window, segments=None, sinks=None, cap=None, blocks=None, tolerance=2e-5):
-    exact = _dense(*inputs, window, segments, sinks, cap)
-    out, gradients = _run(*inputs, window, segments, sinks, cap, blocks)
-    assert out.dtype == inputs[0].dtype
-    assert_matches((out, gradients), exact, _visible(*inputs[:2], window, segments), tolerance)
-    return out, gradients
+    options = _options(inputs, window, segments, sinks, cap)
+    return dense_attention.check(_attend(blocks), inputs, tolerance, **options)
 
 
 @pytest.mark.parametrize(
     "T, window, N, K, blocks",
     [
         (70, 1, 2, 2, _blocks()),
-        slow(100, 17, 2, 1, _blocks(tiles=2)),
+        (100, 17, 2, 1, _blocks(tiles=2)),
         (100, 32, 2, 2, _blocks(tiles=2)),
         (130, 48, 4, 1, _blocks(tiles=1, stack=4, visit=1)),
         (50, None, 8, 1, _blocks(tiles=1, stack=8)),
-        slow(9, 4, 2, 1, _blocks(tiles=1)),
-        slow(100, 15, 2, 1, _blocks(tiles=1)),
-        slow(100, 16, 4, 1, _blocks(tiles=2, stack=2)),
-        slow(70, 33, 4, 2, _blocks(tiles=4, stack=2)),
-        slow(130, 64, 1, 1, _blocks(tiles=2, visit=1)),
-        slow(130, 95, 4, 2, _blocks(tiles=1, stack=2)),
-        slow(50, 1000, 4, 2, _blocks(tiles=2, stack=2)),
+        (9, 4, 2, 1, _blocks(tiles=1)),
+        (100, 15, 2, 1, _blocks(tiles=1)),
+        (100, 16, 4, 1, _blocks(tiles=2, stack=2)),
+        (70, 33, 4, 2, _blocks(tiles=4, stack=2)),
+        (130, 64, 1, 1, _blocks(tiles=2, visit=1)),
+        (130, 95, 4, 2, _blocks(tiles=1, stack=2)),
+        (50, 1000, 4, 2, _blocks(tiles=2, stack=2)),
     ],
 )
 def test_windows_lengths_and_head_groups(T, window, N, K, blocks):
     _check(_inputs(T, N, K), window, blocks=blocks)
 
 
-@pytest.mark.parametrize("H", [24, slow(128), slow(256)])
+@pytest.mark.parametrize("H", [24, 128, 256])
 def test_head_sizes(H):
     _check(_inputs(70, 2, 1, H=H), 32, blocks=_blocks(tiles=1))
 
 
 @pytest.mark.parametrize(
-    "window, with_sinks, cap", [(32, True, 2.0), slow(20, False, None), slow(None, True, None)]
+    "window, with_sinks, cap", [(32, True, 2.0), (20, False, None), (None, True, None)]
 )
 def test_packed_rows_padding_sinks_and_softcap(window, with_sinks, cap):
     inputs, segments = _inputs(70, 4, 2, B=2), packed_rows(70)
@@ -145,18 +96,18 @@ def test_packed_rows_padding_sinks_and_softcap(window, with_sinks, cap):
         (20, 37, True, _blocks(tiles=1, stack=2)),
         (None, 37, True, _blocks(tiles=2)),
         (1, 69, False, _blocks(tiles=1)),
-        slow(32, 1, True, _blocks(tiles=2)),
-        slow(32, 32, True, _blocks(tiles=2)),
-        slow(32, 33, False, _blocks(tiles=1, visit=1)),
-        slow(20, 19, True, _blocks(tiles=2, stack=2)),
-        slow(20, 20, False, _blocks(tiles=1)),
-        slow(20, 21, True, _blocks(tiles=2)),
-        slow(20, 69, True, _blocks(tiles=1)),
-        slow(None, 1, False, _blocks(tiles=2)),
-        slow(None, 64, True, _blocks(tiles=1, stack=2)),
-        slow(None, 69, True, _blocks(tiles=2)),
-        slow(1, 1, True, _blocks(tiles=1)),
-        slow(1, 2, False, _blocks(tiles=2)),
+        (32, 1, True, _blocks(tiles=2)),
+        (32, 32, True, _blocks(tiles=2)),
+        (32, 33, False, _blocks(tiles=1, visit=1)),
+        (20, 19, True, _blocks(tiles=2, stack=2)),
+        (20, 20, False, _blocks(tiles=1)),
+        (20, 21, True, _blocks(tiles=2)),
+        (20, 69, True, _blocks(tiles=1)),
+        (None, 1, False, _blocks(tiles=2)),
+        (None, 64, True, _blocks(tiles=1, stack=2)),
+        (None, 69, True, _blocks(tiles=2)),
+        (1, 1, True, _blocks(tiles=1)),
+        (1, 2, False, _blocks(tiles=2)),
     ],
 )
 def test_queries_are_the_last_of_the_keys(window, offset, packed, blocks):
@@ -185,32 +136,31 @@ def test_grid_steps_follow_the_keys_in_sight(window, offset, steps):
     assert f"grid=(1, 1, {steps}, 1)" in str(jax.make_jaxpr(attend)(*shapes))
 
 
-@pytest.mark.parametrize("window", [32, slow(None)])
+@pytest.mark.parametrize("window", [32, None])
 def test_bfloat16_with_all_features(window):
     inputs = _inputs(70, 4, 1, jnp.bfloat16, B=2, H=128)
     _check(inputs, window, packed_rows(70), jnp.zeros(4), 20.0, _blocks(stack=2), tolerance=4e-2)
 
 
-@pytest.mark.slow
 def test_large_scores_do_not_overflow():
     query, key, value, dout = _inputs(70, 2, 1)
     # Hidden keys with scores near 1e6 must not reach the visible ones through the maximum.
     key = key.at[:, 30:].multiply(1e6)
-    out, gradients = _run(query, key, value, dout, 32)
-    expected, exact = _dense(query, key, value, dout, 32)
+    inputs = [query, key, value, dout]
+    (out, gradients), (expected, exact) = _run(inputs, 32), _exact(inputs, 32)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
     np.testing.assert_allclose(out[:, :30], expected[:, :30], 1e-5, 1e-5)
     np.testing.assert_allclose(gradients[0][:, :30], exact[0][:, :30], 1e-4, 1e-4)
 
 
-@pytest.mark.parametrize("window", [32, slow(20)])
+@pytest.mark.parametrize("window", [32, 20])
 def test_gradients_reach_visible_keys_only(window):
     segments = np.repeat([[1, 2]], [30, 70], axis=1).astype(np.int32)
     query, key, value, _ = _inputs(100, 2, 1)
     times = np.array([10, 29, 30, 47, 99])
     one_hot = jnp.zeros((5, 1, 100, 2, 64)).at[np.arange(5), :, times].set(1.0)
     # vmap, too: the kernel's grid gets one more axis.
-    _, gradients = jax.vmap(lambda dout: _run(query, key, value, dout, window, segments))(one_hot)
+    _, gradients = jax.vmap(lambda dout: _run([query, key, value, dout], window, segments))(one_hot)
     touched_query, touched_key, touched_value = (np.any(x, (1, 3, 4)) for x in gradients)
     first = np.maximum(times - window + 1, np.where(times < 30, 0, 30))
     reachable = (np.arange(100) >= first[:, None]) & (np.arange(100) <= times[:, None])
@@ -221,7 +171,6 @@ def test_gradients_reach_visible_keys_only(window):
     np.testing.assert_array_equal(touched_query[several], times[several, None] == np.arange(100))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "window, offset", [(32, 0), (17, 0), (None, 0), (32, 40), (17, 37), (None, 37)]
 )
@@ -230,26 +179,24 @@ def test_simulated_memories(window, offset):
     inputs, segments = last_queries(_inputs(70, 4, 1), offset), packed_rows(70)[:1]
     sinks = jnp.array([0.5, -1.0, 3.0, 0.0])
     out, gradients = _run(
-        *inputs,
+        inputs,
         window,
         segments,
         sinks,
         blocks=_blocks(tiles=1, stack=2),
         interpret=pltpu.InterpretParams(uninitialized_memory="nan"),
     )
-    expected, exact = _dense(*inputs, window, segments, sinks)
+    expected, exact = _exact(inputs, window, segments, sinks)
     for left, right in zip((out, *gradients), (expected, *exact), strict=True):
         np.testing.assert_allclose(left, right, 3e-5, 3e-5)
 
 
-@pytest.mark.slow
 def test_same_inputs_same_bits():
     inputs = _inputs(70, 4, 1)
-    first, second = (jax.tree.leaves(_run(*inputs, 32)) for _ in range(2))
+    first, second = (jax.tree.leaves(_run(inputs, 32)) for _ in range(2))
     assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.slow
 def test_vmap_and_shard_map_over_the_batch():
     query, key, value, _ = _inputs(40, 2, 1, B=4)
     attend = functools.partial(
