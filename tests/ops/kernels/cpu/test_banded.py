@@ -74,24 +74,23 @@ def test_packed_rows_and_padding(window, with_sinks):
 
 
 @pytest.mark.parametrize(
-    "window, offset",
+    "window, offset, packed",
     [
-        (20, 1),
-        slow(20, 19),
-        (20, 37),
-        (None, 37),
-        slow(1, 69),
-        slow(20, 20),
-        slow(20, 21),
-        slow(20, 69),
-        slow(None, 1),
-        slow(None, 32),
-        slow(None, 69),
-        slow(1, 1),
-        slow(1, 2),
+        (20, 1, True),
+        (20, 37, False),
+        (None, 37, True),
+        slow(1, 69, False),
+        slow(20, 19, True),
+        slow(20, 20, False),
+        slow(20, 21, True),
+        slow(20, 69, True),
+        slow(None, 1, False),
+        slow(None, 32, True),
+        slow(None, 69, True),
+        slow(1, 1, True),
+        slow(1, 2, False),
     ],
 )
-@pytest.mark.parametrize("packed", [False, True])
 def test_queries_are_the_last_of_the_keys(window, offset, packed):
     inputs, segments = last_queries(_inputs(70, 4, 2), offset), packed_rows(70) if packed else None
     sinks = jnp.array([0.5, -1.0, 3.0, 0.0])
