@@ -7,14 +7,13 @@ and torch's scaled_dot_product_attention over all earlier keys, the usual choice
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import Call, Options, Rounds, interleave, peer, temp_mb
+from benchmarks.measure import Call, Options, Rounds, compiled, interleave, peer, temp_mb
 from benchmarks.profile import profiles
 from lightning_jax import accounting
 from lightning_jax.ops.kernels.cpu.banded import banded_attention
@@ -23,6 +22,7 @@ QUERY_HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 LENGTH, LONG, WINDOW = 4096, 16_384, 512
 DTYPES = ("float32", "bfloat16")
 PASSES = ("forward", "forward+backward")
+_banded = functools.partial(banded_attention, window=WINDOW)
 
 
 def run(options: Options) -> list[dict[str, Any]]:
@@ -54,11 +54,11 @@ def useful_flops(length: int, window: int | None, passes: str) -> float:
 
 def _row(passes: str, dtype: str, window: int | None, options: Options) -> dict[str, Any]:
     arrays = _arrays(LENGTH, dtype)
-    ours = _compiled(banded_attention, passes, arrays, window=window)
+    ours = compiled(functools.partial(banded_attention, window=window), passes, arrays)
     calls: dict[str, Call] = {"ours": functools.partial(ours, *arrays)}
     memory = {"temp_mb": temp_mb(ours)}
     if window:
-        theirs = _compiled(_jax_attention, passes, arrays, window=window)
+        theirs = compiled(functools.partial(_jax_attention, window=window), passes, arrays)
         calls["jax"] = functools.partial(theirs, *arrays)
         memory["jax_temp_mb"] = temp_mb(theirs)
     torch_calls, note = _torch_calls(passes, arrays, window)
@@ -83,8 +83,7 @@ def _growth(passes: str, options: Options) -> dict[str, Any]:
     calls: dict[str, Call] = {}
     for length in (LENGTH, LONG):
         arrays = _arrays(length, "float32")
-        call = _compiled(banded_attention, passes, arrays, window=WINDOW)
-        calls[str(length)] = functools.partial(call, *arrays)
+        calls[str(length)] = functools.partial(compiled(_banded, passes, arrays), *arrays)
     found = interleave(calls, rounds=options.rounds)
     return {
         "ours_ms": found.median_ms(str(LENGTH)),
@@ -98,9 +97,7 @@ def _dtypes(passes: str, options: Options) -> dict[str, Any]:
     calls: dict[str, Call] = {}
     for dtype in DTYPES:
         arrays = _arrays(LENGTH, dtype)
-        calls[dtype] = functools.partial(
-            _compiled(banded_attention, passes, arrays, window=WINDOW), *arrays
-        )
+        calls[dtype] = functools.partial(compiled(_banded, passes, arrays), *arrays)
     found: Rounds = interleave(calls, rounds=options.rounds)
     return {
         "table": "dtypes",
@@ -124,21 +121,6 @@ def _jax_attention(query_BTNH, key_BTKH, value_BTKH, *, window: int | None) -> j
     return jax.nn.dot_product_attention(
         query_BTNH, key_BTKH, value_BTKH, is_causal=True, local_window_size=size
     )
-
-
-def _compiled(
-    attention: Callable[..., jax.Array], passes: str, arrays: list[jax.Array], **options: Any
-) -> Any:
-    """Compiles attention, or attention and its three gradients, for these arrays."""
-
-    def both(query, key, value, dout):
-        out, pull = jax.vjp(functools.partial(attention, **options), query, key, value)
-        return out, pull(dout)
-
-    def forward(query, key, value, dout):
-        return attention(query, key, value, **options)
-
-    return jax.jit(forward if passes == "forward" else both).lower(*arrays).compile()
 
 
 def _torch_calls(

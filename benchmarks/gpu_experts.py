@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu_peers import differentiated, wait_for_torch
+from benchmarks.gpu_peers import wait_for_torch
 from benchmarks.gpu_timing import QUEUED, attempt, note, queue, runnable, timed
-from benchmarks.measure import PROBE, Call, Options, peer
+from benchmarks.measure import PROBE, Call, Options, compiled, peer
 from lightning_jax.ops.experts import grouped_mlp
 
 # Rows, model, hidden, experts: a small layer, and the fine-grained experts of a larger model.
@@ -86,7 +86,7 @@ def _ours(passes: str, size_E: np.ndarray, arrays: list[jax.Array], implementati
         rows_SD, *weights = rows_and_weights
         return grouped_mlp(rows_SD, size_E, *weights, implementation=implementation)
 
-    call = differentiated(mlp, passes, arrays)
+    call = compiled(mlp, passes, arrays)
     return queue(lambda: call(*arrays))
 
 

@@ -12,26 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.measure import peer
+from benchmarks.measure import compiled, peer
 
 Arrays = list[jax.Array]
-
-
-def differentiated(function: Callable[..., jax.Array], passes: str, arrays: Arrays) -> Any:
-    """Compiles `function`, or it and its gradients, for its arguments and the result's cotangent.
-
-    The cotangent is the last of the arrays, such as query, key, value and dout.
-    """
-
-    def both(*arguments_and_dout):
-        *arguments, dout = arguments_and_dout
-        out, pull = jax.vjp(function, *arguments)
-        return out, pull(dout)
-
-    def forward(*arguments_and_dout):
-        return function(*arguments_and_dout[:-1])
-
-    return jax.jit(forward if passes == "forward" else both).lower(*arrays).compile()
 
 
 def cudnn(passes: str, arrays: Arrays, segments_BT: jax.Array, window: int) -> Callable[[], Any]:
@@ -47,7 +30,7 @@ def cudnn(passes: str, arrays: Arrays, segments_BT: jax.Array, window: int) -> C
             implementation="cudnn",
         )
 
-    call = differentiated(attend, passes, arrays)
+    call = compiled(attend, passes, arrays)
     return lambda: call(*arrays)
 
 
@@ -66,7 +49,7 @@ def jax_pallas(
             query, key, value, segments_BT, sm_scale=query.shape[-1] ** -0.5, causal=True
         )
 
-    call = differentiated(attend, passes, repeated)
+    call = compiled(attend, passes, repeated)
     return lambda: call(*repeated)
 
 

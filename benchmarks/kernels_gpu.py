@@ -20,7 +20,7 @@ from benchmarks.gpu_correctness import correctness_rows
 from benchmarks.gpu_decoding import decode_rows
 from benchmarks.gpu_experts import experts_rows
 from benchmarks.gpu_timing import QUEUED, attempt, note, queue, runnable, timed
-from benchmarks.measure import PROBE, Call, Options, peer
+from benchmarks.measure import PROBE, Call, Options, compiled, peer
 from lightning_jax import accounting
 from lightning_jax.config.errors import UserError
 from lightning_jax.ops.kernels.gpu import backward as gpu_backward
@@ -152,7 +152,7 @@ def _peer_call(build: Any, finish: Any, *arguments: Any) -> Call:
 
 
 def _ours(attend: Any, passes: str, arrays: list[jax.Array]) -> Call:
-    call = gpu_peers.differentiated(attend, passes, arrays)
+    call = compiled(attend, passes, arrays)
     return queue(lambda: call(*arrays))
 
 

@@ -15,7 +15,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -146,6 +146,33 @@ def interleave(
     return found
 
 
+def compiled(
+    function: Callable[..., Any],
+    passes: str,
+    arrays: Sequence[jax.Array],
+    compiler_options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Compiles a function, or it and its gradients, for some arrays.
+
+    Args:
+      function: of arrays.
+      passes: "forward" or "forward+backward".
+      arrays: its arguments, such as query, key and value, and the cotangent of its result.
+      compiler_options: for XLA.
+    """
+
+    def both(*arguments_and_cotangent):
+        *arguments, cotangent = arguments_and_cotangent
+        out, pull = jax.vjp(function, *arguments)
+        return out, pull(cotangent)
+
+    def forward(*arguments_and_cotangent):
+        return function(*arguments_and_cotangent[:-1])
+
+    program = jax.jit(forward if passes == "forward" else both, compiler_options=compiler_options)
+    return program.lower(*arrays).compile()
+
+
 def _timed(call: Call, repeats: int) -> tuple[float, float]:
     """Elapsed and processor seconds per call."""
     start, processor = time.perf_counter(), time.process_time()
@@ -172,7 +199,7 @@ def peer(name: str) -> ModuleType | None:
         return None
 
 
-def temp_mb(compiled: Any) -> float | None:
+def temp_mb(program: Any) -> float | None:
     """Temporary memory of a compiled jax program in MB (10^6 bytes); None if it does not say."""
-    analysis = compiled.memory_analysis()
+    analysis = program.memory_analysis()
     return None if analysis is None else analysis.temp_size_in_bytes / 1e6

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import Options, interleave, peer, temp_mb
+from benchmarks.measure import Options, compiled, interleave, peer, temp_mb
 from benchmarks.peers import torch_moe_calls
 from benchmarks.profile import profiles
 from lightning_jax.ops.experts import routed_experts
@@ -184,13 +184,4 @@ def _compiled(
 ) -> Any:
     """Compiles the layer, or the layer and its gradients, for these arrays."""
     layer = functools.partial(_layer, choices=choices, top_p=top_p, implementation=implementation)
-
-    def both(*arguments):
-        out, pull = jax.vjp(layer, *arguments[:-1])
-        return out, pull(arguments[-1])
-
-    def forward(*arguments):
-        return layer(*arguments[:-1])
-
-    function = forward if passes == "forward" else both
-    return jax.jit(function, compiler_options=compiler_options()).lower(*arrays).compile()
+    return compiled(layer, passes, arrays, compiler_options())
