@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from lightning_jax.config.kinds import (
 from lightning_jax.data import chat
 from lightning_jax.data.chat import ChatTemplate
 from lightning_jax.runtime.files import disk_errors, read_json
+from lightning_jax.runtime.folders import new_folder
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 GENERATION_CONFIG = "generation_config.json"
@@ -198,20 +196,8 @@ def copy(source: Path, target: Path) -> None:
     ids = {name: value for name, value in ids.items() if value is not None}
     if ids:
         contents[GENERATION_CONFIG] = (json.dumps(ids, indent=2) + "\n").encode("utf-8")
-    with disk_errors(f"cannot write {target}"):
-        _write(target, contents)
-
-
-def _write(target: Path, contents: Mapping[str, bytes]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
+    with new_folder(target, "data.tokenizer") as folder, disk_errors(f"cannot write {target}"):
         for name, content in contents.items():
-            path = temporary / name
+            path = folder / name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
-        temporary.chmod(0o755)
-        os.replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
