@@ -81,7 +81,7 @@ def expert_counts(routings: Sequence[TextRouting]) -> Figure:
     )
     axes.plot(count_RT.mean(1) - 1, range(R), "o", color=BLUE, label="mean")
     axes.set_yticks(range(R), [f"layer {index}" for index in layers])
-    axes.set_xticks(range(most), range(1, most + 1))
+    axes.set_xticks(range(most), [str(count) for count in range(1, most + 1)])
     axes.set(xlabel="experts of a token")
     figure.colorbar(image, ax=axes, label="share of the tokens")
     axes.legend(loc="lower right", fontsize=8)
@@ -106,7 +106,7 @@ def experts_by_kind(routings: Sequence[TextRouting]) -> Figure:
     axes.set_yticks(range(len(kinds)), [f"{kind} ({len(means[kind]):,})" for kind in kinds])
     axes.set(xlabel="experts per token")
     everything = np.mean([mean for found in means.values() for mean in found])
-    axes.axvline(everything, color=BLACK, ls="--", lw=1)
+    axes.axvline(float(everything), color=BLACK, ls="--", lw=1)
     return figure
 
 

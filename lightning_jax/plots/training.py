@@ -36,7 +36,9 @@ def loss(
         axes.text((begin + end) / 2, 1.02, name, transform=axes.get_xaxis_transform(), ha="center")
     held_out = _held_out(rows, trained, results or {})
     for (domain, points), color in zip(held_out.items(), (ORANGE, GREEN, BLACK) * 9, strict=False):
-        shown = dict(color=color, ms=4, label=f"held out: {domain}", clip_on=False, zorder=3)
+        shown: dict[str, Any] = dict(
+            color=color, ms=4, label=f"held out: {domain}", clip_on=False, zorder=3
+        )
         axes.plot(*zip(*points, strict=True), "o-", **shown)
     axes.set(xlabel="tokens", ylabel="loss, nats per token")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -136,7 +137,7 @@ def file_tensors(
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of the parameters by path, and of the router's selection bias."""
-    leaves = traverse_util.flatten_dict(lm.abstract_params(config), sep="/")
+    leaves: dict[str, Any] = traverse_util.flatten_dict(lm.abstract_params(config), sep="/")
     bias = jax.eval_shape(lambda: lm.init_router(config)).bias_URE
     return {path: leaf.shape for path, leaf in leaves.items()} | {SELECTION_BIAS: bias.shape}
 
