@@ -86,11 +86,12 @@ class ByteTokenizer:
     vocab_size: int = 258
     bos_id: int = 256
     eos_id: int = 257
-    stop_ids: tuple[int, ...] = (257,)
-    stop_strings: tuple[str, ...] = ()
-    adds_bos: bool = True
-    specials: Mapping[str, int] = dataclasses.field(default_factory=dict, compare=False)
-    chat_template: ChatTemplate | None = None
+    # Of the class, and so without annotations: no fields.
+    stop_ids = (257,)
+    stop_strings = ()
+    adds_bos = True
+    specials = {}
+    chat_template = None
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         return list(_utf8(text))
