@@ -9,12 +9,18 @@ evaluation.json. The last evaluation is printed as JSON on stdout; progress goes
 from absl import flags
 
 from lightning_jax.runtime import program
+from lightning_jax.runtime.phases import phase
 
 _CONFIG = program.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _PROFILE = flags.DEFINE_bool("profile", False, "Record a trace of three steps in WORKDIR/profile.")
 _CHANGED = flags.DEFINE_bool(
     "allow_changed_data", False, "Resume although the text is not what the run began with."
+)
+_WRITERS = flags.DEFINE_list(
+    "writers",
+    ["tensorboard"],
+    "Where curves go besides metrics.jsonl: tensorboard, wandb, trackio.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -31,17 +37,19 @@ _INDEX = flags.DEFINE_integer("process_id", None, "Which of them this is; 0 writ
 
 def main() -> None:
     config = program.load_config(_CONFIG.value)
-    from lightning_jax.runtime import processes
+    with phase("loading jax"):
+        from lightning_jax.runtime import processes
 
-    processes.start(_DISTRIBUTED.value, _ADDRESS.value, _COUNT.value, _INDEX.value)
-    from lightning_jax.infer.text import sample
-    from lightning_jax.train import loop
+        processes.start(_DISTRIBUTED.value, _ADDRESS.value, _COUNT.value, _INDEX.value)
+        from lightning_jax.infer.text import sample
+        from lightning_jax.train import loop
 
     results = loop.run(
         config,
         _WORKDIR.value,
         sampler=sample,
         profile=_PROFILE.value,
+        writers=_WRITERS.value,
         allow_changed_data=_CHANGED.value,
         keep_compiled=True,
     )

@@ -253,6 +253,22 @@ def summary_rows(config: ModelConfig, seq_len: int) -> Rows:
     ]
 
 
+def memory_rows(state: Mapping[str, int], limit: int | None) -> Rows:
+    """Rows that say what a training step keeps on each device, whatever its activations take.
+
+    Args:
+      state: bytes on each device by what they are; `parameters` are among them, and there are as
+        many gradients.
+      limit: bytes that the device has; None if that is not known.
+    """
+    parts = {**state, "gradients": state["parameters"]}
+    together = binary(sum(parts.values())) + (f" of {binary(limit)}" if limit else "")
+    return [
+        *([name, binary(size)] for name, size in parts.items()),
+        ["together", f"{together}; activations are not included"],
+    ]
+
+
 def comparison_rows(config: ModelConfig, experts_per_token: float | None = None) -> Rows:
     """Rows, header first: this model, its `predecessor`, and the saving."""
     dense = predecessor(config)
@@ -348,8 +364,16 @@ def _score_flops(config: ModelConfig) -> int:
 
 def count_text(value: float) -> str:
     """Returns a number in three digits: 1234567 -> "1.23 M"."""
-    units = ["", " K", " M", " G", " T", " P", " E"]
+    return _scaled(value, 1000, ["", " K", " M", " G", " T", " P", " E"])
+
+
+def binary(size: int) -> str:
+    """Bytes: 1536 -> "1.5 KiB"."""
+    return _scaled(size, 1024, [" B", " KiB", " MiB", " GiB", " TiB", " PiB"])
+
+
+def _scaled(value: float, base: int, units: list[str]) -> str:
     while abs(value) >= 999.5 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
+        value /= base
+        units = units[1:]
     return f"{value:.3g}{units[0]}"

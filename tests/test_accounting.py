@@ -159,6 +159,18 @@ def test_patterns_are_compared_with_the_first():
     assert rows[1][1] == "131 K"  # 2 layers, 256 keys and values, K=2 heads of 32, 2 bytes
 
 
+def test_memory_of_a_device():
+    state = {"parameters": 3 << 20, "optimizer state": 6 << 20}
+    assert accounting.memory_rows(state, 3 << 29) == [
+        ["parameters", "3 MiB"],
+        ["optimizer state", "6 MiB"],
+        ["gradients", "3 MiB"],
+        ["together", "12 MiB of 1.5 GiB; activations are not included"],
+    ]
+    assert accounting.memory_rows(state, None)[-1][1].startswith("12 MiB; ")
+    assert accounting.binary(0) == "0 B" and accounting.binary(1536) == "1.5 KiB"
+
+
 def test_an_unknown_vocabulary_is_refused_where_it_counts():
     with pytest.raises(UserError, match="model.vocab_size = 0: must be the tokenizer's size"):
         accounting.parameters(model(vocab_size=0))

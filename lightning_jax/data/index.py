@@ -27,7 +27,6 @@ import logging
 import os
 import shutil
 import tempfile
-import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -38,6 +37,7 @@ import numpy as np
 from lightning_jax.config.errors import UserError
 from lightning_jax.data import cache
 from lightning_jax.data.globs import shown_name
+from lightning_jax.runtime import phases
 from lightning_jax.runtime.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 Entry = tuple[int, int, bytes | UserError]
 
 _FORMAT = 2  # another number rebuilds all indexes
-_REPORT_SECONDS = 10
+_REPORT_RECORDS = 256
 # Unpacking looks at the free space once per so many bytes, and stops where less would be left.
 _DISK_RESERVE = 2**28
 
@@ -136,7 +136,6 @@ class IndexStore:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self._next_report = time.monotonic() + _REPORT_SECONDS
 
     def records(self, path: Path, text_field: str, entries: Callable[[], Iterable[Entry]]) -> Index:
         """Returns the index of a file that is read where it is; `entries` reads it."""
@@ -175,12 +174,6 @@ class IndexStore:
                 f"({error.strerror}); set XDG_CACHE_HOME to a folder with more room"
             ) from error
 
-    def report(self, message: str, *values: object) -> None:
-        """Logs the progress of long work, at most every ten seconds."""
-        if time.monotonic() >= self._next_report:
-            self._next_report = time.monotonic() + _REPORT_SECONDS
-            logger.info(message, *values)
-
     def load(self, name: str) -> dict[str, np.ndarray] | None:
         """Returns arrays that `keep` wrote; None if they are missing or damaged."""
         return None if self.folder is None else cache.load_arrays(self.folder / f"{name}.index")
@@ -216,10 +209,11 @@ class IndexStore:
 
     def _watched(self, entries: Iterable[Entry], path: Path) -> Iterator[Entry]:
         done, total, name = 0, path.stat().st_size / 1e9, shown_name(str(path))
-        for entry in entries:
+        for count, entry in enumerate(entries):
             text = entry[-1]
             done += len(text) if isinstance(text, bytes) else 0
-            self.report("indexing %s (%.1f GB), once: %.1f GB of text", name, total, done / 1e9)
+            if count % _REPORT_RECORDS == 0:
+                phases.detail(f"{name} ({total:.1f} GB), once: {done / 1e9:.1f} GB of text")
             yield entry
 
 

@@ -36,6 +36,7 @@ from lightning_jax.data.globs import FoundFile, glob_files, shown_name
 from lightning_jax.data.held_out import HeldOut, choose, only_content, tail_start
 from lightning_jax.data.index import BLANK, IndexStore, key_of
 from lightning_jax.data.text_files import open_texts
+from lightning_jax.runtime.phases import phase
 
 logger = logging.getLogger(__name__)
 
@@ -305,7 +306,9 @@ class Sources:
         """All documents of the `path` or `eval_path` of a source."""
         field, pattern = f"data.sources.{name}.{kind}", getattr(self._config(name), kind)
         if pattern not in self._readers_of:
-            self._readers_of[pattern] = _readers(field, pattern, self.data.text_field, self._store)
+            with phase(f"reading the text of {pattern}"):
+                found = _readers(field, pattern, self.data.text_field, self._store)
+            self._readers_of[pattern] = found
         readers = self._readers_of[pattern]
         source = Source(name, readers, np.flatnonzero(_joined(readers, "has_text")))
         if not (source.gather("key") != BLANK).any():

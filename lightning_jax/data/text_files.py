@@ -25,6 +25,7 @@ from lightning_jax.data.index import (
     key_of,
     keys_of,
 )
+from lightning_jax.runtime import phases
 
 _DIGEST_BYTES = 32
 
@@ -141,7 +142,7 @@ def open_texts(
             continue
         size[i], keys[i], digests[i] = _read(file.path)
         count += 1
-        store.report("reading the text files of %s, once: %d of %d", root, i + 1, len(files))
+        phases.detail(f"file {i + 1} of {len(files)}, once")
     if count:
         arrays = {
             "bytes": np.array([file.size for file in files], np.int64),

@@ -20,6 +20,7 @@ from lightning_jax.data.tokenizer_files import load_hugging_face, load_sentencep
 from lightning_jax.data.tokenizer_folder import Settings
 from lightning_jax.data.tokenizer_kinds import ByteTokenizer, Tokenizer, too_small
 from lightning_jax.runtime.files import StrPath, write_file
+from lightning_jax.runtime.phases import phase
 
 _LOADERS = {".json": load_hugging_face, ".model": load_sentencepiece}
 _SMALLEST_BPE = 256 + 2
@@ -159,7 +160,8 @@ def _resolve_bpe(sources: Sources, path: Path, rows: int) -> Tokenizer:
     if rows and int(size) > rows:
         raise too_small(rows, int(size))
     if not path.exists():
-        return train_bpe(_sample(sources), int(size), path)
+        with phase(f"training the tokenizer {spec}"):
+            return train_bpe(_sample(sources), int(size), path)
     tokenizer = load_tokenizer(str(path))
     if tokenizer.vocab_size != int(size):
         raise UserError(

@@ -40,6 +40,18 @@ def install(extra: str) -> str:
     return tool("pip", "install", f"lightning_jax[{extra}]")
 
 
+def typed() -> str | None:
+    """Returns the command that started this process, to be given again; None in a notebook."""
+    match sys.orig_argv[1:]:
+        case ["-m", "ipykernel_launcher", *_]:
+            return None
+        case ["-m", module, *arguments] if module.startswith(f"{shipped.PROGRAMS}."):
+            return command(module.removeprefix(f"{shipped.PROGRAMS}."), *arguments)
+        case [script, *arguments] if Path(script).name == SCRIPT:
+            return tool(SCRIPT, *arguments)
+    return shlex.join(sys.orig_argv)
+
+
 def recorded(argv: Sequence[str]) -> str:
     """Returns the shell command with the `sys.argv` of a record, without paths of its machine."""
     program = Path(*argv[:1])

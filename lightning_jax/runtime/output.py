@@ -1,25 +1,36 @@
 """The standard streams of a process: answers, which must arrive, and other output, which need not.
 
 Whatever goes to standard error is best effort. Its reader may go away (`2>&1 | head`), its terminal
-may close, its disk may be full: work goes on, and `lost()` says what happened.
+may close, its disk may be full: work goes on, and `lost()` says what happened. Lines, logs and bars
+share one console, so that a line is printed above a bar and not into it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
+import logging
 import os
 import signal
 import sys
 import threading
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _STDIN, _STDOUT, _STDERR = range(3)
 # Errors after which a stream never works again; others, such as a full disk, may pass.
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET)
 _lost: str | None = None
 _answers: int | None = None
+_silent = False
+_last_line = 0.0
+# Ends the line of a bar, and shows the cursor that it hides.
+_AFTER_A_BAR = "\x1b[?25h\r\n"
 
 
 def lost() -> str | None:
@@ -47,6 +58,61 @@ def guard() -> None:
         errors="backslashreplace",
         line_buffering=True,
     )
+
+
+@functools.cache
+def console() -> Console:
+    """The console of this process on standard error."""
+    from rich.console import Console
+
+    guard()
+    return Console(stderr=True)
+
+
+def silence() -> None:
+    """Makes `say` do nothing in this process: of several, one speaks for all."""
+    global _silent
+    _silent = True
+
+
+def is_silent() -> bool:
+    """Whether `silence` was called."""
+    return _silent
+
+
+def say(text: str) -> None:
+    """Prints lines to standard error, as they are: not wrapped, and without markup."""
+    if not _silent:
+        _print(text)
+
+
+def seconds_since_a_line() -> float:
+    """Seconds since a line was said or logged."""
+    return time.monotonic() - _last_line
+
+
+def last_words(text: str) -> None:
+    """Writes a line to standard error past all buffers and locks, before a process is ended."""
+    with contextlib.suppress(OSError):
+        before = _AFTER_A_BAR if os.isatty(_STDERR) else ""
+        os.write(_STDERR, f"{before}{text}\n".encode("utf-8", "backslashreplace"))
+
+
+class LogHandler(logging.Handler):
+    """Prints the records of a log as `say` does, those of a silent process too."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints one record."""
+        try:
+            _print(self.format(record))
+        except Exception:
+            self.handleError(record)
+
+
+def _print(text: str) -> None:
+    global _last_line
+    _last_line = time.monotonic()
+    console().print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def reserve_stdout() -> None:

@@ -25,6 +25,7 @@ import jax
 
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require
+from lightning_jax.runtime import output
 
 # What tells jax who the processes are.
 _CLUSTERS = "TPU pod slice, Slurm's srun, Open MPI's mpirun, Kubernetes"
@@ -73,6 +74,7 @@ def start(distributed: bool, address: str | None, number: int | None, index: int
         raise UserError(f"--distributed: {_why_alone(given, error)}") from error
     if not is_writer():
         logging.getLogger("lightning_jax").setLevel(logging.WARNING)
+        output.silence()
 
 
 def _why_alone(given: Mapping[str, Any], error: Exception) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 from absl import flags
 
 from lightning_jax.config.errors import UserError
-from lightning_jax.runtime import command_line, invocation, output
+from lightning_jax.runtime import command_line, interrupts, invocation, output
 from lightning_jax.runtime.command_line import (
     define_config,
     load_config,
@@ -76,6 +76,7 @@ def run(
     if huge_pages and not asks_for_help:
         restart_with_huge_pages()
     output.reserve_stdout()
+    interrupts.listen()
     _quiet_logging()
     try:
         if asks_for_help:
@@ -83,7 +84,7 @@ def run(
         else:
             main(*command_line.arguments(commands))
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        interrupts.say_interrupted()
         sys.exit(130)
     except Exception as error:
         message = user_message(error)
@@ -174,5 +175,6 @@ def _help(commands: Sequence[str]) -> str:
 
 def _quiet_logging() -> None:
     """Shows our logs from INFO on, all others from WARNING on, on standard error."""
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s", force=True)
+    handler = output.LogHandler()
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("lightning_jax").setLevel(logging.INFO)

@@ -25,6 +25,7 @@ from lightning_jax.data.mixture import EvalBatches, eval_batches
 from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
 from lightning_jax.runtime import compiler
+from lightning_jax.runtime.phases import phase
 from lightning_jax.train import step as steps
 from lightning_jax.train.placement import put_whole
 from lightning_jax.train.plan import Plan
@@ -78,17 +79,20 @@ def evaluate_batches(
     nll, tokens = np.zeros(len(buckets)), np.zeros(len(buckets), np.int64)
     used: list[np.ndarray] = []
     seen: list[np.ndarray] = []
-    for batch in batches:
-        before_batch()
-        result = eval_step(put_whole(batch, mesh))
-        nll_BT, mask_BT = np.asarray(result["nll_BT"], np.float64), batch.loss_mask > 0
-        for index, (low, high) in enumerate(buckets):
-            inside = mask_BT & (batch.positions >= low) & (batch.positions < high)
-            nll[index] += nll_BT[inside].sum()
-            tokens[index] += inside.sum()
-        if result["stats"] is not None:
-            used.append(np.asarray(result["stats"].assigned_count_E, np.float64).sum(-1).ravel())
-            seen.append(np.asarray(result["stats"].tokens, np.float64).ravel())
+    with phase(f"evaluating {domain}") as now:
+        for number, batch in enumerate(batches, 1):
+            now.detail = f"batch {number} of {len(batches)}"
+            before_batch()
+            result = eval_step(put_whole(batch, mesh))
+            nll_BT, mask_BT = np.asarray(result["nll_BT"], np.float64), batch.loss_mask > 0
+            for index, (low, high) in enumerate(buckets):
+                inside = mask_BT & (batch.positions >= low) & (batch.positions < high)
+                nll[index] += nll_BT[inside].sum()
+                tokens[index] += inside.sum()
+            if result["stats"] is not None:
+                counts = np.asarray(result["stats"].assigned_count_E, np.float64)
+                used.append(counts.sum(-1).ravel())
+                seen.append(np.asarray(result["stats"].tokens, np.float64).ravel())
     if not tokens.sum():
         raise UserError(f"evaluation: nothing to measure: {domain!r} has no held-out tokens")
     loss = nll.sum() / tokens.sum()
@@ -146,17 +150,18 @@ class Evaluator:
         """
         shape = (seq_len, batch_size, max_tokens)
         if shape not in self._batches:
-            self._batches[shape] = {
-                name: eval_batches(
-                    source,
-                    tokenizer=self._tokenizer,
-                    seq_len=seq_len,
-                    batch_size=batch_size,
-                    max_tokens=max_tokens,
-                    before_document=before_document,
-                )
-                for name, source in self._sources.eval.items()
-            }
+            with phase("tokenizing the held-out text"):
+                self._batches[shape] = {
+                    name: eval_batches(
+                        source,
+                        tokenizer=self._tokenizer,
+                        seq_len=seq_len,
+                        batch_size=batch_size,
+                        max_tokens=max_tokens,
+                        before_document=before_document,
+                    )
+                    for name, source in self._sources.eval.items()
+                }
         base = np.float32(rope_base_global)
         eval_step = lambda batch: self._step(params, router, batch, base)  # noqa: E731
         return {

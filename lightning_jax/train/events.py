@@ -12,7 +12,7 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,13 @@ class EventFile:
         event = self._event(wall_time=time.time(), **fields)
         self._records.write(event.SerializeToString())
 
-    def scalar(self, name: str, value: float, step: int) -> None:
-        """Adds a number."""
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Adds numbers by name. They are in the file when this returns: a kill loses none."""
         from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
-        self._add(step=step, summary=scalar_pb(name, value))
+        for name, value in values.items():
+            self._add(step=step, summary=scalar_pb(name, value))
+        self._records.flush()
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
         """Adds a histogram of an array."""
@@ -60,14 +62,10 @@ class EventFile:
         self._add(step=step, summary=histogram_pb(name, values))
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Adds a text, which may be Markdown."""
+        """Adds a text, shown as a code block."""
         from tensorboard.plugins.text.summary_v2 import text_pb
 
-        self._add(step=step, summary=text_pb(name, text))
-
-    def flush(self) -> None:
-        """Returns when all events are in the file, so that a kill loses none."""
-        self._records.flush()
+        self._add(step=step, summary=text_pb(name, f"```\n{text}\n```"))
 
     def close(self) -> None:
         """Closes the file."""

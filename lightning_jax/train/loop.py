@@ -7,17 +7,19 @@ dispatch (so the host never makes the device wait), evaluate, save.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from lightning_jax import accounting, sharding
+from lightning_jax import sharding
 from lightning_jax.checkpoint import all_steps, checkpoints_dir
 from lightning_jax.config import RunConfig
 from lightning_jax.data import epochs, mixture, streams
-from lightning_jax.runtime import compiler, processes, tables
+from lightning_jax.runtime import compiler, processes
 from lightning_jax.runtime.files import write_json
+from lightning_jax.runtime.phases import phase
 from lightning_jax.train import placement
 from lightning_jax.train import workdir as folder
 from lightning_jax.train.evaluation import require_finite
@@ -27,6 +29,7 @@ from lightning_jax.train.screens import closing, opening
 from lightning_jax.train.session import Sampler, Session, open_session
 from lightning_jax.train.start import Start, look
 from lightning_jax.train.step import TrainState
+from lightning_jax.train.writers import DEFAULT, require
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ def run(
     *,
     sampler: Sampler | None = None,
     profile: bool = False,
+    writers: Sequence[str] = DEFAULT,
     allow_changed_data: bool = False,
     keep_compiled: bool = False,
 ) -> dict[str, Any]:
@@ -51,6 +55,7 @@ def run(
         `run.json`, `evaluation.json`. One process at a time trains there.
       sampler: writes a text sample at each evaluation.
       profile: record a trace of steps 5 to 7 of this session in `workdir/profile`.
+      writers: where the curves go besides `metrics.jsonl`: `tensorboard`, `wandb`, `trackio`.
       allow_changed_data: resume with text that is not the text that the run began with.
       keep_compiled: keep compiled programs in `workdir/compiled`, see `compiler.cache_in`.
 
@@ -63,18 +68,20 @@ def run(
       Stopped: a signal (see `signals`); the state has been saved.
     """
     config.require_trainable()
+    require(writers)
     # Outermost: at the end of `together` this process waits for the others.
     outlook = processes.if_lost(lambda: _outlook(workdir))
     with outlook, processes.together(), folder.claim(workdir) as claim:
         # None writes before all have read.
         with processes.together():
             start = look(config, claim.path, allow_changed_data=allow_changed_data)
-            mesh = placement.make_mesh(start.plan)
+            with phase("starting the devices"):
+                mesh = placement.make_mesh(start.plan)
         processes.require_same(start.digests())
         start.write(claim)
         if keep_compiled:
             compiler.cache_in(claim.path / "compiled")
-        return _run(start, claim.path, mesh, sampler=sampler, profile=profile)
+        return _run(start, claim.path, mesh, sampler=sampler, profile=profile, writers=writers)
 
 
 def _outlook(workdir: str | Path) -> str:
@@ -82,27 +89,14 @@ def _outlook(workdir: str | Path) -> str:
     return f"the run goes on from checkpoint {steps[-1]}" if steps else "nothing was saved yet"
 
 
-def _run(
-    start: Start, path: Path, mesh: Mesh, *, sampler: Sampler | None, profile: bool
-) -> dict[str, Any]:
+def _run(start: Start, path: Path, mesh: Mesh, **options: Any) -> dict[str, Any]:
+    """Runs what is left of a run; `options` are those of `open_session`."""
     plan, config = start.plan, start.plan.config
-    if processes.is_writer():
-        rows = accounting.summary_rows(config.model, plan.max_seq_len)
-        tables.print_table(rows, "This model")
-    with open_session(
-        plan,
-        path,
-        start.sources,
-        start.tokenizer,
-        mesh,
-        start.saved,
-        sampler=sampler,
-        profile=profile,
-    ) as session:
-        session.progress.open(opening(path, plan, session.start, mesh))
+    with open_session(start, path, mesh, **options) as session:
+        session.progress.note(_opening(start, path, session))
         _warn_of_shared_streams(session)
         state = _train(session)
-        session.checkpointer.wait()
+        session.finish_saving()
         try:
             results = session.evaluate(plan.segments[-1], state, config.final_eval_tokens)
         except Interrupted as ended:
@@ -113,6 +107,19 @@ def _run(
         write_json(path / "evaluation.json", results)
     session.progress.note(closing(path, plan))
     return results
+
+
+def _opening(start: Start, path: Path, session: Session) -> str:
+    return opening(
+        path,
+        session.plan,
+        session.mesh,
+        start=session.start,
+        lost=session.lost,
+        fresh=session.fresh,
+        epochs=start.epochs,
+        memory=placement.state_bytes(session.program.abstract_state),
+    )
 
 
 def _warn_of_shared_streams(session: Session) -> None:
@@ -166,7 +173,7 @@ def _batches(session: Session, segment: Segment, before: Any) -> Any:
 def _run_segment(session: Session, segment: Segment, state: TrainState, batches: Any) -> TrainState:
     """Runs those steps of a segment that earlier sessions have not run."""
     config, watch = session.plan.config, session.watch
-    session.progress.begin_stage(segment.stage.name)
+    session.progress.begin(segment)
     session.throughput.end_lap()  # The time between two stages is not training time.
     step = max(segment.first_step, session.start)
     unread: Any = None  # metrics of step `step`, the last one taken

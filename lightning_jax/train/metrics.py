@@ -1,4 +1,4 @@
-"""Output of metrics: `metrics.jsonl` and TensorBoard.
+"""Output of metrics: `metrics.jsonl`, and the writers that a session has besides.
 
 `metrics.jsonl` has one JSON object per logged step: scalars, and one list over layers for each
 router metric, so that the number of keys does not grow with depth or experts. A resumed run drops
@@ -7,7 +7,6 @@ the lines that it is about to write again.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,12 +19,7 @@ from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import LARGEST_COUNT
 from lightning_jax.runtime import output
 from lightning_jax.runtime.files import parse_json, plain, write_file
-from lightning_jax.train.events import EventFile, drop
-
-# What is not of the train step.
-_ROUTER_SCALARS = ("top_p", "bias_max")
-# Names of what an evaluation writes.
-_EVALUATION = ("eval/", "sample")
+from lightning_jax.train import tags, writers
 
 # What readers of `metrics.jsonl` take from a row; a loss that was not finite is null.
 _ROW = {
@@ -71,9 +65,17 @@ def pace(rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, float]:
 
 
 class MetricsWriter:
-    """Appends rows to `metrics.jsonl` and the same values to TensorBoard event files."""
+    """Appends rows to `metrics.jsonl` and gives the same values to other writers."""
 
-    def __init__(self, workdir: Path, *, resume_step: int, final_step: int | None = None):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        resume_step: int,
+        final_step: int | None = None,
+        config: Mapping[str, Any] | None = None,
+        names: Sequence[str] = writers.DEFAULT,
+    ):
         """Opens the files, without what earlier sessions wrote of steps after `resume_step`.
 
         Args:
@@ -81,28 +83,21 @@ class MetricsWriter:
           resume_step: steps that earlier sessions took and saved.
           final_step: steps of the whole run, at whose end every session evaluates: TensorBoard
             forgets what earlier sessions have written there.
+          config: of the run, as a nested dict, for other writers.
+          names: of other writers, see `writers.require`.
 
         Raises:
           UserError: a file is damaged, or is not the kind of file that it must be.
         """
-        self._directory = workdir / "tensorboard"
-        if self._directory.exists() and not self._directory.is_dir():
-            raise UserError(f"{self._directory}: must be a folder")
-        self._path = workdir / "metrics.jsonl"
-        _drop_rows_after(self._path, resume_step)
-        self._file = open(self._path, "a", encoding="utf-8")
-        self._resume_step, self._final_step = resume_step, final_step
+        directory = workdir / "tensorboard"
+        if directory.exists() and not directory.is_dir():
+            raise UserError(f"{directory}: must be a folder")
+        path = workdir / "metrics.jsonl"
+        _drop_rows_after(path, resume_step)
+        self._file = open(path, "a", encoding="utf-8")
+        place = writers.Place(workdir, config or {}, resume_step, final_step)
+        self._others = [writers.OpenWriter(name, place) for name in names]
         self._last_step, self._told = resume_step, False
-
-    @functools.cached_property
-    def _events(self) -> EventFile:
-        # Opened by the first row: its imports must not delay the first step.
-        def is_dropped(step: int, name: str) -> bool:
-            evaluated = step == self._final_step and name.startswith(_EVALUATION)
-            return step > self._resume_step or evaluated
-
-        drop(self._directory, is_dropped)
-        return EventFile(self._directory, first_step=self._resume_step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Writes one row; it must have a `step`. The line is on disk when this returns.
@@ -119,62 +114,37 @@ class MetricsWriter:
         self._show(row)
 
     def last_evaluation(self, results: dict[str, Any], step: int) -> None:
-        """Shows on TensorBoard what `evaluation.json` has."""
+        """Shows, but in `metrics.jsonl`, what `evaluation.json` has."""
         self._show(plain({"step": step, "eval": results}))
 
     def _show(self, row: dict[str, Any]) -> None:
-        for name, value in _scalars(row):
-            self._events.scalar(name, value, row["step"])
-        self._events.flush()
+        curves = tags.of_row(row)
+        for writer in self._others:
+            writer("scalars", curves, row["step"])
 
     def histogram(self, name: str, values: Any, step: int) -> None:
-        """Writes a TensorBoard histogram of the numbers of an array; None is left out."""
+        """Shows a histogram of the numbers of an array; None is left out."""
         found = np.asarray(values, np.float64).reshape(-1)
         if (found := found[np.isfinite(found)]).size:
-            self._events.histogram(name, found, step)
+            for writer in self._others:
+                writer("histogram", name, found, step)
 
-    def text(self, name: str, text: str, step: int) -> None:
-        """Writes a TensorBoard text, shown as a code block."""
-        self._events.text(name, f"```\n{text}\n```", step)
+    def sample(self, text: str, step: int) -> None:
+        """Shows a text that the model wrote."""
+        for writer in self._others:
+            writer("text", tags.SAMPLE, text, step)
 
     def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Flushes and closes both files."""
+        """Closes the file and the other writers."""
         if output.lost() and not self._told:
             self._file.write(json.dumps({"step": self._last_step, "output_lost": output.lost()}))
             self._file.write("\n")
         self._file.close()
-        if "_events" in vars(self):
-            self._events.close()
-
-
-def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
-    """Scalars by TensorBoard's name: `train/`, `router/`, `eval/`, and groups of their own."""
-    scalars: list[tuple[str, float]] = []
-    for name, value in row.items():
-        if isinstance(value, dict):
-            scalars += _nested(value, f"{name}/")
-        elif isinstance(value, list) and np.ndim(value) == 1:
-            numbers = [entry for entry in value if entry is not None]
-            for reduce in (np.mean, np.min, np.max) if numbers else ():
-                scalars.append((f"router/{name}/{reduce.__name__}", float(reduce(numbers))))
-        elif name != "step":
-            group = "router" if name in _ROUTER_SCALARS else "train"
-            scalars += _nested({name: value}, f"{group}/")
-    return scalars
-
-
-def _nested(values: dict[str, Any], prefix: str) -> list[tuple[str, float]]:
-    """Numbers by slash-joined name."""
-    scalars: list[tuple[str, float]] = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            scalars += _nested(value, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)):
-            scalars.append((prefix + name, float(value)))
-    return scalars
+        for writer in self._others:
+            writer.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ a mesh of devices that are not present.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -113,6 +114,26 @@ def abstract_state(
     return jax.tree_util.tree_map_with_path(
         place, jax.eval_shape(lambda: step.init_state(config, optimizer))
     )
+
+
+def state_bytes(state: step.TrainState) -> dict[str, int]:
+    """Returns the bytes of each part of an abstract state on one device, largest parts only.
+
+    Arrays that are split have equal parts on all devices.
+    """
+    parts = {
+        "parameters": state.params,
+        "optimizer state": state.optimizer,
+        "averaged parameters": state.ema,
+    }
+    return {
+        name: sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+        for name, tree in parts.items()
+        if tree
+    }
 
 
 def items_from_state(state: step.TrainState) -> dict[str, Any]:

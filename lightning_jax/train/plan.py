@@ -148,7 +148,7 @@ class Plan:
         stage = self.segment_at(step).stage
         begin = next(s.first_token for s in self.segments if s.stage == stage)
         index = self.config.stages.index(stage)
-        previous = _end_rate(self.config.stages[index - 1]) if index else 0.0
+        previous = end_rate(self.config.stages[index - 1]) if index else 0.0
         return _rate_in_stage(stage, self.tokens_at(step) - begin, previous)
 
     def knobs(self, step: int) -> Knobs:
@@ -181,7 +181,7 @@ def _decays(stage: StageConfig) -> bool:
     return stage.decay != "none" and stage.decay_tokens > 0
 
 
-def _end_rate(stage: StageConfig) -> float:
+def end_rate(stage: StageConfig) -> float:
     return stage.final_learning_rate if _decays(stage) else stage.learning_rate
 
 

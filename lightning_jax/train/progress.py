@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from types import TracebackType
 
 from rich import progress as bars
-from rich.console import Console
 
-from lightning_jax.runtime import output
+from lightning_jax.runtime import output, phases
+from lightning_jax.train.plan import Segment
 
 _SMOOTHING = 0.95
-# Without a terminal there is no bar to redraw: a line is printed once in so many seconds.
-_LINE_SECONDS = 15
 
 
 class Throughput:
@@ -40,41 +39,55 @@ class Throughput:
 
 
 class Progress:
-    """A bar over the steps of all stages, on stderr; without a terminal a line now and then."""
+    """A bar over the steps of all stages, on stderr; without a terminal a line every few seconds.
+
+    Steps are phases too (`runtime.phases`): one that takes long, because its program is compiled,
+    is named with its seconds.
+    """
 
     def __init__(self, total_steps: int, start: int):
         self._total_steps = total_steps
-        output.guard()
-        self._console = Console(stderr=True)
+        console = output.console()
+        self._has_bar = console.is_terminal
         self._bar = bars.Progress(
             bars.TextColumn("{task.fields[stage]}"),
-            bars.BarColumn(),
+            bars.BarColumn(bar_width=20),
             bars.MofNCompleteColumn(),
             bars.TextColumn("{task.fields[state]}"),
             bars.TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
+            console=console,
+            disable=not self._has_bar,
         )
-        self._task = self._bar.add_task(
-            "", total=total_steps, completed=start, stage="", state="compiling"
-        )
+        self._task = self._bar.add_task("", total=total_steps, completed=start, stage="", state="")
+        self._state: str | None = None  # of the last step; None while a program is compiled
+        self._shapes: set[tuple[int, ...]] = set()
         self._loss: float | None = None
         self._line_due = 0.0
-        self._begun: float | None = time.perf_counter()
+        self._begun = self._advanced = time.perf_counter()
+        self._is_first = True
+        self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> Progress:
-        self._bar.__enter__()
+        self._opened.enter_context(self._bar)
+        if self._has_bar:
+            self._opened.enter_context(phases.shown_by(self._show))
+        self._step = self._opened.enter_context(phases.phase("preparing the first step"))
         return self
 
-    def open(self, screen: str) -> None:
-        """Prints the first screen of a run, and says that compiling is next if no bar does."""
-        self.note(screen)
-        if not self._console.is_terminal:
-            self.note("compiling the first step ...")
+    def _show(self, now: phases.Phase) -> None:
+        is_step = now is self._step and self._state is not None
+        quick = is_step and now.seconds < phases.LINE_SECONDS
+        self._bar.update(self._task, state=self._state if quick else str(now))
 
-    def begin_stage(self, name: str) -> None:
-        """Shows the stage that the next steps belong to."""
-        self._bar.update(self._task, stage=name)
+    def begin(self, segment: Segment) -> None:
+        """Shows the segment that the next steps belong to, and that its program is compiled."""
+        self._bar.update(self._task, stage=segment.stage.name)
+        shape = (segment.batch_size, segment.seq_len, segment.accumulate)
+        if shape not in self._shapes:
+            self._shapes.add(shape)
+            which = f"a step of {segment.batch_size} x {segment.seq_len} tokens"
+            self._step.what, self._state = f"compiling {which}", None
+        self._step.restart()
 
     def advance(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Shows that `step` steps are done; the loss is smoothed over steps where it is finite."""
@@ -82,21 +95,24 @@ class Progress:
             before = loss if self._loss is None else self._loss
             self._loss = _SMOOTHING * before + (1 - _SMOOTHING) * loss
         shown = "not finite" if self._loss is None else f"{self._loss:.3f}"
-        state = f"loss {shown}  {tokens_per_second:,.0f} tok/s"
-        self._bar.update(self._task, completed=step, state=state)
+        self._state = f"loss {shown}  {tokens_per_second:,.0f} tok/s"
+        self._bar.update(self._task, completed=step, state=self._state)
         now = time.perf_counter()
-        due = now > self._line_due or step == self._total_steps
-        if not self._console.is_terminal and due:
-            self._line_due = now + _LINE_SECONDS
+        # The next line would come with the next step, perhaps too late.
+        due = now + (now - self._advanced) > self._line_due or step == self._total_steps
+        if due and not self._has_bar:
+            self._line_due = now + phases.LINE_SECONDS
             left = self._bar.tasks[0].time_remaining
             left_text = f"  {left:,.0f} s left" if left else ""
-            first = f"  first step after {now - self._begun:.0f} s" if self._begun else ""
-            self.note(f"step {step}/{self._total_steps}  {state}{left_text}{first}")
-        self._begun = None
+            first = f"  first step after {now - self._begun:.0f} s" if self._is_first else ""
+            self.note(f"step {step}/{self._total_steps}  {self._state}{left_text}{first}")
+        self._advanced, self._is_first = now, False
+        self._step.what = f"step {step + 1}/{self._total_steps}"
+        self._step.restart()
 
     def note(self, text: str) -> None:
         """Prints a line above the bar."""
-        self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        output.say(text)
 
     def __exit__(
         self,
@@ -104,4 +120,4 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.__exit__(kind, error, trace)
+        self._opened.__exit__(kind, error, trace)

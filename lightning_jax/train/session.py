@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,13 +16,14 @@ from jax.sharding import Mesh
 
 from lightning_jax import model as lm
 from lightning_jax.checkpoint import Checkpointer
-from lightning_jax.config import CheckpointMeta, RunConfig
+from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import to_dict
 from lightning_jax.data import epochs
 from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import Tokenizer
 from lightning_jax.runtime import processes
+from lightning_jax.runtime.phases import phase
 from lightning_jax.train import evaluation, placement, skipped
 from lightning_jax.train import workdir as folder
 from lightning_jax.train.interruption import Interrupted, Stopped, Watch
@@ -30,6 +31,7 @@ from lightning_jax.train.metrics import MetricsWriter, flatten, read_rows
 from lightning_jax.train.plan import Plan, Segment
 from lightning_jax.train.progress import Progress, Throughput
 from lightning_jax.train.signals import StopRequest
+from lightning_jax.train.start import Start
 from lightning_jax.train.step import TrainState
 from lightning_jax.train.trace import Trace
 
@@ -47,6 +49,7 @@ class Session:
       start: steps that earlier sessions took.
       fresh: whether there is no checkpoint to start from, not even one of imported weights.
       logged: rows that earlier sessions logged of step `start`.
+      lost: steps that they logged after that.
     """
 
     plan: Plan
@@ -59,6 +62,7 @@ class Session:
     start: int
     fresh: bool
     logged: list[dict[str, Any]]
+    lost: int
     writer: MetricsWriter
     progress: Progress
     throughput: Throughput
@@ -69,7 +73,8 @@ class Session:
 
     def first_state(self) -> TrainState:
         """Returns the state before the first step, with the weights of checkpoint 0 if any."""
-        state = self.program.init()
+        with phase("making the first weights"):
+            state = self.program.init()
         if self.fresh:
             return state
         abstract = placement.items_from_state(self.program.abstract_state)
@@ -81,8 +86,9 @@ class Session:
     def restore(self, batches: Any) -> TrainState:
         """Returns the state of the checkpoint, and moves `batches` to its position."""
         items = placement.items_from_state(self.program.abstract_state)
-        # `train.start.look` has verified it.
-        given = self.checkpointer.restore(self.start, items, batches, verified=True)
+        with phase(f"reading checkpoint {self.start}"):
+            # `train.start.look` has verified it.
+            given = self.checkpointer.restore(self.start, items, batches, verified=True)
         state = placement.state_from_items(given)
         if self.plan.config.optimizer.on_nan == "stop":
             # Any bad step ends the run: those that an earlier session skipped must not.
@@ -101,7 +107,13 @@ class Session:
     def save(self, step: int, state: TrainState, batches: Any) -> None:
         """Saves, in the background, the state after `step` steps."""
         items, meta = placement.items_from_state(state), to_dict(self.plan.meta(step))
-        self.checkpointer.save(step, items, batches, meta)
+        with phase(f"saving step {step}"):
+            self.checkpointer.save(step, items, batches, meta)
+
+    def finish_saving(self) -> None:
+        """Waits until the last save is complete on disk."""
+        with phase("waiting until the last save is on disk"):
+            self.checkpointer.wait()
 
     def report(self, step: int, metrics: dict[str, Any], state: TrainState, batches: Any) -> None:
         """Fetches the metrics of the last of `step` steps, checks them, and logs them when due.
@@ -145,7 +157,7 @@ class Session:
         """Saves the last good state under the number of the failed step, and raises."""
         counters = {"step": state.step * 0 + step, "bad_steps": state.bad_steps * 0}
         self.save(step, dataclasses.replace(state, **counters), batches)
-        self.checkpointer.wait()
+        self.finish_saving()
         stage, seed = self.plan.last_trained(step).stage.name, self.plan.config.seed
         raise UserError(
             f"loss is not finite at step {step} (stage {stage!r}, seed {seed}): the state before "
@@ -158,7 +170,7 @@ class Session:
         # The device may be a step ahead; what is saved is its state and the data's position.
         reached = int(state.step)
         self.save(reached, state, batches)
-        self.checkpointer.wait()
+        self.finish_saving()
         stage, seed = self.plan.last_trained(step).stage.name, self.plan.config.seed
         raise UserError(
             f"{in_a_row} steps in a row up to step {step} (stage {stage!r}, seed {seed}) were "
@@ -194,22 +206,22 @@ class Session:
             self.progress.note(skipped.summary(bad_steps, int(state.step)))
         if self.sampler is not None and config.sample_tokens:
             try:
-                text = self.sampler(
-                    config, params, state.router, self.tokenizer, segment.rope_base_global
-                )
+                with phase("writing a sample"):
+                    text = self.sampler(
+                        config, params, state.router, self.tokenizer, segment.rope_base_global
+                    )
             except UserError as error:  # logits that are not finite: no sample ends a training
                 text = f"no sample: {error}"
-            self.writer.text("sample", text, int(state.step))
+            self.writer.sample(text, int(state.step))
         return results
 
     def leave(self, step: int, ended: Interrupted) -> NoReturn:
         """Raises the cause of `ended` when the last save is complete, and says what is saved."""
-        self.checkpointer.wait()
+        self.finish_saving()
         cause = ended.cause
         if isinstance(cause, Stopped):
             saved = f"saved step {step}" if step else "before the first step"
-            if processes.is_writer():
-                logger.warning("%s: %s; the same command resumes", cause.signal.name, saved)
+            self.progress.note(f"{cause.signal.name}: {saved}; the same command resumes")
             raise cause
         saved = f"the state before it is checkpoint {step}" if step else "nothing was trained yet"
         if isinstance(cause, UserError):
@@ -237,25 +249,27 @@ def _if_writer(kind: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def open_session(
-    plan: Plan,
+    begun: Start,
     workdir: Path,
-    sources: Sources,
-    tokenizer: Tokenizer,
     mesh: Mesh,
-    saved: CheckpointMeta | None,
     *,
     sampler: Sampler | None,
     profile: bool,
+    writers: Sequence[str],
 ) -> Iterator[Session]:
     """Opens the files of a session and closes them again; `mesh` is the ambient one meanwhile.
 
     Args:
-      saved: description of the checkpoint to start from; None without one.
+      begun: the run, and the checkpoint to start from.
+      workdir: its folder.
+      mesh: its devices.
       sampler: writes a text sample at each evaluation.
       profile: record a trace of a few steps in the folder `profile`.
+      writers: names, see `train.writers`.
     """
+    plan, saved = begun.plan, begun.saved
     config, start = plan.config, saved.step if saved else 0
-    logged = [row for row in read_rows(workdir / folder.METRICS) if row["step"] == start]
+    rows = read_rows(workdir / folder.METRICS)
     with (
         jax.set_mesh(mesh),
         Checkpointer(
@@ -263,22 +277,28 @@ def open_session(
         ) as checkpointer,
         StopRequest() as stop,
         _if_writer(
-            MetricsWriter, workdir, resume_step=start, final_step=plan.total_steps
+            MetricsWriter,
+            workdir,
+            resume_step=start,
+            final_step=plan.total_steps,
+            config=to_dict(config),
+            names=writers,
         ) as writer,
         _if_writer(Progress, plan.total_steps, start) as progress,
         Trace(workdir / "profile" if profile and processes.is_writer() else None) as trace,
     ):
         yield Session(
             plan=plan,
-            sources=sources,
-            tokenizer=tokenizer,
+            sources=begun.sources,
+            tokenizer=begun.tokenizer,
             mesh=mesh,
             program=placement.TrainProgram(config, mesh),
-            evaluator=evaluation.Evaluator(config, sources, tokenizer, mesh),
+            evaluator=evaluation.Evaluator(config, begun.sources, begun.tokenizer, mesh),
             checkpointer=checkpointer,
             start=start,
             fresh=saved is None,
-            logged=logged,
+            logged=[row for row in rows if row["step"] == start],
+            lost=max([row["step"] for row in rows], default=start) - start,
             writer=writer,
             progress=progress,
             throughput=Throughput(),

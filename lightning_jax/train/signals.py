@@ -8,20 +8,22 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-# Asked for by a person or a scheduler: the second one does not wait for anything.
-_ORDERS = (signal.SIGTERM, signal.SIGINT)
+from lightning_jax.runtime import interrupts
+
 # A closed terminal, a scheduler's warning before its SIGTERM, the limit of CPU time.
 _WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 # `nohup` and a shell's `&` say through these that a program is to outlive them.
 _KEPT_IGNORED = (signal.SIGHUP, signal.SIGINT)
-# Schedulers send a signal to a process and to its group: within so long, both are one order.
-_SAME_SECONDS = 1.0
+NOTICE = "stopping: the step at hand is saved first; Ctrl-C again ends at once, without saving"
 
 
 class StopRequest:
-    """While entered, the first signal is remembered; an order after an order acts as usual.
+    """While entered, the first signal is remembered; a second order ends the process at once.
 
-    Orders are SIGTERM and SIGINT; one that follows an order within a second is the same order.
+    Orders are SIGTERM and SIGINT; one that follows an order within a second is the same order. In a
+    program the second one is heard by `runtime.interrupts`, whatever the main thread is doing;
+    elsewhere, in a notebook, it acts as usual.
+
     Warnings are SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU: they ask for the same, and are never a second
     order. SIGHUP and SIGINT stay ignored where they are. In another thread than the main one, where
     Python allows no handlers, nothing is changed.
@@ -34,10 +36,12 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self._ordered: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
+        self._orderly = interrupts.orderly(NOTICE)
 
     def __enter__(self) -> StopRequest:
+        self._orderly.__enter__()
         if threading.current_thread() is threading.main_thread():
-            for number in (*_ORDERS, *_WARNINGS):
+            for number in (*interrupts.ORDERS, *_WARNINGS):
                 before = signal.getsignal(number)
                 if not (before is signal.SIG_IGN and number in _KEPT_IGNORED):
                     # None is a handler that Python did not set and cannot set again.
@@ -48,12 +52,12 @@ class StopRequest:
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = signal.Signals(number)
-        if number not in _ORDERS:
+        if number not in interrupts.ORDERS or interrupts.is_listening():
             return
         now = time.monotonic()
         if self._ordered is None:
             self._ordered = now
-        elif now > self._ordered + _SAME_SECONDS:
+        elif now > self._ordered + interrupts.SAME_SECONDS:
             self._restore()
             signal.raise_signal(number)
 
@@ -69,3 +73,4 @@ class StopRequest:
         trace: TracebackType | None,
     ) -> None:
         self._restore()
+        self._orderly.__exit__(kind, error, trace)

@@ -19,6 +19,7 @@ from lightning_jax.data import epochs, mixture
 from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import Tokenizer
 from lightning_jax.runtime.files import write_json
+from lightning_jax.runtime.phases import phase
 from lightning_jax.train import changes
 from lightning_jax.train import workdir as folder
 from lightning_jax.train.plan import Plan
@@ -36,6 +37,7 @@ class Start:
     Attributes:
       past: what the folder holds of the run.
       data: rows of `Sources.fingerprint`.
+      epochs: by source with weight, about how often the stages read all of it.
       changed: fields that the config changes of the run that is resumed.
     """
 
@@ -44,6 +46,7 @@ class Start:
     sources: Sources
     plan: Plan
     data: Rows
+    epochs: Mapping[str, float]
     changed: list[tuple[str, Any, Any]]
 
     @property
@@ -97,18 +100,20 @@ def look(config: RunConfig, path: Path, *, allow_changed_data: bool = False) -> 
       UserError: `config` is another run than the folder's, its text or its tokenizer is not the
         folder's, or any of them cannot be read.
     """
-    past = folder.Past.read(path)
+    with phase(f"reading {path}"):
+        past = folder.Past.read(path)
     changed = _changed(past, config)
     sources = Sources.open(config.data)
-    mixture.require_streams(sources, config.stages)
-    data = sources.fingerprint()
+    with phase("comparing the text with what is known of it"):
+        mixture.require_streams(sources, config.stages)
+        data = sources.fingerprint()
     if past.has_trained:
         _compare_data(past, data, changed, allow_changed_data)
     resolved = _resolve(past, config, path, sources)
     if past.config is not None:
         changed = changes.check(past.config, to_dict(resolved.config), past.saved)
-    epochs.planned_epochs(sources, resolved.config.stages, resolved.tokenizer)
-    return Start(past, resolved, sources, Plan.of(resolved.config), data, changed)
+    planned = epochs.planned_epochs(sources, resolved.config.stages, resolved.tokenizer)
+    return Start(past, resolved, sources, Plan.of(resolved.config), data, planned, changed)
 
 
 def write_start(

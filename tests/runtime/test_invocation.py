@@ -73,3 +73,20 @@ def test_help_is_in_the_words_of_the_caller(in_checkout, tmp_path, monkeypatch):
     assert invocation.as_called(text) == text
     monkeypatch.chdir(tmp_path)
     assert invocation.as_called(text) == "    lightning-jax train --config=configs/x.py"
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (
+            [sys.executable, "-m", "experiments.train", "--workdir=runs/a b"],
+            "python -m experiments.train '--workdir=runs/a b'",
+        ),
+        ([sys.executable, "/x/bin/lightning-jax", "train", "-x"], "lightning-jax train -x"),
+        (["python", "own.py", "a b"], "python own.py 'a b'"),
+        (["python", "-m", "ipykernel_launcher", "-f", "kernel.json"], None),
+    ],
+)
+def test_a_command_is_given_again_as_it_was_typed(argv, expected, in_checkout, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", argv)
+    assert invocation.typed() == expected

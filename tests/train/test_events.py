@@ -14,7 +14,7 @@ STEPS = 12
 def write(writer, step, value):
     writer.write({"step": step, "loss": value, "eval": {"a": {"loss": value}}})
     writer.histogram("params/absmax", [value], step)
-    writer.text("sample", f"{value}", step)
+    writer.sample(f"{value}", step)
 
 
 def session(workdir, first, last, value):
@@ -23,7 +23,7 @@ def session(workdir, first, last, value):
         for step in range(first, last + 1):
             write(writer, step, value)
         if last == STEPS:
-            writer.text("sample", f"{value}", STEPS)
+            writer.sample(f"{value}", STEPS)
             writer.last_evaluation({"a": {"loss": value, "tokens": 9}}, STEPS)
 
 
@@ -33,7 +33,7 @@ def killed(workdir, first, last, value):
     for step in range(first, last + 1):
         write(writer, step, value)
     newest = max((workdir / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    writer._events.flush()
+    writer._others[0]._writer._records.flush()
     newest.write_bytes(newest.read_bytes() + b"\x40\0\0\0\0\0\0\0cut")
 
 
@@ -54,9 +54,9 @@ def read(request):
 def test_after_two_and_three_sessions_every_step_is_there_once(tmp_path, read, stop):
     stop(tmp_path, 1, 7, 1.0)
     stop(tmp_path, 5, 9, 2.0)
-    assert read(tmp_path, "train/loss") == [*range(1, 10)]
+    assert read(tmp_path, "loss/train") == [*range(1, 10)]
     session(tmp_path, 9, STEPS - 1, 3.0)
-    names = ("train/loss", "eval/a/loss", "params/absmax", "sample")
+    names = ("loss/train", "loss/eval/a", "params/absmax", "sample")
     assert {name: read(tmp_path, name) for name in names} == {
         name: [*range(1, STEPS)] for name in names
     }
@@ -67,11 +67,12 @@ def test_the_last_evaluation_is_there_once_however_often_the_command_is_called(t
     session(tmp_path, 1, STEPS - 1, 1.0)
     for _ in range(3):
         with MetricsWriter(tmp_path, resume_step=STEPS, final_step=STEPS) as writer:
-            writer.text("sample", "text", STEPS)
+            writer.sample("text", STEPS)
             writer.last_evaluation({"a": {"loss": 2.0, "tokens": 9}}, STEPS)
-    assert read(tmp_path, "eval/a/loss") == [*range(1, STEPS + 1)]
+    assert read(tmp_path, "loss/eval/a") == [*range(1, STEPS + 1)]
     assert read(tmp_path, "sample") == [*range(1, STEPS + 1)]
-    assert read(tmp_path, "eval/a/tokens") == [STEPS]
+    assert read(tmp_path, "z_other/eval/tokens/a") == [STEPS]
+    assert read(tmp_path, "config") == [STEPS]
     # evaluation.json has it; metrics.jsonl is of the training.
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [*range(1, STEPS)]
@@ -86,7 +87,7 @@ def test_sessions_within_a_second_or_before_a_clock_that_jumps_back_keep_their_o
     for first in range(1, STEPS):
         session(tmp_path, first, first, 1.0)
         now[0] -= 7
-    assert read(tmp_path, "train/loss") == [*range(1, STEPS)]
+    assert read(tmp_path, "loss/train") == [*range(1, STEPS)]
 
 
 def test_files_that_need_no_cut_or_are_damaged_stay_as_they_are(tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_jax.checkpoint import (
     Checkpointer,
@@ -141,7 +142,13 @@ def test_a_run_leaves_all_that_it_did_in_its_folder(corpus, tmp_path):
     [session] = about["sessions"]
     assert session["versions"]["jax"] == jax.__version__ and about["data"]["a"]["fingerprint"]
     assert build(RunConfig, json.loads((tmp_path / "config.json").read_text())).seed == config.seed
-    assert list((tmp_path / "tensorboard").glob("events*"))
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"tensors": 0})
+    events.Reload()
+    # The last evaluation and its sample too.
+    for name in ("bits_per_byte/a", "loss/eval/b", "sample"):
+        assert [event.step for event in events.Tensors(name)] == [5, 10]
+    assert [event.step for event in events.Tensors("loss/train")] == list(range(1, 11))
+    assert "config" in events.Tags()["tensors"]
     # The two newest, and the ends of both stages.
     assert sorted(all_steps(checkpoints_dir(tmp_path))) == [6, 9, 10]
 

@@ -42,7 +42,7 @@ def test_counts_by_source_are_one_group_of_tensorboard(tmp_path):
     counts = {"code": {"tokens": 2**40, "epochs": 0.5}, "docs": {"tokens": 3, "epochs": 2.0}}
     write(tmp_path, [{"step": 1, **flatten({"loss": np.float32(1), "data": counts})}])
     assert read_rows(tmp_path / "metrics.jsonl")[0]["data"] == counts
-    names = {f"data/{name}/{count}" for name in counts for count in ("tokens", "epochs")}
+    names = {f"text/{name}/{count}" for name in counts for count in ("tokens", "epochs")}
     assert names <= set(events(tmp_path).Tags()["tensors"])
 
 
@@ -84,26 +84,15 @@ def test_a_resumed_run_drops_the_rows_that_it_writes_again(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_tensorboard_has_groups_of_scalars_and_layers_by_their_extremes(tmp_path):
-    row = {"step": 7, "stage": "stable", "loss": 1.5, "objective": None, "top_p": 1}
-    row |= {"mean_experts": [1.0, 3.0], "eval": {"a": {"loss": 2.0, "by_layer": [1.0]}}}
-    row |= {"histogram": [[1.0], [2.0]], "data": {"a": {"tokens": 100, "epochs": 0.5}}}
-    write(tmp_path, [row])
-    names = set(events(tmp_path).Tags()["tensors"])
-    layers = {f"router/mean_experts/{kind}" for kind in ("mean", "min", "max")}
-    data = {"data/a/tokens", "data/a/epochs"}
-    assert names == {"train/loss", "router/top_p", "eval/a/loss", *layers, *data}
-    [(step, value)] = tensors(tmp_path, "router/mean_experts/mean")
-    assert step == 7 and value.float_val[0] == 2.0
-
-
-def test_histograms_and_texts(tmp_path):
-    with MetricsWriter(tmp_path, resume_step=0) as writer:
+def test_histograms_texts_and_the_config(tmp_path):
+    with MetricsWriter(tmp_path, resume_step=2, config={"seed": 7}) as writer:
         writer.histogram("params/absmax", [[1.0, 2.0]], 3)
-        writer.text("sample", "def f():", 3)
-    assert set(events(tmp_path).Tags()["tensors"]) == {"params/absmax", "sample"}
+        writer.sample("def f():", 3)
+    assert set(events(tmp_path).Tags()["tensors"]) == {"params/absmax", "sample", "config"}
     [(_, text)] = tensors(tmp_path, "sample")
     assert b"```\ndef f():\n```" in text.string_val[0]
+    [(step, text)] = tensors(tmp_path, "config")
+    assert step == 2 and b'"seed": 7' in text.string_val[0]
 
 
 # Case F2

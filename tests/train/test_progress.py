@@ -6,8 +6,13 @@ import math
 import pytest
 from rich.console import Console
 
+from lightning_jax.runtime import output, phases
 from lightning_jax.train import progress
+from lightning_jax.train.plan import Plan
 from lightning_jax.train.progress import Progress, Throughput
+from tests.tiny import tiny_run
+
+FIRST, SECOND = Plan.of(tiny_run("unread")).segments
 
 
 @pytest.fixture
@@ -15,6 +20,9 @@ def clock(monkeypatch):
     """A clock that stands until it is moved: `clock[0] += seconds`."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(phases, "_heart", phases._Heart())
+    monkeypatch.setattr(phases._Heart, "_beat", lambda self: None)
     return now
 
 
@@ -34,7 +42,7 @@ def test_throughput_is_that_of_the_lap(clock):
 
 def test_without_a_terminal_a_line_now_and_then(clock, capfd):
     with Progress(total_steps=100, start=40) as shown:
-        shown.begin_stage("stable")
+        shown.begin(FIRST)
         shown.advance(41, 2.0, 1234.0)
         shown.advance(42, 2.0, 1234.0)
         clock[0] += 16
@@ -52,16 +60,43 @@ def test_without_a_terminal_a_line_now_and_then(clock, capfd):
 # Case F7
 def test_without_a_terminal_lines_from_the_start_to_the_last_step(clock, capfd):
     with Progress(total_steps=3, start=0) as shown:
-        shown.open("run      runs/a")
-        shown.begin_stage("stable")
-        clock[0] += 12
+        shown.begin(FIRST)
+        for _ in range(2):
+            clock[0] += 6
+            phases._heart.look()
         for step in (1, 2, 3):
             clock[0] += 0.1
             shown.advance(step, 2.0, 1234.0)
     lines = capfd.readouterr().err.strip().splitlines()
-    assert lines[:2] == ["run      runs/a", "compiling the first step ..."]
+    assert lines[0] == "compiling a step of 4 x 32 tokens ..."
+    assert lines[1] == "compiling a step of 4 x 32 tokens, 12 s"
     assert lines[2].startswith("step 1/3  loss 2.000") and "first step after 12 s" in lines[2]
     assert lines[3].startswith("step 3/3") and "first" not in lines[3] and len(lines) == 4
+
+
+def test_without_a_terminal_nothing_is_silent_for_more_than_five_seconds(clock, capfd):
+    said = [clock[0]]
+    with Progress(total_steps=9, start=0) as shown:
+        shown.begin(FIRST)
+        for step, seconds in enumerate([12, 2, 2, 2, 3, 3, 3, 0.25, 0.25, 7, 1], 1):
+            for _ in range(int(4 * seconds)):
+                clock[0] += 0.25
+                phases._heart.look()
+                said += [clock[0]] * bool(capfd.readouterr().err)
+            shown.advance(step, 2.0, 1.0)
+            said += [clock[0]] * bool(capfd.readouterr().err)
+    assert max(b - a for a, b in zip(said, said[1:], strict=False)) <= 5
+
+
+def test_only_a_new_shape_of_batch_is_compiled(clock, capfd):
+    with Progress(total_steps=9, start=0) as shown:
+        for segment in (FIRST, FIRST, SECOND):
+            shown.begin(segment)
+            clock[0] += 6
+            phases._heart.look()
+            shown.advance(1, 2.0, 1.0)
+        text = capfd.readouterr().err
+    assert text.count("compiling") == 2
 
 
 # Case D2, case F7
@@ -79,24 +114,33 @@ def test_losses_that_are_not_finite_are_left_out(clock, capfd):
 def terminal(monkeypatch):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100)
-    monkeypatch.setattr(progress, "Console", lambda stderr: console)
+    monkeypatch.setattr(output, "console", lambda: console)
     return screen
 
 
 # Case F7
-def test_the_bar_shows_no_loss_before_there_is_one(terminal):
+def test_the_bar_shows_no_loss_before_there_is_one(terminal, clock):
     with Progress(total_steps=79, start=0) as shown:
-        shown.begin_stage("stable")
+        shown.begin(FIRST)
+        clock[0] += 3
+        phases._heart.look()
     text = terminal.getvalue()
-    assert "0/79" in text and "compiling" in text
+    assert "0/79" in text and "compiling a step of 4 x 32 tokens, 3 s" in text
     assert not any(word in text for word in ("nan", "loss", "tok/s"))
 
 
-def test_on_a_terminal_a_bar(terminal):
+def test_on_a_terminal_a_bar_that_shows_phases_too(terminal, clock):
     with Progress(total_steps=3, start=0) as shown:
-        shown.begin_stage("decay")
+        shown.begin(SECOND)
         for step in (1, 2, 3):
             shown.advance(step, 1.5, 99.0)
+        with phases.phase("evaluating a"):
+            clock[0] += 3
+            phases._heart.look()
+            shown._bar.refresh()
+            assert "evaluating a, 3 s" in terminal.getvalue()
+        shown._bar.refresh()
     text = terminal.getvalue()
     assert "decay" in text and "3/3" in text and "loss 1.500" in text and "99 tok/s" in text
+    assert text.rindex("loss 1.500") > text.index("evaluating a, 3 s")
     assert "step 1/3" not in text

@@ -76,6 +76,7 @@ def session_of(
         start=start,
         fresh=fresh,
         logged=logged,
+        lost=0,
         writer=Recorder(),
         progress=Recorder(),
         throughput=Throughput(),
@@ -158,7 +159,7 @@ def test_a_sample_of_a_model_that_is_not_finite_ends_no_training():
 
     session, _ = session_of(sampler=sampler, sample_tokens=8)
     session.evaluate(session.plan.segments[0], STATE, max_tokens=0)
-    assert session.writer.of("text")[0][1] == "no sample: generation: logits are not finite"
+    assert session.writer.of("sample")[0][0] == "no sample: generation: logits are not finite"
 
 
 def test_evaluation_takes_the_average_and_the_segment_and_writes_a_sample():
@@ -177,7 +178,7 @@ def test_evaluation_takes_the_average_and_the_segment_and_writes_a_sample():
     shape = dict(seq_len=32, batch_size=2, rope_base_global=50_000.0)
     assert how == dict(**shape, weights="params", max_tokens=64)
     assert asked == [(STATE.params, "tokenizer", 50_000.0)]
-    assert session.writer.of("text") == [("sample", "a text", 9)]
+    assert session.writer.of("sample") == [("a text", 9)]
     skipped = "1 of 9 steps skipped: their loss or gradient was not finite"
     assert session.progress.of("note") == [("held out: a 1.500 bits/byte",), (skipped,)]
 
@@ -240,13 +241,13 @@ def test_skipped_steps_are_counted_across_sessions_and_stop_no_later_one(on_nan,
 
 
 @pytest.mark.parametrize(("step", "saved"), [(3, "saved step 3"), (0, "before the first step")])
-def test_leaving_waits_for_the_save_and_says_by_which_signal(step, saved, caplog):
+def test_leaving_waits_for_the_save_and_says_by_which_signal(step, saved):
     session, _ = session_of()
     with pytest.raises(Stopped) as stopped:
         session.leave(step, Interrupted(Stopped(signal.SIGHUP)))
     assert stopped.value.code == 128 + signal.SIGHUP
     assert session.checkpointer.calls == [("wait",)]
-    assert caplog.messages == [f"SIGHUP: {saved}; the same command resumes"]
+    assert session.progress.of("note") == [(f"SIGHUP: {saved}; the same command resumes",)]
 
 
 def test_leaving_for_an_error_says_which_checkpoint_has_the_state_before_it():
