@@ -9,7 +9,6 @@ evaluation.json. The last evaluation is printed as JSON on stdout; progress goes
 from absl import flags
 
 from lightning_jax.runtime import program
-from lightning_jax.runtime.phases import phase
 
 _CONFIG = program.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
@@ -18,9 +17,7 @@ _CHANGED = flags.DEFINE_bool(
     "allow_changed_data", False, "Resume although the text is not what the run began with."
 )
 _WRITERS = flags.DEFINE_list(
-    "writers",
-    ["tensorboard"],
-    "Where curves go besides metrics.jsonl: tensorboard, wandb, trackio.",
+    "writers", ["tensorboard"], "Takers of curves: any of tensorboard, wandb, trackio."
 )
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -37,13 +34,12 @@ _INDEX = flags.DEFINE_integer("process_id", None, "Which of them this is; 0 writ
 
 def main() -> None:
     config = program.load_config(_CONFIG.value)
-    with phase("loading jax"):
-        from lightning_jax.runtime import processes
-
-        processes.start(_DISTRIBUTED.value, _ADDRESS.value, _COUNT.value, _INDEX.value)
+    with program.loading():
         from lightning_jax.infer.text import sample
+        from lightning_jax.runtime import processes
         from lightning_jax.train import loop
 
+    processes.start(_DISTRIBUTED.value, _ADDRESS.value, _COUNT.value, _INDEX.value)
     results = loop.run(
         config,
         _WORKDIR.value,

@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 
 from lightning_jax.runtime import output
 
@@ -69,6 +70,26 @@ def orderly(notice: str) -> Iterator[None]:
         _notice = before
 
 
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """A block that an interrupt ends without unwinding it.
+
+    For imports: extensions in C print the interrupt and turn it into errors of their own.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    say_interrupted()
+    os._exit(128 + number)
+
+
 def say_interrupted() -> None:
     """Says, once, that the program was interrupted."""
     if not _has_said.is_set():
@@ -86,10 +107,9 @@ def _hear(heard: int) -> None:
         output.say(notice)
     again = _wait_for_order(heard, None if notice else _PATIENCE_SECONDS)
     if again is None:
-        say_interrupted()
-    else:
-        output.last_words(f"{signal.Signals(again).name} again: ended at once")
-    os._exit(128 + (again or signal.SIGINT))
+        _end(signal.SIGINT, None)
+    output.last_words(f"{signal.Signals(again).name} again: ended at once")
+    os._exit(128 + again)
 
 
 def _wait_for_order(heard: int, seconds: float | None = None) -> int | None:

@@ -8,6 +8,7 @@ exit status is 0 when the program did its work, 2 for bad input (one line that s
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import inspect
 import json
@@ -31,6 +32,7 @@ from lightning_jax.runtime.command_line import (
 )
 from lightning_jax.runtime.files import os_error_number, plain
 from lightning_jax.runtime.huge_pages import restart_with_huge_pages
+from lightning_jax.runtime.phases import phase
 
 # The flags defined here belong to the program that asks for them.
 flags.disclaim_key_flags()
@@ -40,6 +42,7 @@ __all__ = [
     "emit_json",
     "emit_text",
     "load_config",
+    "loading",
     "names",
     "numbers",
     "run",
@@ -93,6 +96,13 @@ def run(
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """A block of imports, which may take long: it says so, and an interrupt ends it at once."""
+    with interrupts.at_once(), phase("loading jax"):
+        yield
 
 
 def emit_text(text: str, *, end: str = "\n") -> None:

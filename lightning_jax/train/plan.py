@@ -182,6 +182,7 @@ def _decays(stage: StageConfig) -> bool:
 
 
 def end_rate(stage: StageConfig) -> float:
+    """Returns the learning rate at the end of a stage."""
     return stage.final_learning_rate if _decays(stage) else stage.learning_rate
 
 

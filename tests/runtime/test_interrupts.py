@@ -38,6 +38,12 @@ def main():
             time.sleep(60)
         except KeyboardInterrupt:
             time.sleep(60)
+    elif kind == "imports":
+        with program.loading():
+            try:
+                time.sleep(60)
+            except BaseException:
+                raise ImportError("initialization failed") from None
     elif kind == "orderly":
         with StopRequest() as stop:
             wait_in_c(4)
@@ -70,7 +76,7 @@ def end(process, begun, seconds):
     return status, said.splitlines()
 
 
-@pytest.mark.parametrize("kind", ["python", "c", "swallowed"])
+@pytest.mark.parametrize("kind", ["python", "c", "swallowed", "imports"])
 def test_one_interrupt_ends_a_program_with_one_line(tmp_path, kind):
     process, begun = start(tmp_path, kind), time.monotonic()
     process.send_signal(signal.SIGINT)

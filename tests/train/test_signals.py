@@ -142,8 +142,9 @@ def corpus(tmp_path_factory):
         ([signal.SIGHUP], signal.SIGHUP),
         ([signal.SIGUSR1], signal.SIGUSR1),
         ([signal.SIGTERM] * 5, signal.SIGTERM),
+        ([signal.SIGINT], signal.SIGINT),
     ],
-    ids=["closed terminal", "warning", "repeats"],
+    ids=["closed terminal", "warning", "repeats", "Ctrl-C"],
 )
 def test_a_process_saves_at_once_and_says_so(corpus, tmp_path, sent, expected):
     started = start(corpus, tmp_path, count=1, faults=["slow"])
@@ -155,6 +156,7 @@ def test_a_process_saves_at_once_and_says_so(corpus, tmp_path, sent, expected):
     step = max(all_steps(checkpoints_dir(tmp_path)))
     assert statuses == [128 + expected] and 2 <= step < 10, errors
     assert f"{expected.name}: saved step {step}; the same command resumes" in errors
+    assert "Traceback" not in errors and "Exception" not in errors
     assert read_meta(tmp_path).step == step and not [*tmp_path.glob("checkpoints/*tmp*")]
 
 
