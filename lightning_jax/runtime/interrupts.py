@@ -14,7 +14,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from lightning_jax.runtime import output
@@ -27,7 +27,7 @@ SAME_SECONDS = 1.0
 _PATIENCE_SECONDS = 2.0
 
 _listening = False
-_notice: str | None = None
+_notice: Callable[[], str | None] = lambda: None  # noqa: E731
 _has_said = threading.Event()
 
 
@@ -41,8 +41,8 @@ def listen() -> None:
     """Hears orders to stop in a thread of its own, for the rest of this program.
 
     The first one does what it does in Python. If the program still runs three seconds later, or
-    with a second order, the thread ends it; a program that is `orderly` is ended by a second order
-    alone.
+    with a second order, the thread ends it; a program that is `orderly`, and has something to say
+    then, is ended by a second order alone.
     """
     global _listening
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
@@ -60,8 +60,13 @@ def is_listening() -> bool:
 
 
 @contextlib.contextmanager
-def orderly(notice: str) -> Iterator[None]:
-    """A block that ends by itself after an order; if that takes a second, `notice` is said."""
+def orderly(notice: Callable[[], str | None]) -> Iterator[None]:
+    """A block that ends by itself after an order.
+
+    Args:
+      notice: called after an order. Returns what is said if that takes more than a second; None
+        where nothing would be lost by ending the program.
+    """
     global _notice
     before, _notice = _notice, notice
     try:
@@ -85,9 +90,14 @@ def at_once() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _end(number: int, _frame: FrameType | None) -> None:
+def _end(number: int, _frame: FrameType | None = None) -> None:
     say_interrupted()
     os._exit(128 + number)
+
+
+def has_said() -> None:
+    """Tells that the program has said by itself that it was interrupted."""
+    _has_said.set()
 
 
 def say_interrupted() -> None:
@@ -98,8 +108,8 @@ def say_interrupted() -> None:
 
 
 def _hear(heard: int) -> None:
-    _wait_for_order(heard)
-    notice = _notice
+    first = _wait_for_order(heard)
+    notice = _notice()
     time.sleep(SAME_SECONDS)
     while select.select([heard], [], [], 0)[0]:
         os.read(heard, 64)
@@ -107,7 +117,7 @@ def _hear(heard: int) -> None:
         output.say(notice)
     again = _wait_for_order(heard, None if notice else _PATIENCE_SECONDS)
     if again is None:
-        _end(signal.SIGINT, None)
+        _end(first)
     output.last_words(f"{signal.Signals(again).name} again: ended at once")
     os._exit(128 + again)
 

@@ -43,7 +43,7 @@ def install(extra: str) -> str:
 def typed() -> str | None:
     """Returns the command that started this process, to be given again; None in a notebook."""
     match sys.orig_argv[1:]:
-        case ["-m", "ipykernel_launcher", *_]:
+        case ["-m", module, *_] if module.endswith("kernel_launcher"):
             return None
         case ["-m", module, *arguments] if module.startswith(f"{shipped.PROGRAMS}."):
             return command(module.removeprefix(f"{shipped.PROGRAMS}."), *arguments)

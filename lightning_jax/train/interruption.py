@@ -50,6 +50,7 @@ class Watch:
     def __init__(self, stop: StopRequest) -> None:
         self._stop = stop
         self._called = ""
+        self._has_taken = False
 
     def next_batch(self, batches: WorkerIterator) -> Batch:
         """Returns the next batch. It is taken only if all processes have one and go on.
@@ -57,6 +58,8 @@ class Watch:
         Raises:
           Interrupted: a signal, or an end of the data worker; the position is where it was.
         """
+        # What follows the first batch may be a compilation, and no step yet.
+        self._stop.has_work, self._has_taken = self._has_taken, True
         failure: Exception | None
         try:
             self._wait_for(batches)

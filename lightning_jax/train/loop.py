@@ -68,12 +68,12 @@ def run(
       Stopped: a signal (see `signals`); the state has been saved.
     """
     config.require_trainable()
-    require(writers)
     # Outermost: at the end of `together` this process waits for the others.
     outlook = processes.if_lost(lambda: _outlook(workdir))
     with outlook, processes.together(), folder.claim(workdir) as claim:
         # None writes before all have read.
         with processes.together():
+            require(writers)
             start = look(config, claim.path, allow_changed_data=allow_changed_data)
             with phase("starting the devices"):
                 mesh = placement.make_mesh(start.plan)

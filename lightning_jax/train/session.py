@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,8 +33,6 @@ from lightning_jax.train.signals import StopRequest
 from lightning_jax.train.start import Start
 from lightning_jax.train.step import TrainState
 from lightning_jax.train.trace import Trace
-
-logger = logging.getLogger(__name__)
 
 # Given (config, params, router, tokenizer, rope_base_global), returns a text that the model wrote.
 Sampler = Callable[[RunConfig, Any, lm.Router, Tokenizer, float], str]
@@ -269,7 +266,7 @@ def open_session(
     """
     plan, saved = begun.plan, begun.saved
     config, start = plan.config, saved.step if saved else 0
-    rows = read_rows(workdir / folder.METRICS)
+    logged, lost = _logged(workdir, start)
     with (
         jax.set_mesh(mesh),
         Checkpointer(
@@ -297,8 +294,8 @@ def open_session(
             checkpointer=checkpointer,
             start=start,
             fresh=saved is None,
-            logged=[row for row in rows if row["step"] == start],
-            lost=max([row["step"] for row in rows], default=start) - start,
+            logged=logged,
+            lost=lost,
             writer=writer,
             progress=progress,
             throughput=Throughput(),
@@ -306,3 +303,10 @@ def open_session(
             trace=trace,
             sampler=sampler,
         )
+
+
+def _logged(workdir: Path, start: int) -> tuple[list[dict[str, Any]], int]:
+    """Returns the rows that are logged of step `start`, and the number of steps after it."""
+    rows = read_rows(workdir / folder.METRICS)
+    last = max([row["step"] for row in rows], default=start)
+    return [row for row in rows if row["step"] == start], max(last - start, 0)

@@ -8,7 +8,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from lightning_jax.runtime import interrupts
+from lightning_jax.runtime import interrupts, processes
 
 # A closed terminal, a scheduler's warning before its SIGTERM, the limit of CPU time.
 _WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
@@ -30,13 +30,16 @@ class StopRequest:
 
     Attributes:
       signal: the first one; None before.
+      has_work: whether steps were taken that are not saved, perhaps. Before, an order that is not
+        followed within seconds ends a program at once.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.has_work = False
         self._ordered: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
-        self._orderly = interrupts.orderly(NOTICE)
+        self._orderly = interrupts.orderly(self._notice)
 
     def __enter__(self) -> StopRequest:
         self._orderly.__enter__()
@@ -48,6 +51,10 @@ class StopRequest:
                     self._previous[number] = before or signal.SIG_DFL
                     signal.signal(number, self._remember)
         return self
+
+    def _notice(self) -> str | None:
+        # Of several processes, the others would wait for this one.
+        return NOTICE if self.has_work or processes.count() > 1 else None
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is None:
@@ -73,4 +80,6 @@ class StopRequest:
         trace: TracebackType | None,
     ) -> None:
         self._restore()
+        if isinstance(error, SystemExit):
+            interrupts.has_said()
         self._orderly.__exit__(kind, error, trace)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import jax
 
+from lightning_jax.runtime import invocation
+from lightning_jax.runtime.phases import phase
+
 logger = logging.getLogger(__name__)
 
 _FIRST, _END = 5, 8
@@ -35,8 +38,10 @@ class Trace:
     def _stop(self) -> None:
         if self._recording:
             self._recording = False
-            jax.profiler.stop_trace()
-            logger.warning("trace of some steps: tensorboard --logdir=%s", self._folder)
+            with phase("writing the trace"):
+                jax.profiler.stop_trace()
+            watch = invocation.tool("tensorboard", f"--logdir={self._folder}")
+            logger.warning("trace of some steps: %s", watch)
 
     def __exit__(self, *_: object) -> None:
         self._stop()

@@ -85,6 +85,7 @@ def test_help_is_in_the_words_of_the_caller(in_checkout, tmp_path, monkeypatch):
         ([sys.executable, "/x/bin/lightning-jax", "train", "-x"], "lightning-jax train -x"),
         (["python", "own.py", "a b"], "python own.py 'a b'"),
         (["python", "-m", "ipykernel_launcher", "-f", "kernel.json"], None),
+        (["python", "-m", "colab_kernel_launcher", "-f", "kernel.json"], None),
     ],
 )
 def test_a_command_is_given_again_as_it_was_typed(argv, expected, in_checkout, monkeypatch):

@@ -42,7 +42,8 @@ def hanging(at):
 
 def test_batches_come_in_order(stop, batches_of):
     watch, batches = Watch(stop), batches_of()
-    assert [watch.next_batch(batches) for _ in range(3)] == [0, 1, 2]
+    assert watch.next_batch(batches) == 0 and not stop.has_work
+    assert [watch.next_batch(batches) for _ in range(2)] == [1, 2] and stop.has_work
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

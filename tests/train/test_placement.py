@@ -14,7 +14,8 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.tpu_static import environment
-from lightning_jax import sharding
+from lightning_jax import accounting, sharding
+from lightning_jax import model as lm
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build
@@ -42,6 +43,21 @@ def mesh_of(data, fsdp):
 def specs(tree):
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): leaf.sharding.spec for path, leaf in leaves}
+
+
+def test_the_bytes_of_a_state_on_each_device():
+    run, whole, split = run_of(), mesh_of(1, 1), mesh_of(1, 4)
+    optimizer = placement.make_optimizer(run.optimizer, lm.logical_axes(run.model))
+
+    def state_bytes(mesh):
+        return placement.state_bytes(placement.abstract_state(run, optimizer, mesh))
+
+    found, parameters = state_bytes(whole), 4 * accounting.parameters(run.model).total
+    assert found["parameters"] == parameters and set(found) == {"parameters", "optimizer state"}
+    # Two moments of each, and a few counters.
+    assert 0 <= found["optimizer state"] - 2 * parameters < 64
+    # Vectors are whole on every device.
+    assert parameters / 4 < state_bytes(split)["parameters"] < parameters / 3.5
 
 
 def test_a_mesh_that_batch_or_width_do_not_divide_over_is_refused():
