@@ -37,15 +37,20 @@ class Phase:
     def __init__(self, what: str) -> None:
         self.what, self.detail = what, ""
         self.is_known = False  # whether a line has named it
+        self._entered = time.monotonic()
         self.restart()
 
     def restart(self) -> None:
         """Begins to count its seconds again."""
         self._begun = time.monotonic()
 
+    def leave_out(self, inner: Phase) -> None:
+        """Takes the time of a phase inside of this one from its seconds."""
+        self._begun = min(self._begun + time.monotonic() - inner._entered, time.monotonic())
+
     @property
     def seconds(self) -> float:
-        """Seconds since its beginning."""
+        """Seconds since its beginning, without those of phases inside of it."""
         return time.monotonic() - self._begun
 
     def __str__(self) -> str:
@@ -108,8 +113,10 @@ class _Heart:
             if self._spinner is not None:
                 self._spinner.stop()
                 self._spinner = None
-            if self.show is not None and self._phases:
-                self.show(self._phases[-1])
+            if outer := self.innermost():
+                outer.leave_out(left)
+                if self.show is not None:
+                    self.show(outer)
 
     def _beat(self) -> None:
         while True:

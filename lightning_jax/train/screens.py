@@ -44,13 +44,14 @@ def opening(
       epochs: by source with weight, about how often the stages read all of it.
       memory: bytes on each device by what they are, see `placement.state_bytes`.
     """
+    where = _near(workdir)
     model = accounting.summary_rows(plan.config.model, plan.max_seq_len)
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     device = mesh.devices.flat[0]
     devices = f"{mesh.size} x {device.device_kind}" + (f" ({axes})" if axes else "")
     return "\n".join(
         [
-            _headline(workdir, plan, start, lost, fresh),
+            _headline(where, plan, start, lost, fresh),
             "",
             *_columns([["model", model[0][1]], *model[1:]]),
             *_columns([["devices", devices], *_memory(memory, device)]),
@@ -58,7 +59,7 @@ def opening(
             *_columns(_stages(plan)),
             *_columns(_sources(plan, epochs)),
             "",
-            *_columns(_ways(workdir), indent=""),
+            *_columns(_ways(where), indent=""),
             "",
         ]
     )
@@ -66,14 +67,15 @@ def opening(
 
 def closing(workdir: Path, plan: Plan) -> str:
     """Returns the last lines of a run that has come to its end: where things are, what is next."""
-    run = f"--workdir={workdir}"
+    where = _near(workdir)
+    run = f"--workdir={where}"
     prompt = f"--prompt={plan.config.sample_prompt}"
     return "\n".join(
         _columns(
             [
-                ["done", f"all {plan.total_steps} steps of {workdir}/"],
-                ["result", f"{workdir}/evaluation.json"],
-                ["watch", _watch(workdir)],
+                ["done", f"all {plan.total_steps} steps of {where}/"],
+                ["result", f"{where}/evaluation.json"],
+                ["watch", _watch(where)],
                 ["next", invocation.command("generate", run, prompt)],
                 ["or", invocation.command("evaluate", run)],
             ],
@@ -82,7 +84,7 @@ def closing(workdir: Path, plan: Plan) -> str:
     )
 
 
-def _headline(workdir: Path, plan: Plan, start: int, lost: int, fresh: bool) -> str:
+def _headline(where: str, plan: Plan, start: int, lost: int, fresh: bool) -> str:
     total, tokens = plan.total_steps, accounting.count_text(plan.total_tokens)
     if not start:
         what = f"a new run of {total} steps, {tokens} tokens"
@@ -95,7 +97,7 @@ def _headline(workdir: Path, plan: Plan, start: int, lost: int, fresh: bool) -> 
     if lost:
         last = start + lost
         what += f"; steps {start + 1} to {last} were not saved and are taken again"
-    return f"{workdir}: {what}"
+    return f"{where}: {what}"
 
 
 def _memory(memory: Mapping[str, int], device: jax.Device) -> list[list[str]]:
@@ -166,18 +168,24 @@ def _sources(plan: Plan, epochs: Mapping[str, float]) -> list[list[str]]:
     return _cut(rows)
 
 
-def _ways(workdir: Path) -> list[list[str]]:
+def _ways(where: str) -> list[list[str]]:
     again = invocation.typed() or "run this cell again"
     return [
-        ["files", f"{workdir}/: checkpoints, config.json, metrics.jsonl, run.json"],
-        ["watch", _watch(workdir)],
+        ["files", f"{where}/: checkpoints, config.json, metrics.jsonl, run.json"],
+        ["watch", _watch(where)],
         ["resume", again],
         ["Ctrl-C", "saves after the step at hand and ends; a second one ends at once"],
     ]
 
 
-def _watch(workdir: Path) -> str:
-    return invocation.tool("tensorboard", f"--logdir={workdir}")
+def _watch(where: str) -> str:
+    return invocation.tool("tensorboard", f"--logdir={where}")
+
+
+def _near(path: Path) -> str:
+    """A path as it is written in the present folder, if it is in there."""
+    inside = os.path.relpath(path)
+    return str(path) if inside.startswith(os.pardir) else inside
 
 
 def _cut(rows: list[list[str]]) -> list[list[str]]:

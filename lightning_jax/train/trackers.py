@@ -31,7 +31,7 @@ class WeightsAndBiases:
             dir=workdir,
             config=dict(config),
             # It would put itself between this process and its standard streams.
-            settings=self._wandb.Settings(console="off"),
+            settings=self._wandb.Settings(console="off", quiet=True),
         )
         # Its own count of steps refuses those that a resumed run takes again.
         self._run.define_metric("*", step_metric="step")

@@ -78,6 +78,12 @@ def test_the_first_line_says_from_where_a_run_goes_on(plan, changes, words):
     assert screen_of(plan, **changes).splitlines()[0] == f"/runs/a b: {words}"
 
 
+def test_paths_in_the_present_folder_are_short(plan, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found = lines(closing(tmp_path / "runs" / "a", plan))
+    assert found["result"] == "runs/a/evaluation.json"
+
+
 def test_a_state_that_cannot_fit_is_said(plan, monkeypatch):
     monkeypatch.setattr(screens, "_limit", lambda device: 2**20)
     assert "4 MiB of 1 MiB; activations are not included; they do not fit" in screen_of(plan)
