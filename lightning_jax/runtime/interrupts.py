@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
 from lightning_jax.runtime import output
 
@@ -90,7 +91,7 @@ def at_once() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _end(number: int, _frame: FrameType | None = None) -> None:
+def _end(number: int, _frame: FrameType | None = None) -> NoReturn:
     say_interrupted()
     os._exit(128 + number)
 
@@ -108,7 +109,7 @@ def say_interrupted() -> None:
 
 
 def _hear(heard: int) -> None:
-    first = _wait_for_order(heard)
+    first = _wait_for_order(heard) or signal.SIGINT
     notice = _notice()
     time.sleep(SAME_SECONDS)
     while select.select([heard], [], [], 0)[0]:
