@@ -18,7 +18,7 @@ def stage(**changes) -> ConfigDict:
     """One stage of pretraining: the defaults below, then `changes`."""
     fields = dict(
         tokens=1_000_000,  # tokens of the stage; rounded up to whole optimizer steps
-        mixture=named(code=0.9, docs=0.1),  # share of the stage's tokens by source
+        mixture=named(),  # weights of the sources it takes; empty: all, each by its own weight
         batch_size=8,  # sequences per optimizer step, over all devices
         seq_len=512,  # tokens per sequence
         accumulate=1,  # micro-batches per optimizer step: memory falls, results do not change
@@ -35,9 +35,12 @@ def stage(**changes) -> ConfigDict:
     return named(**{**fields, **changes})
 
 
-def source(path: str, eval_path: str = "") -> ConfigDict:
-    """One domain of text; without `eval_path` a part of `path` is held out."""
-    return named(path=path, eval_path=eval_path)
+def source(path: str, eval_path: str = "", weight: float = 1.0) -> ConfigDict:
+    """One domain of text; without `eval_path` a part of `path` is held out.
+
+    Of the tokens of a stage without a mixture, it gets `weight` over the sum of all weights.
+    """
+    return named(path=path, eval_path=eval_path, weight=weight)
 
 
 def get_config() -> ConfigDict:
@@ -132,19 +135,14 @@ def get_config() -> ConfigDict:
 
     config.stages = named(
         stable=stage(tokens=800_000, warmup_tokens=80_000),
-        decay=stage(
-            tokens=200_000,
-            mixture=named(code=0.7, docs=0.3),
-            decay="sqrt",
-            decay_tokens=200_000,
-        ),
+        decay=stage(tokens=200_000, decay="sqrt", decay_tokens=200_000),
     )
 
     data = config.data = ConfigDict()
     data.tokenizer = "bytes"  # bytes; bpe:<size>, trained on the run's text; or a file or folder
     data.sources = named(
-        code=source("stdlib:code"),  # the installed Python's own modules
-        docs=source("stdlib:docs"),  # their docstrings
+        code=source("stdlib:code", weight=0.9),  # the installed Python's own modules
+        docs=source("stdlib:docs", weight=0.1),  # their docstrings
     )
     data.text_field = "text"  # key of the text in jsonl and parquet records
     data.eval_fraction = 0.05  # of documents, by a hash of their text; of one document, its tail

@@ -1,6 +1,6 @@
 """Train a byte-level BPE tokenizer.
 
-    python -m experiments.train_tokenizer --input='text/**/*.txt' --vocab_size=4096 --out=t.json
+    python -m experiments.train_tokenizer --data='text/**/*.txt' --vocab_size=4096 --out=t.json
 
 Prints `{"path", "vocab_size", "bytes_per_token"}` as JSON, measured on the text it was trained on.
 """
@@ -14,7 +14,9 @@ from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import train_bpe
 from lightning_jax.runtime import files, program
 
-_INPUT = flags.DEFINE_string("input", None, "Glob, stdlib:code or stdlib:docs.", required=True)
+_DATA = flags.DEFINE_string(
+    "data", None, "File, folder or glob, stdlib:code or stdlib:docs.", required=True
+)
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "Tokens, bos and eos included.")
 _OUT = flags.DEFINE_string("out", None, "Where to write tokenizer.json.", required=True)
 _TEXT_FIELD = flags.DEFINE_string("text_field", "text", "Key of the text in record files.")
@@ -25,14 +27,14 @@ def main() -> None:
     # The eval split of an eval path is all of it.
     config = DataConfig(
         tokenizer="bytes",
-        sources=(SourceConfig(name="input", path=_INPUT.value, eval_path=_INPUT.value),),
+        sources=(SourceConfig("data", path=_DATA.value, eval_path=_DATA.value, weight=0.0),),
         text_field=_TEXT_FIELD.value,
         eval_fraction=0.5,
         packing="concat",
         prefetch=0,
         streams=1,
     )
-    source = Sources.open(config).eval["input"]
+    source = Sources.open(config).eval["data"]
     tokenizer = train_bpe(source.texts(), _VOCAB_SIZE.value, _OUT.value)
     tokens = sum(len(tokenizer.encode(text)) for text in source.texts())
     result = {

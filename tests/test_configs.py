@@ -14,8 +14,8 @@ from lightning_jax.config.fields import build, to_dict
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
-# Takes a folder of weights: tests/interop/test_convert.py.
-COMPLETE = [path for path in CONFIGS if path.stem != "imported"]
+# Take a folder of weights, tests/interop/test_convert.py, and a text, tests/test_own_text.py.
+COMPLETE = [path for path in CONFIGS if path.stem not in ("imported", "own_text")]
 
 
 def load(path):

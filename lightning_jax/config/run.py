@@ -55,6 +55,8 @@ class OptimizerConfig:
 class StageConfig:
     """One stage of pretraining; every length is in tokens, the mixture in shares of tokens.
 
+    A stage without a mixture trains on all sources, each by its own weight: `DataConfig.weights`.
+
     Within the stage the learning rate warms up linearly over `warmup_tokens` (from the previous
     stage's last rate, 0 before the first), stays, and decays over the last `decay_tokens` to
     `final_learning_rate`.
@@ -89,11 +91,10 @@ class StageConfig:
             self.batch_size,
             f"such that batch_size * seq_len, the tokens of a step, is at most {LARGEST_INDEX}",
         )
-        require(bool(self.mixture), at + "mixture", dict(self.mixture), "at least one source")
         for source, weight in self.mixture:
             require(weight >= 0, f"{at}mixture.{source}", weight, "0 or more")
-        total = sum(weight for _, weight in self.mixture)
-        require(total > 0, at + "mixture", dict(self.mixture), "at least one weight above 0")
+        fits = not self.mixture or sum(weight for _, weight in self.mixture) > 0
+        require(fits, at + "mixture", dict(self.mixture), "at least one weight above 0")
         require_choice(at + "decay", self.decay, DECAYS)
         require(self.learning_rate >= 0, at + "learning_rate", self.learning_rate, "0 or more")
         require(
@@ -124,14 +125,20 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """Where the text of one domain comes from; see `data.sources` for the forms of `path`."""
+    """Where the text of one domain comes from; see `data.sources` for the forms of `path`.
+
+    `weight` is its share in stages without a mixture; a source of weight 0 is only evaluated there.
+    """
 
     name: str
     path: str
     eval_path: str
+    weight: float
 
     def __post_init__(self) -> None:
-        require(bool(self.path), f"data.sources.{self.name}.path", self.path, "a path or a glob")
+        at = f"data.sources.{self.name}."
+        require(bool(self.path), at + "path", self.path, "a path or a glob")
+        require(self.weight >= 0, at + "weight", self.weight, "0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +169,14 @@ class DataConfig:
     @property
     def source_names(self) -> tuple[str, ...]:
         return tuple(source.name for source in self.sources)
+
+    def weights(self, stage: StageConfig) -> dict[str, float]:
+        """Returns the weights above 0 with which a stage trains on sources; they need not sum to 1.
+
+        They are those of its mixture or, without one, the sources' own.
+        """
+        pairs = stage.mixture or tuple((source.name, source.weight) for source in self.sources)
+        return {name: weight for name, weight in pairs if weight > 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,13 +250,7 @@ class RunConfig:
                 self.data.streams,
                 f"a divisor of stages.{stage.name}.batch_size = {stage.batch_size}",
             )
-            for source, _ in stage.mixture:
-                require(
-                    source in self.data.source_names,
-                    f"stages.{stage.name}.mixture",
-                    source,
-                    suggest(source, self.data.source_names),
-                )
+        self._check_mixtures()
 
     def require_trainable(self) -> None:
         """Raises a UserError for a model that can be used, but not trained as it is.
@@ -257,6 +266,31 @@ class RunConfig:
             "False to train with one expert per token: a gate divided by itself is always 1, and "
             "the loss sends the router no gradient",
         )
+
+    def _check_mixtures(self) -> None:
+        """Every mixture names sources of the run, and every source with a weight is trained on."""
+        named = [name for stage in self.stages for name, _ in stage.mixture]
+        for stage in self.stages:
+            for name, _ in stage.mixture:
+                require(
+                    name in self.data.source_names,
+                    f"stages.{stage.name}.mixture",
+                    name,
+                    suggest(name, self.data.source_names),
+                )
+            weights = {source.name: source.weight for source in self.data.sources}
+            right = f"above 0 for a source: stages.{stage.name} has no mixture of its own"
+            require(bool(self.data.weights(stage)), "data.sources.*.weight", weights, right)
+        for source in self.data.sources:
+            unused = source.weight > 0 and source.name not in named
+            last = self.stages[-1].name
+            require(
+                not unused or not all(stage.mixture for stage in self.stages),
+                f"data.sources.{source.name}",
+                source.path,
+                f"in the mixture of a stage, such as stages.{last}.mixture.{source.name} = 0.1, or "
+                f"have data.sources.{source.name}.weight = 0 to be evaluated only",
+            )
 
     def _check_steps(self) -> None:
         """Devices count steps in int32; tokens are counted on the host."""

@@ -68,7 +68,7 @@ def planned_epochs(
     """
     epochs: dict[str, float] = {}
     for name in sources.data.source_names:
-        weights = [dict(stage.mixture) for stage in stages]
+        weights = [sources.data.weights(stage) for stage in stages]
         tokens = sum(
             stage.tokens * each.get(name, 0.0) / sum(each.values())
             for stage, each in zip(stages, weights, strict=True)

@@ -120,7 +120,7 @@ def make_train_iterator(
         when they are reached.
     """
     require_streams(sources, [stage])
-    weights = {name: weight for name, weight in stage.mixture if weight > 0}
+    weights = data.weights(stage)
     each = stage.batch_size // data.streams
     rows = range(stage.batch_size) if rows is None else rows
     before = streams.rows_before(weights, each, data.streams)
@@ -152,7 +152,7 @@ def require_streams(sources: Sources, stages: Sequence[StageConfig]) -> None:
     """
     count = sources.data.streams
     for name in sources.data.source_names:
-        if any(dict(stage.mixture).get(name) for stage in stages):
+        if any(name in sources.data.weights(stage) for stage in stages):
             right = f"at most {len(sources.train[name])}, the documents of data.sources.{name}"
             require(count <= len(sources.train[name]), "data.streams", count, right)
 

@@ -2,7 +2,8 @@
 
 `path` is `stdlib:code` (the running Python's own modules), `stdlib:docs` (their docstrings, one
 document per module), or a path or glob (`**` recurses) of `.txt`, `.md` and `.py` files (one
-document per file), `.jsonl`, `.jsonl.gz`, `.parquet` and `.array_record` files (one per record).
+document per file), `.jsonl`, `.jsonl.gz`, `.parquet` and `.array_record` files (one per record). A
+folder is all files of these kinds below it.
 
 Documents are in order of relative file name, then record. Each real file is read once, whatever
 links lead to it (see `globs`), and what any source of a run holds out is trained on by none (see
@@ -29,10 +30,9 @@ import numpy as np
 from lightning_jax.config import DataConfig, SourceConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require, suggest
-from lightning_jax.data import stdlib
+from lightning_jax.data import paths, stdlib
 from lightning_jax.data.cache import user_folder
-from lightning_jax.data.files import ArrayRecordFile, GzipLinesFile, JsonLinesFile, ParquetFile
-from lightning_jax.data.globs import FoundFile, glob_files, shown_name
+from lightning_jax.data.globs import shown_name
 from lightning_jax.data.held_out import HeldOut, choose, only_content, tail_start
 from lightning_jax.data.index import BLANK, IndexStore, key_of
 from lightning_jax.data.text_files import open_texts
@@ -40,13 +40,6 @@ from lightning_jax.runtime.phases import phase
 
 logger = logging.getLogger(__name__)
 
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-RECORD_FILES: dict[str, Any] = {
-    ".jsonl": JsonLinesFile,
-    ".jsonl.gz": GzipLinesFile,
-    ".parquet": ParquetFile,
-    ".array_record": ArrayRecordFile,
-}
 SPLITS = ("train", "eval")
 # Documents in the first block of `hash_order`; each later block takes it this many times further.
 _FIRST_BLOCK, _GROWTH = 1024, 16
@@ -352,29 +345,20 @@ def _readers(field: str, pattern: str, text_field: str, store: IndexStore) -> tu
         kinds = {"stdlib:code": stdlib.code, "stdlib:docs": stdlib.docs}
         require(pattern in kinds, field, pattern, suggest(pattern, [*kinds]))
         return (kinds[pattern](sysconfig.get_path("stdlib"), store),)
-    expanded = os.path.expanduser(pattern)
-    root, found = glob_files(expanded)
-    inside = f" (to read a folder: {pattern.rstrip('/')}/**)" if os.path.isdir(expanded) else ""
-    require(bool(found), field, pattern, f"a path or a glob that matches a file{inside}")
-    for file in found:
-        if not _kind(file):
-            known = ", ".join((*TEXT_SUFFIXES, *RECORD_FILES))
-            raise UserError(f"{field}: {shown_name(file.path)} is of no known kind: {known}")
+    found = paths.find(field, pattern)
+    if found.left_out:
+        logger.info(
+            "%s: %s; %s files of other kinds are left out",
+            *(field, paths.in_words(found.files), f"{found.left_out:,}"),
+        )
     readers: list[Any] = []
-    for is_text, group in itertools.groupby(found, lambda file: _kind(file) in TEXT_SUFFIXES):
+    for is_text, group in itertools.groupby(found.files, paths.is_text):
         files = [*group]
         if is_text:
-            key = f"{os.path.abspath(expanded)} from {files[0].name}"
-            readers.append(open_texts(root, files, store, key))
+            key = f"{os.path.abspath(os.path.expanduser(pattern))} from {files[0].name}"
+            readers.append(open_texts(found.root, files, store, key))
         else:
             for file in files:
-                kind = RECORD_FILES[_kind(file)]
+                kind = paths.RECORD_FILES[paths.kind(file)]
                 readers.append(kind(Path(file.path), file.name, text_field, store))
     return tuple(readers)
-
-
-def _kind(file: FoundFile) -> str:
-    suffix = os.path.splitext(file.path)[1]
-    if suffix in TEXT_SUFFIXES:
-        return suffix
-    return next((suffix for suffix in RECORD_FILES if file.name.endswith(suffix)), "")

@@ -46,7 +46,9 @@ def test_stages_keep_the_order_in_which_they_are_written():
     values.stages = base.named(zero=base.stage(), alpha=base.stage(), middle=base.stage())
     run = build(RunConfig, values)
     assert [stage.name for stage in run.stages] == ["zero", "alpha", "middle"]
-    assert [name for name, _ in run.stages[0].mixture] == ["code", "docs"]
+    values.stages.zero.mixture = base.named(docs=0.5, code=0.5)
+    run = build(RunConfig, values)
+    assert [name for name, _ in run.stages[0].mixture] == ["docs", "code"]
     values.stages.alpha = None
     assert [stage.name for stage in build(RunConfig, values).stages] == ["zero", "middle"]
 
@@ -135,7 +137,6 @@ REFUSED = [
     ("optimizer.weight_decay", -0.1, "0 or more"),
     ("stages.stable.tokens", 0, "at least 1"),
     ("stages.stable.accumulate", 3, "a divisor of batch_size = 8"),
-    ("stages.stable.mixture", {}, "at least one source"),
     ("stages.stable.mixture", {"code": 0.0}, "at least one weight above 0"),
     ("stages.stable.mixture.code", -1.0, "0 or more"),
     ("stages.stable.decay", "line", 'did you mean "linear"'),
@@ -149,6 +150,7 @@ REFUSED = [
     ("data.tokenizer", "", '"bytes" or a path'),
     ("data.sources", {}, "at least one source"),
     ("data.sources.code.path", "", "a path or a glob"),
+    ("data.sources.code.weight", -1.0, "0 or more"),
     ("data.eval_fraction", 0.0, r"in \(0, 1\)"),
     ("data.packing", "first", 'did you mean "first_fit"'),
     ("data.prefetch", -1, "between 0 and 1024 batches"),
@@ -206,6 +208,44 @@ def test_rules_across_fields():
     values = changed("model.moe.num_experts", 0)
     values["model"]["mlp_dim"] = 0
     with pytest.raises(UserError, match="model.mlp_dim = 0: must be at least 1 where a layer"):
+        build(RunConfig, values)
+
+
+def test_a_stage_without_a_mixture_takes_every_source_by_its_own_weight():
+    values = base.get_config()
+    with values.unlocked():
+        values.data.sources.poems = base.source("poems.txt", weight=3.0)
+        values.data.sources.quiz = base.source("quiz.txt", weight=0.0)
+    values.stages.decay.mixture = base.named(docs=1.0, code=0.0)
+    run = build(RunConfig, values)
+    stable, decay = run.stages
+    assert run.data.weights(stable) == {"code": 0.9, "docs": 0.1, "poems": 3.0}
+    assert run.data.weights(decay) == {"docs": 1.0}
+    assert build(RunConfig, json.loads(json.dumps(to_dict(run)))) == run
+
+
+def test_a_source_that_no_stage_trains_on_is_refused():
+    values = to_dict(build(RunConfig, base.get_config()))
+    values["data"]["sources"]["poems"] = {"path": "poems.txt", "eval_path": "", "weight": 1.0}
+    for stage in values["stages"].values():
+        stage["mixture"] = {"code": 0.9, "docs": 0.1}
+    right = (
+        r"^data.sources.poems = 'poems.txt': must be in the mixture of a stage, such as "
+        r"stages.decay.mixture.poems = 0.1, or have data.sources.poems.weight = 0 to be evaluated"
+    )
+    with pytest.raises(UserError, match=right):
+        build(RunConfig, values)
+    # Weight 0, and a share of 0, are meant.
+    values["data"]["sources"]["poems"]["weight"] = 0.0
+    build(RunConfig, values)
+    values["data"]["sources"]["poems"]["weight"] = 1.0
+    values["stages"]["stable"]["mixture"]["poems"] = 0.0
+    build(RunConfig, values)
+    values["stages"]["stable"]["mixture"] = {}
+    build(RunConfig, values)
+    for source in values["data"]["sources"].values():
+        source["weight"] = 0.0
+    with pytest.raises(UserError, match=r"^data.sources.\*.weight = .*above 0 for a source"):
         build(RunConfig, values)
 
 

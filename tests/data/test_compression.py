@@ -12,7 +12,7 @@ def test_streams_are_as_small_as_the_whole_text_compressed_at_once(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("some text é\n" * 500)
     data = DataConfig(
-        "bytes", (SourceConfig("it", "none", str(path)),), "text", 0.1, "concat", 0, 1
+        "bytes", (SourceConfig("it", "none", str(path), 1.0),), "text", 0.1, "concat", 0, 1
     )
     whole = path.read_bytes()
     found = compression.compressed_bits_per_byte([path.read_text()[:777], path.read_text()[777:]])

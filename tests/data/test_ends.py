@@ -76,7 +76,9 @@ def test_the_rule(name, tmp_path):
     )
     assert found.stop_ids == expected and found.eos_id == expected[0]
     # A run that keeps the tokenizer follows the same rule.
-    data = DataConfig(str(tmp_path), (SourceConfig("a", "no/*", ""),), "text", 0.1, "concat", 0, 1)
+    data = DataConfig(
+        str(tmp_path), (SourceConfig("a", "no/*", "", 1.0),), "text", 0.1, "concat", 0, 1
+    )
     kept = resolve_tokenizer(Sources.open(data), tmp_path / "run")
     assert (kept.bos_id, kept.stop_ids) == (found.bos_id, expected)
 

@@ -34,7 +34,7 @@ def data(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     (tmp_path / "held_out.txt").write_text("held out")
     held_out = str(tmp_path / "held_out.txt")
-    sources = tuple(SourceConfig(n, f"{tmp_path}/{n}.jsonl", held_out) for n in "abc")
+    sources = tuple(SourceConfig(n, f"{tmp_path}/{n}.jsonl", held_out, 1.0) for n in "abc")
     return DataConfig("bytes", sources, "text", 0.2, "concat", 0, 1)
 
 
@@ -127,7 +127,9 @@ def test_a_plan_that_repeats_a_source_often_is_warned_about(data, caplog):
 
 def test_a_planned_source_must_have_something_left(data, tmp_path):
     path = str(tmp_path / "a.jsonl")
-    data = dataclasses.replace(data, sources=(SourceConfig("a", path, path), *data.sources[1:]))
+    data = dataclasses.replace(
+        data, sources=(SourceConfig("a", path, path, 1.0), *data.sources[1:])
+    )
     with pytest.raises(UserError, match="data.sources.a.path.*nothing is left"):
         epochs.planned_epochs(Sources.open(data), [stage()], TOKENIZER)
     only_b = stage(mixture=(("a", 0.0), ("b", 1.0)))

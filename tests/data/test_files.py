@@ -18,7 +18,9 @@ TEXTS = [f"document {i} " * 9 for i in range(9)]
 
 
 def open_file(path, folder):
-    data = DataConfig("bytes", (SourceConfig("it", "-", str(path)),), "text", 0.2, "concat", 0, 1)
+    data = DataConfig(
+        "bytes", (SourceConfig("it", "-", str(path), 1.0),), "text", 0.2, "concat", 0, 1
+    )
     return Sources.open(data, folder).eval["it"]
 
 
@@ -191,7 +193,7 @@ def peak():
 path, cache, tokenizer = sys.argv[1:]
 tokenizer = load_tokenizer(tokenizer)
 tokenizer.encode("warm up")
-data = DataConfig("bytes", (SourceConfig("it", "-", path),), "text", 0.2, "concat", 0, 1)
+data = DataConfig("bytes", (SourceConfig("it", "-", path, 1.0),), "text", 0.2, "concat", 0, 1)
 before = peak()
 source = Sources.open(data, Path(cache)).eval["it"]
 source.fingerprint

@@ -24,7 +24,7 @@ def content(text):
 
 def open_all(cache, *sources):
     """Sources of (name, path, eval_path)."""
-    configs = tuple(SourceConfig(*source) for source in sources)
+    configs = tuple(SourceConfig(*source, 1.0) for source in sources)
     return Sources.open(DataConfig("bytes", configs, "text", FRACTION, "concat", 0, 1), cache)
 
 

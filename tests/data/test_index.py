@@ -21,7 +21,7 @@ TEXTS = [f"document {i} with é and 漢 " * (i % 5) for i in range(40)]
 
 
 def data_of(path, text_field="text"):
-    source = SourceConfig("it", str(path), "")
+    source = SourceConfig("it", str(path), "", 1.0)
     return DataConfig("bytes", (source,), text_field, 0.2, "concat", 0, 1)
 
 
@@ -106,7 +106,10 @@ def test_the_plain_file_is_not_opened_at_a_second_start(tmp_path, monkeypatch):
 
 def test_one_pass_serves_all_sources_and_splits_of_a_start(tmp_path, passes):
     path = write(tmp_path / "data.jsonl")
-    configs = (SourceConfig("one", str(path), ""), SourceConfig("two", f"{tmp_path}/*.jsonl", ""))
+    configs = (
+        SourceConfig("one", str(path), "", 1.0),
+        SourceConfig("two", f"{tmp_path}/*.jsonl", "", 1.0),
+    )
     sources = Sources.open(
         DataConfig("bytes", configs, "text", 0.2, "concat", 0, 1), tmp_path / "no"
     )
@@ -235,7 +238,7 @@ def test_a_bad_record_of_an_unpacked_file_is_named_when_it_is_read(tmp_path):
     path = tmp_path / "data.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "a"}\n\n{"text": 1}\n{"text": "b"}\n'))
     for _ in range(2):
-        config = SourceConfig("it", "-", str(path))
+        config = SourceConfig("it", "-", str(path), 1.0)
         data = DataConfig("bytes", (config,), "text", 0.2, "concat", 0, 1)
         source = Sources.open(data, tmp_path / "cache").eval["it"]
         assert source[0]["text"] == "a" and source[2]["text"] == "b"

@@ -26,7 +26,7 @@ def data(tmp_path):
         for i in range(count):
             text = f"{letter}{i:03} " * int(rng.integers(1, 30))
             (tmp_path / letter / f"{i}.txt").write_text(text)
-    sources = tuple(SourceConfig(n, f"{tmp_path}/{n}/*.txt", "") for n in "abc")
+    sources = tuple(SourceConfig(n, f"{tmp_path}/{n}/*.txt", "", 1.0) for n in "abc")
     return DataConfig("bytes", sources, "text", 0.2, "concat", 2, 1)
 
 
@@ -122,7 +122,7 @@ def test_bad_record_reaches_the_caller_through_the_thread(data, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": 1}\n')
     (tmp_path / "held_out.txt").write_text("held out")
-    bad = SourceConfig("a", str(path), str(tmp_path / "held_out.txt"))
+    bad = SourceConfig("a", str(path), str(tmp_path / "held_out.txt"), 1.0)
     data = dataclasses.replace(data, sources=(bad,))
     with pytest.raises(UserError, match="bad.jsonl, line 1"):
         next(iterator(data, stage(mixture=(("a", 1.0),))))
@@ -159,7 +159,7 @@ def traced(tmp_path):
                 file.write(json.dumps({"text": f"{source * 100 + i} {rng.integers(1, 90)}"}) + "\n")
     (tmp_path / "held_out.txt").write_text("held out")
     held_out = str(tmp_path / "held_out.txt")
-    files = tuple(SourceConfig(n, f"{tmp_path}/{n}.jsonl", held_out) for n in "abc")
+    files = tuple(SourceConfig(n, f"{tmp_path}/{n}.jsonl", held_out, 1.0) for n in "abc")
     return DataConfig("bytes", files, "text", 0.2, "concat", 2, 1)
 
 

@@ -1,6 +1,7 @@
 import dataclasses
 import gzip
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -16,7 +17,7 @@ from lightning_jax.data.index import key_of
 
 
 def data_of(path, *, eval_path="", eval_fraction=0.2, text_field="text"):
-    config = SourceConfig("it", str(path), str(eval_path))
+    config = SourceConfig("it", str(path), str(eval_path), 1.0)
     return DataConfig("bytes", (config,), text_field, eval_fraction, "concat", 0, 1)
 
 
@@ -171,8 +172,6 @@ def test_nothing_there(tmp_path):
     field = "data.sources.it.path = "
     with pytest.raises(UserError, match=field + ".*none.*matches a file"):
         open_one(tmp_path / "none*.txt")
-    with pytest.raises(UserError, match="to read a folder: .*/\\*\\*"):
-        open_one(tmp_path)
     with pytest.raises(UserError, match="data.sources.it.eval_path"):
         open_one("x", "eval", eval_path=tmp_path / "none.txt")
     (tmp_path / "empty.txt").write_text("")
@@ -184,6 +183,17 @@ def test_nothing_there(tmp_path):
         open_one(tmp_path / "*")
     with pytest.raises(UserError, match='did you mean "stdlib:code"'):
         open_one("stdlib:cod")
+
+
+def test_a_folder_is_its_files_of_known_kinds(folder, caplog):
+    caplog.set_level(logging.INFO)
+    (folder / "sub" / "a.jsonl").write_text('{"text": "a record"}\n' * 3)
+    (folder / "picture.png").write_bytes(b"\0")
+    (folder / ".hidden.txt").write_text("hidden")
+    expected = [*every(f"{folder}/**/*.txt").texts(), *3 * ["a record"]]
+    assert sorted(every(folder).texts()) == sorted(expected)
+    line = "data.sources.it.eval_path: 12 .txt, 1 .jsonl; 1 files of other kinds are left out"
+    assert line in caplog.messages
 
 
 @pytest.fixture
@@ -240,7 +250,7 @@ def test_fingerprint_counts_both_splits(tmp_path):
         (tmp_path / letter).mkdir()
         for i in range(count):
             (tmp_path / letter / f"{i}.txt").write_text(f"{letter}{i}é " * (i + 1))
-    configs = tuple(SourceConfig(name, f"{tmp_path}/{name}/*.txt", "") for name in "ab")
+    configs = tuple(SourceConfig(name, f"{tmp_path}/{name}/*.txt", "", 1.0) for name in "ab")
     data = DataConfig("bytes", configs, "text", 0.2, "concat", 0, 1)
     opened = sources.Sources.open(data)
     prints = opened.fingerprint()
@@ -256,7 +266,7 @@ def test_fingerprint_counts_both_splits(tmp_path):
 
 
 def open_many(*configs, eval_fraction=0.2):
-    configs = tuple(SourceConfig(*config) for config in configs)
+    configs = tuple(SourceConfig(*config, 1.0) for config in configs)
     return sources.Sources.open(DataConfig("bytes", configs, "text", eval_fraction, "concat", 0, 1))
 
 

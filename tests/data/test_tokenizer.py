@@ -137,7 +137,7 @@ def data(tmp_path):
     folder.mkdir()
     for i in range(20):
         (folder / f"{i}.txt").write_text(f"words and words of document {i}\n" * 3)
-    source = SourceConfig("words", f"{folder}/*.txt", "")
+    source = SourceConfig("words", f"{folder}/*.txt", "", 1.0)
     return DataConfig("bpe:270", (source,), "text", 0.1, "concat", 0, 1)
 
 
@@ -150,7 +150,7 @@ def test_resolve_trains_once_and_reuses(data, tmp_path):
     path = tmp_path / "run" / "tokenizer.json"
     written = path.read_bytes()
     assert first.vocab_size == 270
-    gone = dataclasses.replace(data, sources=(SourceConfig("words", "gone/*.txt", ""),))
+    gone = dataclasses.replace(data, sources=(SourceConfig("words", "gone/*.txt", "", 1.0),))
     again = resolve(gone, tmp_path / "run")
     assert again.encode("words and") == first.encode("words and")
     resolve(data, tmp_path / "other")

@@ -151,7 +151,7 @@ def add_tokens(folder, *names, special=True):
 
 
 def resolve(folder, workdir, rows):
-    source = SourceConfig("unread", "nowhere/*.txt", "")
+    source = SourceConfig("unread", "nowhere/*.txt", "", 1.0)
     data = DataConfig(str(folder), (source,), "text", 0.1, "concat", 0, 1)
     return resolve_tokenizer(Sources.open(data), workdir, rows=rows)
 

@@ -179,7 +179,7 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 def test_a_run_keeps_its_tokenizer_whole(kind, tmp_path):
     given, run = tmp_path / "given", tmp_path / "run"
     hf_folders.KINDS[kind](given)
-    source = SourceConfig("unread", "nowhere/*.txt", "")
+    source = SourceConfig("unread", "nowhere/*.txt", "", 1.0)
     data = DataConfig(str(given), (source,), "text", 0.1, "concat", 0, 1)
     first = resolve_tokenizer(Sources.open(data), run)
     assert [path.name for path in run.iterdir()] == ["tokenizer"]

@@ -32,7 +32,7 @@ TEXTS = [
 
 
 def resolve(spec, workdir):
-    source = SourceConfig("unread", "nowhere/*.txt", "")
+    source = SourceConfig("unread", "nowhere/*.txt", "", 1.0)
     data = DataConfig(spec, (source,), "text", 0.1, "concat", 0, 1)
     return resolve_tokenizer(Sources.open(data), workdir)
 
