@@ -10,7 +10,7 @@ policies and micro-batches of the train step instead. docs/scaling.md says what 
 
 from absl import flags
 
-from lightning_jax.runtime import files, program
+from lightning_jax.runtime import program
 
 _CONFIG = program.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Slice, such as v5p:4x8x8.", required=True)
@@ -24,12 +24,11 @@ _SEARCH = flags.DEFINE_bool("search", False, "Try policies and micro-batches of 
 _REMATS = flags.DEFINE_list("remats", None, "Policies to try; default: three of them.")
 _NUMBERS = flags.DEFINE_list("accumulates", None, "Micro-batches to try; default: powers of two.")
 _MOST = flags.DEFINE_integer("max_compiles", 8, "Compilations of a search at the most.")
-_OUT = flags.DEFINE_string("out", None, "File for the JSON, besides standard output.")
+_OUT = program.define_out()
 
 
 def main() -> None:
-    if _OUT.value is not None:
-        files.check_output("out", _OUT.value)
+    program.check_out(_OUT)
     from lightning_jax.aot import main as aot
     from lightning_jax.aot.programs import Shape
     from lightning_jax.aot.search import Space
@@ -44,9 +43,7 @@ def main() -> None:
         if _SEARCH.value
         else None,
     )
-    if _OUT.value is not None:
-        files.write_json(_OUT.value, found)
-    program.emit_json(found)
+    program.emit_json(found, _OUT)
 
 
 if __name__ == "__main__":

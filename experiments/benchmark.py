@@ -9,7 +9,7 @@ transformers (`pip install 'lightning_jax[peers]'`) their rows are skipped with 
 from absl import flags
 
 from lightning_jax.config.errors import UserError
-from lightning_jax.runtime import files, program
+from lightning_jax.runtime import program
 
 _CONFIG = program.define_config("configs/mixtral_28m.py")
 _SUITE = flags.DEFINE_string(
@@ -18,15 +18,14 @@ _SUITE = flags.DEFINE_string(
     "attention, moe, train, serve_small, startup, data, kernels_tpu, tpu_program or kernels_gpu.",
     required=True,
 )
-_OUT = flags.DEFINE_string("out", None, "File for the JSON, besides standard output.")
+_OUT = program.define_out()
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds; medians are reported.", 1)
 _PROFILE = flags.DEFINE_bool("profile", False, "Also say where the time of our code goes.")
 _ONLY = flags.DEFINE_list("only", None, "Parts of row names: measure only rows with one of these.")
 
 
 def main() -> None:
-    if _OUT.value is not None:
-        files.check_output("out", _OUT.value)
+    program.check_out(_OUT)
     only = program.names(_ONLY)
     from benchmarks import report
     from benchmarks.measure import Options

@@ -18,7 +18,7 @@ _TO = flags.DEFINE_enum("to", None, ["hf"], "Read WORKDIR, write PATH.")
 _PATH = flags.DEFINE_string("path", None, "The Hugging Face folder.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _KV_SOURCE = flags.DEFINE_list("kv_source", None, "By layer, the layer whose K/V it reads.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to write; default: the newest.")
+_STEP = program.define_step()
 _TYPE = flags.DEFINE_string("model_type", None, "Layout to write; default: the first that fits.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype to write.")
 

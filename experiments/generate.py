@@ -1,10 +1,11 @@
 """Continue a prompt with the model of a run.
 
     python -m experiments.generate --workdir=runs/a --prompt='def ' [--temperature=0.8] [--chat]
+        [--eval.top_p=0.3]
 
 Streams the prompt and its continuation to stdout, with --chat only the answer; tokens per second
 and the mean number of experts per token go to stderr. The same seed gives the same text;
---temperature=0 is greedy.
+--temperature=0 is greedy. --top_k and --top_p draw tokens, --eval.top_k and --eval.top_p experts.
 """
 
 import functools
@@ -23,10 +24,8 @@ _TOP_P = flags.DEFINE_float("top_p", 0.95, "Draw from the most probable tokens o
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Tokens per sample at the most.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Continuations, one after another.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draws.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the newest.")
-_ROUTING_TOP_P = flags.DEFINE_float(
-    "routing_top_p", None, "Probability mass that the experts of a token reach; default: the run's."
-)
+_STEP = program.define_step()
+_ROUTING = program.define_routing()
 
 
 def main() -> None:
@@ -41,8 +40,8 @@ def main() -> None:
         num_samples=_NUM_SAMPLES.value,
         seed=_SEED.value,
         step=_STEP.value,
-        routing_top_p=_ROUTING_TOP_P.value,
         chat=_CHAT.value,
+        routing=_ROUTING(),
     )
     compiler.cache_for_user()
     text.generate_run(

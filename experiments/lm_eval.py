@@ -15,17 +15,19 @@ _TASKS = flags.DEFINE_list("tasks", None, "Tasks, groups or globs of them.", req
 _INCLUDE_PATH = flags.DEFINE_string("include_path", None, "Folder with more tasks in YAML.")
 _LIMIT = flags.DEFINE_float("limit", None, "Documents per task (below 1: their share).")
 _NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "Examples; default: the task's.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Requests per forward pass.")
-_MAX_LENGTH = flags.DEFINE_integer("max_length", None, "Most tokens; default: the stage's.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint; default: the newest.")
-_CHAT = flags.DEFINE_bool("apply_chat_template", False, "Ask by the tokenizer's chat template.")
-_ROUTING_TOP_P = flags.DEFINE_float(
-    "routing_top_p", None, "Probability mass that the experts of a token reach; default: the run's."
+_BATCH = flags.DEFINE_integer("eval.batch_size", 8, "Requests per forward pass.")
+_SEQ_LEN = flags.DEFINE_integer(
+    "eval.seq_len", None, "Most tokens of a request; default: the stage's."
 )
+_STEP = program.define_step()
+_CHAT = flags.DEFINE_bool("chat", False, "Ask by the tokenizer's chat template.")
+_ROUTING = program.define_routing()
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of examples and draws.")
+_OUT = program.define_out()
 
 
 def main() -> None:
+    program.check_out(_OUT)
     from lightning_jax.interop.lm_eval import tasks
     from lightning_jax.runtime import compiler
 
@@ -34,15 +36,15 @@ def main() -> None:
         include_path=_INCLUDE_PATH.value,
         limit=_LIMIT.value,
         num_fewshot=_NUM_FEWSHOT.value,
-        batch_size=_BATCH_SIZE.value,
-        max_length=_MAX_LENGTH.value,
+        batch_size=_BATCH.value,
+        seq_len=_SEQ_LEN.value,
         step=_STEP.value,
-        apply_chat_template=_CHAT.value,
-        routing_top_p=_ROUTING_TOP_P.value,
+        chat=_CHAT.value,
         seed=_SEED.value,
+        routing=_ROUTING(),
     )
     compiler.cache_for_user()
-    program.emit_json(tasks.evaluate_tasks(_WORKDIR.value, options))
+    program.emit_json(tasks.evaluate_tasks(_WORKDIR.value, options), _OUT)
 
 
 if __name__ == "__main__":

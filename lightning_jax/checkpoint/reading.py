@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from lightning_jax import sharding
@@ -22,6 +23,7 @@ from lightning_jax.checkpoint.library import orbax
 from lightning_jax.config import CheckpointMeta, ModelConfig, RunConfig
 from lightning_jax.config.errors import UserError, some_of
 from lightning_jax.config.fields import require
+from lightning_jax.config.routing import EvalRouting
 from lightning_jax.runtime.files import StrPath, read_json
 
 DATA_ITEM = "data"
@@ -49,6 +51,19 @@ class LoadedRun:
     def model(self) -> ModelConfig:
         """The model of these weights; `config.model` has the RoPE base before any stage."""
         return self.meta.model
+
+    def with_routing(self, routing: EvalRouting) -> LoadedRun:
+        """Returns the same run with another routing of evaluation and generation.
+
+        Raises:
+          UserError: the model has no experts, or does not route as the values need it.
+        """
+        config = dataclasses.replace(self.config, model=routing.of(self.config.model))
+        router = self.router
+        if routing.top_p is not None:
+            router = dataclasses.replace(router, top_p=jnp.float32(routing.top_p))
+        meta = dataclasses.replace(self.meta, config=config)
+        return dataclasses.replace(self, meta=meta, router=router)
 
 
 def load_run(

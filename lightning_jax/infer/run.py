@@ -27,12 +27,13 @@ from lightning_jax.checkpoint import LoadedRun
 from lightning_jax.config import ModelConfig, RunConfig
 from lightning_jax.config.errors import suggest
 from lightning_jax.config.fields import require
+from lightning_jax.config.routing import EvalRouting
 from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
 from lightning_jax.infer.buckets import length_bucket
 from lightning_jax.infer.engine import Engine
 from lightning_jax.infer.sampling import Sampling
-from lightning_jax.infer.text import encode_prompt, stream_text, with_top_p
+from lightning_jax.infer.text import encode_prompt, stream_text
 from lightning_jax.runtime import compiler
 from lightning_jax.runtime.files import StrPath
 
@@ -119,8 +120,8 @@ class Run:
         Raises:
           UserError: the model does not route by top-p, or `top_p` is not in (0, 1].
         """
-        require(0 < top_p <= 1, "top_p", top_p, "in (0, 1]")
-        return dataclasses.replace(self, router=with_top_p(self.model, self.router, top_p))
+        loaded = self.loaded.with_routing(EvalRouting(top_p=top_p))
+        return dataclasses.replace(self, loaded=loaded, router=loaded.router)
 
     def encode(self, text: str) -> list[int]:
         """Returns the T token ids that the methods below read: a document that begins with `text`.

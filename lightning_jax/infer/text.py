@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lightning_jax import checkpoint, sharding
 from lightning_jax import model as lm
-from lightning_jax.config import ModelConfig, RunConfig
+from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require
+from lightning_jax.config.routing import EvalRouting
 from lightning_jax.data.ends import Answer
 from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
@@ -27,7 +27,7 @@ TRAINING_SAMPLE = Sampling(temperature=0.8, top_p=0.95)
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions:
-    """Options of `generate_run`. `routing_top_p` replaces the run's top-p; None keeps it.
+    """Options of `generate_run`; `routing` may replace how the run chooses experts.
 
     With `chat` the prompt is a user's message, and only the answer is written.
 
@@ -41,15 +41,13 @@ class GenerateOptions:
     num_samples: int
     seed: int
     step: int | None
-    routing_top_p: float | None
     chat: bool
+    routing: EvalRouting = EvalRouting()
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_samples"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(0 <= self.seed < 2**32, "seed", self.seed, "in [0, 2^32)")
-        top_p = self.routing_top_p
-        require(top_p is None or 0 < top_p <= 1, "routing_top_p", top_p, "in (0, 1]")
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -119,14 +117,14 @@ def generate_run(
     Raises:
       UserError: no such run or checkpoint, or options that do not fit its model or tokenizer.
     """
-    run = checkpoint.load_run(workdir, step=options.step)
+    run = checkpoint.load_run(workdir, step=options.step).with_routing(options.routing)
     rows = run.config.model.vocab_size
     tokenizer = resolve_tokenizer(Sources.open(run.config.data), workdir, rows=rows)
     prompt = (encode_chat if options.chat else encode_prompt)(tokenizer, options.prompt)
     engine = Engine(
         run.model,
         run.params,
-        with_top_p(run.model, run.router, options.routing_top_p),
+        run.router,
         max_length=len(prompt) + options.max_new_tokens,
         valid_vocab=tokenizer.vocab_size,
     )
@@ -184,24 +182,6 @@ def sample(
         rows=1 if mesh.empty else sharding.batch_shards(mesh),
     )
     return config.sample_prompt + "".join(pieces)
-
-
-def with_top_p(config: ModelConfig, router: lm.Router, top_p: float | None) -> lm.Router:
-    """Returns the router with another top-p; None keeps it.
-
-    Raises:
-      UserError: the model does not route by top-p.
-    """
-    if top_p is None:
-        return router
-    routing = config.moe.eval_routing if config.moe.num_experts else "no routed experts"
-    require(
-        routing == "top_p",
-        "routing_top_p",
-        top_p,
-        f"left out: this run generates with {routing}, not top_p",
-    )
-    return dataclasses.replace(router, top_p=jnp.float32(top_p))
 
 
 def _measurements(times: list[float], experts_per_token: float | None) -> str:

@@ -32,7 +32,7 @@ def upcycle_run(
     *,
     step: int | None = None,
     pool: str = "mean",
-    eval_tokens: int = 16_384,
+    max_tokens: int = 16_384,
 ) -> dict[str, Any]:
     """Makes the folder of a run that starts from a dense checkpoint.
 
@@ -43,7 +43,7 @@ def upcycle_run(
         be the source's.
       step: which checkpoint of a run; None is the newest.
       pool: see `upcycle`.
-      eval_tokens: held-out tokens of each domain on which both models are judged; 0: all.
+      max_tokens: held-out tokens of each domain on which both models are judged; 0: all.
 
     Returns:
       `exact` (the function is kept but for rounding) and by domain the loss before, after, and
@@ -53,9 +53,9 @@ def upcycle_run(
       UserError: a source that does not fit, or a folder that cannot be read, has files or cannot
         be written. Nothing is left of it then.
     """
-    require(eval_tokens >= 0, "eval_tokens", eval_tokens, "0 (all) or more")
+    require(max_tokens >= 0, "eval.max_tokens", max_tokens, "0 (all) or more")
     with new_folder(workdir, "workdir") as path:
-        result = _upcycle(source, path, config, step=step, pool=pool, eval_tokens=eval_tokens)
+        result = _upcycle(source, path, config, step=step, pool=pool, max_tokens=max_tokens)
     return {"workdir": str(workdir), **result}
 
 
@@ -66,7 +66,7 @@ def _upcycle(
     *,
     step: int | None,
     pool: str,
-    eval_tokens: int,
+    max_tokens: int,
 ) -> dict[str, Any]:
     _, tokenizer = describe(source, step=step)
     dense, params, router = load_any(source, step=step)
@@ -94,7 +94,7 @@ def _upcycle(
             batch_size=segment.micro_batch,
             rope_base_global=model.attention.rope_base_global,
             weights="params",
-            max_tokens=eval_tokens,
+            max_tokens=max_tokens,
         )
         require_finite(results)
         return {name: row["loss"] for name, row in results.items()}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -19,6 +19,7 @@ from lightning_jax.config import MeshConfig, RunConfig, SourceConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import LARGEST_COUNT, require
 from lightning_jax.config.kinds import LARGEST_INDEX
+from lightning_jax.config.routing import EvalRouting
 from lightning_jax.data import round_trip
 from lightning_jax.data.batch import Batch
 from lightning_jax.data.mixture import EvalBatches, eval_batches
@@ -29,6 +30,8 @@ from lightning_jax.runtime.phases import phase
 from lightning_jax.train import step as steps
 from lightning_jax.train.placement import put_whole
 from lightning_jax.train.plan import Plan
+
+logger = logging.getLogger(__name__)
 
 ONE_DEVICE = MeshConfig(**dict.fromkeys(sharding.MESH_AXES, 1))
 POSITION_BUCKETS = (16, 64, 256, 1024, 4096, 16384)
@@ -188,41 +191,42 @@ class EvalOptions:
     seq_len: int | None = None
     batch_size: int | None = None
     max_tokens: int | None = None
-    routing: str | None = None
-    top_k: int | None = None
-    top_p: float | None = None
+    routing: EvalRouting = EvalRouting()
 
     def __post_init__(self) -> None:
         for name, low, high in (
             ("seq_len", 1, LARGEST_INDEX),
             ("batch_size", 1, LARGEST_INDEX),
             ("max_tokens", 0, LARGEST_COUNT),
-            ("top_k", 1, LARGEST_INDEX),
         ):
             value = getattr(self, name)
             fits = value is None or low <= value <= high
             require(fits, f"eval.{name}", value, f"in [{low}, {high}]")
-        require(self.top_p is None or 0 < self.top_p <= 1, "eval.top_p", self.top_p, "in (0, 1]")
         require(self.step is None or self.step >= 0, "step", self.step, "0 or more")
 
 
 def evaluate_run(workdir: str, options: EvalOptions) -> dict[str, Any]:
     """Evaluates a checkpoint of a run on its held-out text, or on the files of `options.data`.
 
+    Which text that is, is logged: imported weights know none of their own.
+
     Returns:
-      `step`, `weights` ("ema" where the run keeps an average, else "params"), `routing`, and
-      `domains`, which maps each domain to the result of `evaluate_batches`.
+      `step`, `weights` ("ema" where the run keeps an average, else "params"), `routing`, `data`,
+      which says by domain the path of its text, and which `split` of it was measured ("held out" or
+      "all"), and `domains`, which maps each domain to the result of `evaluate_batches`.
 
     Raises:
       UserError: no such run, checkpoint or data, an option that the run's model cannot take, or a
         loss that is not finite.
     """
-    loaded = load_run(workdir, step=options.step)
-    config, router = with_eval_routing(loaded.config, loaded.router, options)
+    loaded = load_run(workdir, step=options.step).with_routing(options.routing)
+    config, router = loaded.config, loaded.router
     data = config.data
     if options.data:
-        source = SourceConfig(name="data", path=options.data, eval_path=options.data)
+        source = SourceConfig("data", path=options.data, eval_path=options.data, weight=0.0)
         data = dataclasses.replace(data, sources=(source,))
+    texts = {source.name: _measured(source) for source in data.sources}
+    _say(texts, is_imported=not loaded.meta.step and not options.data)
     rows = config.model.vocab_size
     tokenizer = resolve_tokenizer(Sources.open(config.data), workdir, rows=rows)
     mesh = sharding.make_mesh(ONE_DEVICE, jax.devices()[:1])
@@ -246,8 +250,28 @@ def evaluate_run(workdir: str, options: EvalOptions) -> dict[str, Any]:
         "step": loaded.meta.step,
         "weights": loaded.weights,
         "routing": routing,
+        "data": texts,
         "domains": domains,
     }
+
+
+def _measured(source: SourceConfig) -> dict[str, str]:
+    """Where the text of a domain is, and which part of it is evaluated."""
+    if source.eval_path:
+        return {"path": source.eval_path, "split": "all"}
+    return {"path": source.path, "split": "held out"}
+
+
+def _say(texts: Mapping[str, Mapping[str, str]], is_imported: bool) -> None:
+    found = ", ".join(f"{name} = {row['path']} ({row['split']})" for name, row in texts.items())
+    if is_imported:
+        logger.warning(
+            "text     %s: these weights were imported, and not trained on it; --data=FILES "
+            "evaluates them on other text",
+            found,
+        )
+    else:
+        logger.info("text     %s", found)
 
 
 def require_finite(results: dict[str, dict[str, Any]]) -> None:
@@ -258,31 +282,6 @@ def require_finite(results: dict[str, dict[str, Any]]) -> None:
                 f"evaluation: the loss of {name!r} is {row['loss']}: with these weights "
                 f"({row['weights']}) the model computes numbers that are not finite"
             )
-
-
-def with_eval_routing(
-    config: RunConfig, router: lm.Router, options: EvalOptions
-) -> tuple[RunConfig, lm.Router]:
-    """Returns config and router with the options' routing in place of the run's.
-
-    Raises:
-      UserError: a model without experts, or a threshold for a routing that has none.
-    """
-    changes = {"eval_routing": options.routing, "top_k": options.top_k}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if (changes or options.top_p is not None) and not config.model.moe.num_experts:
-        raise UserError("eval routing: this run's model has no experts")
-    model = dataclasses.replace(config.model, moe=dataclasses.replace(config.model.moe, **changes))
-    kind = model.moe.eval_routing
-    for name, value, needs in (
-        ("top_p", options.top_p, "top_p"),
-        ("top_k", options.top_k, "top_k"),
-    ):
-        if value is not None and kind != needs:
-            raise UserError(f'eval.{name} = {value}: needs eval.routing="{needs}", it is "{kind}"')
-    if options.top_p is not None:
-        router = dataclasses.replace(router, top_p=jnp.float32(options.top_p))
-    return dataclasses.replace(config, model=model), router
 
 
 def one_line(results: dict[str, dict[str, Any]]) -> str:

@@ -176,7 +176,7 @@ def test_every_program_that_reads_checkpoints_has_the_flag_of_the_advice():
     assert {"evaluate", "generate", "convert", "lm_eval", "upcycle"} <= {
         path.stem for path in readers
     }
-    assert all('DEFINE_integer("step"' in path.read_text() for path in readers)
+    assert all("_STEP = program.define_step()" in path.read_text() for path in readers)
 
 
 # Case A9

@@ -13,6 +13,7 @@ from lightning_jax import model as lm
 from lightning_jax.checkpoint import LoadedRun
 from lightning_jax.config import CheckpointMeta
 from lightning_jax.config.errors import UserError
+from lightning_jax.config.routing import EvalRouting
 from lightning_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from lightning_jax.data.tokenizer_stream import BYTE_OF_CHARACTER
 from lightning_jax.infer import text
@@ -160,7 +161,6 @@ def _options(**changes):
         num_samples=2,
         seed=0,
         step=None,
-        routing_top_p=None,
         chat=False,
     )
     return GenerateOptions(**(fields | changes))
@@ -172,8 +172,6 @@ def _options(**changes):
         {"max_new_tokens": 0},
         {"num_samples": 0},
         {"seed": -1},
-        {"routing_top_p": 0.0},
-        {"routing_top_p": 1.5},
     ],
 )
 def test_bad_options_are_named(changes):
@@ -199,7 +197,7 @@ def run(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_is_continued_and_measured(run, tmp_path):
     written, reports = [], []
-    options = _options(prompt="d\u00e9", routing_top_p=1.0)
+    options = _options(prompt="d\u00e9", routing=EvalRouting(top_p=1.0))
     text.generate_run(tmp_path, options, write=written.append, report=reports.append)
     samples = "".join(written).split("\nd\u00e9")
     assert len(samples) == 2 and samples[0].startswith("d\u00e9") and written[-1] == "\n"
@@ -230,16 +228,6 @@ def test_a_chat_writes_the_answer_alone(run, tmp_path, monkeypatch):
     answer = "".join(written)
     assert "the cat" not in answer and "<|im" not in answer and answer.endswith("\n")
     assert (tmp_path / "run" / "tokenizer" / "tokenizer_config.json").exists()
-
-
-def test_routing_top_p_needs_top_p_routing(run, tmp_path):
-    moe = dataclasses.replace(run.config.model.moe, eval_routing="top_k")
-    for changed in (moe, dataclasses.replace(moe, num_experts=0)):
-        model = dataclasses.replace(run.config.model, moe=changed)
-        with pytest.raises(UserError, match="^routing_top_p = 0.5"):
-            text.with_top_p(model, run.router, 0.5)
-    assert text.with_top_p(run.config.model, run.router, None) is run.router
-    assert text.with_top_p(run.config.model, run.router, 0.25).top_p == 0.25
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 
 import jax
@@ -145,7 +146,8 @@ def test_the_evaluator_agrees_with_the_logits_and_compiles_once(run, monkeypatch
     assert evaluation.one_line(results).startswith("held out: a ")
 
 
-def test_a_folder_is_evaluated_at_its_own_stage_or_as_asked(run, tmp_path):
+def test_a_folder_is_evaluated_at_its_own_stage_or_as_asked(run, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     config, params, router = run
     write_start(tmp_path / "run", config, params, router, origin={})
     found = evaluation.evaluate_run(str(tmp_path / "run"), EvalOptions(max_tokens=30))
@@ -153,11 +155,21 @@ def test_a_folder_is_evaluated_at_its_own_stage_or_as_asked(run, tmp_path):
     evaluator = Evaluator(config, Sources.open(config.data), ByteTokenizer(), ONE)
     how = dict(seq_len=32, batch_size=4, max_tokens=300, rope_base_global=1e4, weights="params")
     assert found["domains"] == evaluator(params, router, **how) and found["weights"] == "params"
+    # Weights that were imported have no text of their own: it says which one it takes.
+    corpus = config.data.sources[0].path
+    assert found["data"] == dict.fromkeys("ab", {"path": corpus, "split": "held out"})
+    [line] = [line for line in caplog.messages if line.startswith("text ")]
+    assert f"a = {corpus} (held out), b = " in line and "these weights were imported" in line
+    assert "--data=FILES" in line
 
     text = tmp_path / "other.txt"
     text.write_text("def f(): pass\n" * 20)
     options = EvalOptions(data=str(text), seq_len=16, batch_size=2)
-    other = evaluation.evaluate_run(str(tmp_path / "run"), options)["domains"]["data"]
+    caplog.clear()
+    found = evaluation.evaluate_run(str(tmp_path / "run"), options)
+    assert found["data"] == {"data": {"path": str(text), "split": "all"}}
+    assert [m for m in caplog.messages if "text " in m] == [f"text     data = {text} (all)"]
+    other = found["domains"]["data"]
     # One prediction per byte, and the end of the document.
     assert other["bytes"] == 14 * 20 and other["tokens"] == other["bytes"] + 1
     assert list(other["loss_by_position"]) == ["0-15"]
@@ -173,9 +185,6 @@ def test_a_folder_is_evaluated_at_its_own_stage_or_as_asked(run, tmp_path):
         (dict(seq_len=0), r"eval.seq_len = 0: must be in \[1, "),
         (dict(batch_size=0), "eval.batch_size = 0: must be in"),
         (dict(batch_size=-1), "eval.batch_size = -1: must be in"),
-        (dict(top_k=0), "eval.top_k = 0: must be in"),
-        (dict(top_p=float("nan")), r"eval.top_p = nan: must be in \(0, 1\]"),
-        (dict(top_p=1.5), r"eval.top_p = 1.5: must be in \(0, 1\]"),
         (dict(step=-1), "step = -1: must be 0 or more"),
     ],
 )
@@ -225,35 +234,3 @@ def test_an_evaluation_says_which_weights_it_measured(run, tmp_path):
     found = evaluation.evaluate_run(str(tmp_path), EvalOptions(max_tokens=30))
     assert found["weights"] == "ema" and found["domains"]["a"]["weights"] == "ema"
     assert found["domains"]["a"]["tokens"] >= 30
-
-
-def test_routing_of_an_evaluation():
-    config = tiny_run("unread", model__vocab_size=64)
-    router = lm.init_router(config.model)
-    same, untouched = evaluation.with_eval_routing(config, router, EvalOptions())
-    assert same == config and untouched is router
-    options = EvalOptions(routing="top_k", top_k=3)
-    moe = evaluation.with_eval_routing(config, router, options)[0].model.moe
-    assert (moe.eval_routing, moe.top_k) == ("top_k", 3)
-    assert evaluation.with_eval_routing(config, router, EvalOptions(top_p=0.25))[1].top_p == 0.25
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (EvalOptions(top_k=2), 'eval.top_k = 2: needs eval.routing="top_k", it is "top_p"'),
-        (EvalOptions(routing="top_k", top_p=0.5), 'eval.top_p = 0.5: needs eval.routing="top_p"'),
-        (EvalOptions(routing="top_q"), "model.moe.eval_routing = 'top_q'"),
-    ],
-)
-def test_routing_that_does_not_fit_is_refused(options, message):
-    config = tiny_run("unread", model__vocab_size=64)
-    with pytest.raises(UserError, match=message):
-        evaluation.with_eval_routing(config, lm.init_router(config.model), options)
-
-
-def test_a_model_without_experts_has_no_routing(run):
-    config, _, router = run
-    for options in (EvalOptions(top_p=0.5), EvalOptions(routing="dense")):
-        with pytest.raises(UserError, match="this run's model has no experts"):
-            evaluation.with_eval_routing(config, router, options)

@@ -26,6 +26,7 @@ from lightning_jax.checkpoint import (
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build
+from lightning_jax.config.routing import EvalRouting
 from lightning_jax.data import mixture
 from lightning_jax.data.worker import WorkerIterator
 from lightning_jax.train import evaluation, loop, placement
@@ -160,11 +161,12 @@ def test_a_run_leaves_all_that_it_did_in_its_folder(corpus, tmp_path):
     assert evaluated["step"] == 10
     for name in results:
         assert evaluated["domains"][name]["loss"] == pytest.approx(results[name]["loss"], abs=1e-6)
-    fewer = evaluation.EvalOptions(top_p=0.01, data=corpus, max_tokens=200)
+    fewer = evaluation.EvalOptions(data=corpus, max_tokens=200, routing=EvalRouting(top_p=0.01))
     used = evaluation.evaluate_run(str(tmp_path), fewer)["domains"]["data"]["experts_per_token"]
     assert used == 1.0
-    with pytest.raises(UserError, match='eval.top_k = 2: needs eval.routing="top_k"'):
-        evaluation.evaluate_run(str(tmp_path), evaluation.EvalOptions(top_k=2))
+    few = evaluation.EvalOptions(routing=EvalRouting(top_k=2))
+    with pytest.raises(UserError, match="eval.top_k = 2: needs --eval.routing=top_k"):
+        evaluation.evaluate_run(str(tmp_path), few)
     bounded = loop.run(dataclasses.replace(config, final_eval_tokens=1), tmp_path)
     assert 0 < bounded["a"]["tokens"] < results["a"]["tokens"]
 

@@ -11,10 +11,10 @@ from typing import Any
 from lightning_jax.checkpoint import load_run
 from lightning_jax.config.errors import UserError, did_you_mean
 from lightning_jax.config.fields import require
+from lightning_jax.config.routing import EvalRouting
 from lightning_jax.data import round_trip
 from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import resolve_tokenizer
-from lightning_jax.infer.text import with_top_p
 from lightning_jax.interop.lm_eval.adapter import LightningAdapter
 
 _KEPT = (
@@ -46,11 +46,11 @@ class TaskOptions:
     limit: float | None
     num_fewshot: int | None
     batch_size: int
-    max_length: int | None
+    seq_len: int | None
     step: int | None
-    apply_chat_template: bool
-    routing_top_p: float | None
+    chat: bool
     seed: int
+    routing: EvalRouting = EvalRouting()
 
     def __post_init__(self) -> None:
         require(any(self.tasks), "tasks", ",".join(self.tasks), "names of tasks, such as arc_easy")
@@ -73,16 +73,15 @@ def evaluate_tasks(workdir: str | Path, options: TaskOptions) -> dict[str, Any]:
       UserError: no such run or checkpoint, an unknown task, or one that cannot be loaded.
     """
     manager, tasks = load_tasks(options.tasks, options.include_path)
-    run = load_run(workdir, step=options.step)
-    router = with_top_p(run.model, run.router, options.routing_top_p)
+    run = load_run(workdir, step=options.step).with_routing(options.routing)
     adapter = LightningAdapter(
-        dataclasses.replace(run, router=router),
+        run,
         resolve_tokenizer(Sources.open(run.config.data), workdir, rows=run.config.model.vocab_size),
-        max_length=options.max_length,
+        max_length=options.seq_len,
         batch_size=options.batch_size,
         seed=options.seed,
     )
-    if options.apply_chat_template:
+    if options.chat:
         adapter.chat_template(True)
     from lm_eval.evaluator import simple_evaluate
 
@@ -92,7 +91,7 @@ def evaluate_tasks(workdir: str | Path, options: TaskOptions) -> dict[str, Any]:
         task_manager=manager,
         num_fewshot=options.num_fewshot,
         limit=options.limit,
-        apply_chat_template=options.apply_chat_template,
+        apply_chat_template=options.chat,
         log_samples=False,
         random_seed=options.seed,
         numpy_random_seed=options.seed,

@@ -61,10 +61,9 @@ def options(module, folder, **changes):
         limit=None,
         num_fewshot=None,
         batch_size=3,
-        max_length=None,
+        seq_len=None,
         step=None,
-        apply_chat_template=False,
-        routing_top_p=None,
+        chat=False,
         seed=0,
     )
     return module.TaskOptions(**(fields | changes))
