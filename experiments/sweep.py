@@ -1,7 +1,7 @@
 """Train every arm of a sweep with every seed, one run after another; the same command resumes.
 
     python -m experiments.sweep --sweep=configs/sweeps/pattern.py --workdir=runs/pattern
-        [--only=LLLG,G] [--seeds=0,1] [--set=model.model_dim=64 ...]
+        [--only=LLLG,G] [--seeds=0,1] [--config.model.model_dim=64]
 
 The folder gets sweep.json, a run's folder in <arm>/seed_<n>, results.jsonl and results.csv.
 `{"finished": rows, "failed": {run: error}}` is printed as JSON on stdout. A run that fails does not
@@ -25,14 +25,13 @@ _SEEDS = flags.DEFINE_list("seeds", None, "Seeds to run; all by default.")
 _CHANGED = flags.DEFINE_bool(
     "allow_changed_data", False, "Resume runs although the text is not what they began with."
 )
-_SET = flags.DEFINE_multi_string("set", [], "A config field for every arm: --set=model.x=1")
+_CHANGES = program.define_changes()
 
 
 def main() -> None:
     only, seeds = program.names(_ONLY), program.numbers(_SEEDS)
-    changes = sweep.parse_changes(_SET.value)
     files.check_output_folder("workdir", _WORKDIR.value)
-    arms = sweep.load_sweep(_SWEEP.value, changes)
+    arms = sweep.load_sweep(_SWEEP.value, _CHANGES())
     rows, failures = sweep.run_sweep(
         arms,
         _WORKDIR.value,

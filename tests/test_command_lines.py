@@ -26,6 +26,7 @@ FILES = {
     "argument.py": "def get_config(path):\n    return path\n",
     "sweep_exits.py": "import sys\ndef get_sweep():\n    sys.exit(0)\n",
     "file": "",
+    "flags": "--config.data.sources.poems=poems.txt\n--config.seed=3\n",
     "sweep_folder/sweep.json": "{}",
     "run/config.json": "{}",
 }
@@ -49,6 +50,7 @@ BAD = {
         ("{W} --config={home}/empty.py", "empty.py: it has no function get_config()"),
         ("{W} --config={home}/none.py", "none.py: get_config() = None"),
         ("{W} --config={home}/list.py", "config = [1]: must be a mapping"),
+        ("{W} --config={home}/list.py --config.data.sources.a=x", "config = [1]: must be a mapp"),
         ("{W} --config={home}/null.py", "null.py:?: source code"),
         ("{W} --config={home}/imports.py", "imports.py:1: ModuleNotFoundError"),
         ("{W} --config={home}/reads.py", "/nowhere/x"),
@@ -63,6 +65,18 @@ BAD = {
         ("{W} {B} --config.stages=None", "flag --config.stages=None"),
         ("{W} {B} --config.stages.nope.tokens=3", "unknown config field stages.nope.tokens"),
         ("{W} {B} --config.modle.unit=G", "unknown config field modle.unit"),
+        (
+            "{W} {B} --config.learning_rate=1",
+            "--config.stages.stable.learning_rate or --config.stages.decay.learning_rate?",
+        ),
+        ("{W} {B} --config.num_experts=1", "did you mean --config.model.moe.num_experts?"),
+        ("{W} {B} --config.model.num_layers=4", "the depth is the letters of --config.model.unit"),
+        ("{W} {B} --config.mixture.code=1", "did you mean --config.stages.stable.mixture.code or"),
+        ("{W} {B} --config.data.sources.poems.weight=1", "needs --config.data.sources.poems.path"),
+        ("{W} {B} --config.data.sources.dosc=None", 'no such source (did you mean "docs"?)'),
+        ("{W} {B} --config.data.sources.a", "must be written --config.data.sources.a=VALUE"),
+        ("{W} {B} --config.stages.stable.mixture.poems=1", "stages.stable.mixture = 'poems'"),
+        ("{W} {B} --config.stages.stable.mixture.code=x", "mixture.code = 'x': must be of type fl"),
         ("{W} {B} --config.=3", "--config.: names no field"),
         ("{W} {B} --config.model..unit=G", "--config.model..unit: names no field"),
         ("{W} {B} --config.model.scan=maybe", "true or false?"),
@@ -75,6 +89,11 @@ BAD = {
         ("{W} {B} -", "unexpected argument '-'"),
         ("{W} {B} -- x", "unexpected argument 'x'"),
         ("{W} {B} --flagfile=/nowhere", "Unable to open flagfile"),
+        ("{W} --config=configs/own_text.py", "configs/own_text.py needs a text"),
+        ("{W} --config=configs/own_text.py:/nowhere", "PATH = '/nowhere': must be a path or a"),
+        ("{W} --config=configs/own_text.py:{home}/sweep_folder", "must be a folder with files of"),
+        ("{W} --config=configs/own_text.py:docs,tokens=x", "tokens = x: must be a number like 5e6"),
+        ("{W} --config=configs/own_text.py:docs,docs", "docs,docs: a path, or tokens, is given tw"),
         ("{B} --workdir={home}/file", "workdir = "),
         ("{B} --workdir={home}/file/run", "workdir = "),
         ("{B} --workdir={home}/{long}", "workdir = "),
@@ -94,6 +113,7 @@ BAD = {
         ("{W} --eval.top_k=1.5", "flag --eval.top_k=1.5"),
         ("{W} --eval.tokens=3", "Unknown command line flag 'eval.tokens'. Did you mean"),
         ("{W} --data=", "--data is empty"),
+        ("{W} --out=/nowhere/x.json", "out = '/nowhere/x.json': there is no folder"),
     ],
     "generate": [
         ("{W}", "--prompt is missing"),
@@ -109,7 +129,10 @@ BAD = {
         ("{W} --prompt=x --num_samples=0", "num_samples = 0"),
         ("{W} --prompt=x --seed=-1", "seed = -1"),
         ("{W} --prompt=x --seed=99999999999999999999999", "seed = 9999"),
-        ("{W} --prompt=x --routing_top_p=0", "routing_top_p = 0.0"),
+        ("{W} --prompt=x --eval.top_p=0", "eval.top_p = 0.0"),
+        ("{W} --prompt=x --eval.top_k=0", "eval.top_k = 0"),
+        ("{W} --prompt=x --eval.routing=top", "flag --eval.routing=top: value should be one of"),
+        ("{W} --prompt=x --routing_top_p=0.5", "Unknown command line flag 'routing_top_p'"),
         ("{W} --prompt=x --chat=perhaps", "flag --chat=perhaps"),
     ],
     "convert": [
@@ -140,6 +163,8 @@ BAD = {
         ("{W} --tasks=", "--tasks=: a name is empty"),
         ("{W} --tasks=a,a", "a name is given twice"),
         ("{W} --tasks=a --limit=x", "flag --limit=x"),
+        ("{W} --tasks=a --eval.top_p=2", "eval.top_p = 2.0"),
+        ("{W} --tasks=a --out=docs", "out = 'docs': is a folder"),
     ],
     "sweep": [
         ("{W}", "--sweep is missing"),
@@ -154,11 +179,15 @@ BAD = {
         ("{W} {S} --seeds=9", "seeds = 9: must be one of 0, 1, 2"),
         ("{W} {S} --seeds=a", "seeds = 'a': must be numbers like 0,1"),
         ("{W} {S} --seeds=", "seeds = ''"),
-        ("{W} {S} --set=x", "set = 'x'"),
-        ("{W} {S} --set=model.nope=1", "unknown config field model.nope"),
-        ("{W} {S} --set=seed=1", "seed cannot be changed here"),
-        ("{W} {S} --set=model.unit=G --set=model.unit=L", "the only change of model.unit"),
-        ("{W} {S} --set=model.model_dim=x", "model.model_dim = 'x'"),
+        ("{W} {S} --set=model.unit=G", "Unknown command line flag 'set'"),
+        ("{W} {S} --config=configs/base.py", "Unknown command line flag 'config'"),
+        ("{W} {S} --config.model.unit", "must be written --config.model.unit=VALUE"),
+        ("{W} {S} --config.=1", "--config.: names no field"),
+        ("{W} {S} --config.model.nope=1", "unknown config field model.nope"),
+        ("{W} {S} --config.lr=1", "did you mean --config.stages.stable.learning_rate or"),
+        ("{W} {S} --config.seed=1", "seed cannot be changed here"),
+        ("{W} {S} --config.model.model_dim=x", "model.model_dim = 'x'"),
+        ("{W} {S} --config.data.sources.dosc=None", "there is no such source"),
         ("{S} --workdir={home}/file", "file' is not a folder"),
         ("{S} --workdir={home}/run", "is a run's folder"),
     ],
@@ -205,14 +234,36 @@ BAD = {
         ("{B} --topology=v5e:2x2 --out=/nowhere/x.json", "there is no folder '/nowhere'"),
     ],
     "train_tokenizer": [
-        ("--input=README.md", "--out is missing"),
-        ("--input=/nowhere/*.txt --out={home}/t.json", "/nowhere/*.txt"),
-        ("--input= --out={home}/t.json", "--input is empty"),
-        ("--input=README.md --out=/nowhere/t.json", "there is no folder '/nowhere'"),
-        ("--input=README.md --out=docs", "out = 'docs': is a folder"),
-        ("--input=README.md --out={home}/t.json --vocab_size=3", "vocab_size = 3"),
+        ("--data=README.md", "--out is missing"),
+        ("--data=/nowhere/*.txt --out={home}/t.json", "/nowhere/*.txt"),
+        ("--data= --out={home}/t.json", "--data is empty"),
+        ("--data=README.md --out=/nowhere/t.json", "there is no folder '/nowhere'"),
+        ("--data=README.md --out=docs", "out = 'docs': is a folder"),
+        ("--data=README.md --out={home}/t.json --vocab_size=3", "vocab_size = 3"),
     ],
 }
+# Lines before that of the error, of programs that go on: what is not as it seems.
+SAID = [
+    (
+        "train",
+        "--config.data.sources.poems.path=poems.txt --config.stages.decay.mixture.docs=None",
+        "mixture  stable: code 45.0%, docs 5.0%, poems 50.0%; decay: code 47.4%, poems 52.6%",
+    ),
+    (
+        "train",
+        "--config.data.sources.docs=None",
+        "mixture  stable: code 100.0%; decay: code 100",
+    ),
+    ("train", "--config.data.sources.docs=None --flagfile={home}/flags", "mixture  stable: code "),
+    (
+        "train",
+        "--config.model.moe.top_p=0.5",
+        "--config.model.moe.top_p=0.5 is only where the controller starts, which holds 3 experts "
+        "per token; a fixed top_p needs --config.model.moe.target_experts=0 too",
+    ),
+    ("train", "--config.model.moe.top_p=0.5 --config.model.moe.target_experts=0", ""),
+    ("train", "--config.seed=1 --config.seed=2", "--config.seed is given 2 times: the last one"),
+]
 CASES = [(program, *case) for program, cases in BAD.items() for case in cases]
 
 
@@ -231,9 +282,13 @@ def words(home):
 
 
 @pytest.fixture(scope="module")
-def results(words):
+def results(words, home):
     lines = [
         [program, *(flag.format(**words) for flag in flags.split())] for program, flags, _ in CASES
+    ]
+    lines += [
+        [program, BASE, f"--workdir={home}/file", *flags.format(**words).split()]
+        for program, flags, _ in SAID
     ]
     helps = [[program, flag] for program in PROGRAMS for flag in ("--help", "-h")]
     return call_all(lines + helps)
@@ -275,9 +330,17 @@ def test_a_wrong_command_line_is_one_line(results, words, number):
     assert part in result.stderr and result.stdout == ""
 
 
+@pytest.mark.parametrize("number", range(len(SAID)), ids=lambda n: SAID[n][1])
+def test_what_is_not_as_it_seems_is_said(results, number):
+    result, line = results[len(CASES) + number], SAID[number][2]
+    *said, error = result.stderr.splitlines()
+    assert result.status == 2 and error.startswith("error: workdir = "), result.stderr
+    assert said[0].startswith(line) if line else not said
+
+
 @pytest.mark.parametrize("number", range(2 * len(PROGRAMS)))
 def test_help_says_what_a_program_does_with_an_example(results, number):
-    result, program = results[len(CASES) + number], PROGRAMS[number // 2]
+    result, program = results[len(CASES) + len(SAID) + number], PROGRAMS[number // 2]
     assert (result.status, result.stderr) == (0, "")
     about, flags = result.stdout.split("\nFlags:\n")
     assert re.search(rf"^    python -m experiments\.{program}\b", about, re.MULTILINE)

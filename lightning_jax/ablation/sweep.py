@@ -8,9 +8,7 @@ so that their differences are paired.
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import copy
 import dataclasses
 import gc
 import logging
@@ -33,7 +31,7 @@ from lightning_jax.ablation.results import (
     run_row,
     write_results,
 )
-from lightning_jax.config import RunConfig
+from lightning_jax.config import RunConfig, overrides
 from lightning_jax.config.errors import UserError, suggest
 from lightning_jax.config.fields import build, first_change, require, to_dict
 from lightning_jax.runtime import shipped
@@ -119,13 +117,13 @@ def build_sweep(values: Mapping[str, Any], changes: Mapping[str, Any] | None = N
 
     Args:
       values: the fields of Sweep; `base` may be a ConfigDict.
-      changes: config fields changed in the base, and so in every arm.
+      changes: config fields changed in the base, and so in every arm, by flags `--config.x`.
 
     Raises:
       UserError: a field that is unknown, missing or refused.
     """
     require(hasattr(values, "items"), "get_sweep()", values, "a dict")
-    fields = {key: _plain(value) for key, value in values.items()}
+    fields = {key: overrides.plain(value) for key, value in values.items()}
     known = [field.name for field in dataclasses.fields(Sweep)]
     for key in fields:
         if key not in known:
@@ -142,7 +140,7 @@ def build_sweep(values: Mapping[str, Any], changes: Mapping[str, Any] | None = N
         require(isinstance(changed, dict), f"arms.{arm}", changed, right)
     require(isinstance(fields["seeds"], list), "seeds", fields["seeds"], "a list of numbers")
     fields["seeds"] = tuple(fields["seeds"])
-    fields["base"] = override(fields["base"], changes or {})
+    fields["base"] = override(fields["base"], changes or {}, prefix="--config.")
     return Sweep(**fields)
 
 
@@ -150,7 +148,8 @@ def load_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None =
     """Runs a sweep file and builds a Sweep from the result of its `get_sweep()`.
 
     Raises:
-      UserError: no such file, a fault in it (with its line), or a sweep that `build_sweep` refuses.
+      UserError: no such file, a fault in it (with its line), a sweep that `build_sweep` refuses, or
+        an arm that is not what it seems to be.
     """
     path = Path(shipped.find(os.fspath(path), shipped.SWEEPS, f"sweep = {os.fspath(path)!r}"))
     module: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
@@ -169,56 +168,25 @@ def load_sweep(path: str | os.PathLike[str], changes: Mapping[str, Any] | None =
         ]
         line = error.lineno if isinstance(error, SyntaxError) else (lines or ["?"])[-1]
         raise UserError(f"{path}:{line}: {type(error).__name__}: {error}") from error
-    return build_sweep(values, changes)
+    sweep = build_sweep(values, changes)
+    for arm, changed in sweep.arms.items():
+        moe = sweep.config(Run(arm, sweep.seeds[0])).model.moe
+        if note := overrides.misleading(moe, {**(changes or {}), **changed}):
+            raise UserError(f"arm {arm!r}: {note}")
+    return sweep
 
 
-def parse_change(text: str) -> tuple[str, Any]:
-    """Reads `model.model_dim=64`; a value that is not a Python literal is text.
-
-    Raises:
-      UserError: no `=` in it.
-    """
-    field, equals, value = text.partition("=")
-    require(bool(equals and field), "set", text, "such as model.model_dim=64")
-    try:
-        return field, ast.literal_eval(value)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return field, value
-
-
-def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
-    """Reads changes, each as `parse_change` does. UserError: a field is changed twice."""
-    changes: dict[str, Any] = {}
-    for text in texts:
-        field, value = parse_change(text)
-        require(field not in changes, "set", text, f"the only change of {field}")
-        changes[field] = value
-    return changes
-
-
-def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a copy of nested `values` with dotted fields changed; the fields must exist.
+def override(
+    values: Mapping[str, Any], changes: Mapping[str, Any], *, prefix: str = ""
+) -> dict[str, Any]:
+    """Returns a copy of nested `values` with dotted fields changed, as `config.overrides` does it.
 
     Raises:
       UserError: an unknown field, with a "did you mean"; the seed, which the sweep sets.
     """
-    result = copy.deepcopy(dict(values))
-    for field, value in changes.items():
-        if field == "seed":
-            raise UserError("config field seed cannot be changed here: it is what `seeds` are for")
-        at, path = result, ""
-        *parents, last = field.split(".")
-        for name in [*parents, last]:
-            if not isinstance(at, dict) or name not in at:
-                options = (
-                    suggest(name, [*at]) if isinstance(at, dict) else f"{path[:-1]} has no fields"
-                )
-                raise UserError(f"unknown config field {path}{name}: {options}")
-            path += f"{name}."
-            if name is not last:
-                at = at[name]
-        at[last] = copy.deepcopy(value)
-    return result
+    if "seed" in changes:
+        raise UserError("config field seed cannot be changed here: it is what `seeds` are for")
+    return overrides.override(values, changes, prefix=prefix)
 
 
 def run_sweep(
@@ -352,10 +320,3 @@ def _check_same(sweep: Sweep, root: Path) -> None:
                 f"{field} = {new!r}: {run} in this workdir has {old!r}; use another --workdir "
                 "or the sweep as it was"
             )
-
-
-def _plain(value: Any) -> Any:
-    """Mappings of any kind as dicts, in their order; tuples as lists, as JSON has them."""
-    if hasattr(value, "items"):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

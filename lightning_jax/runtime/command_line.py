@@ -13,15 +13,18 @@ import re
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
-from lightning_jax.config import RunConfig
+from lightning_jax.config import RunConfig, overrides
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build, suggest
+from lightning_jax.config.model import ROUTINGS
+from lightning_jax.config.routing import EvalRouting
 from lightning_jax.runtime import shipped
 
 # The flags defined here belong to the program that asks for them.
@@ -30,10 +33,29 @@ flags.disclaim_key_flags()
 logger = logging.getLogger(__name__)
 
 CONFIG = "config"
-_OVERRIDE = re.compile(rf"--?(?:no)?{CONFIG}\.([^=]*)")
+_OVERRIDE = re.compile(rf"--?(no)?{CONFIG}\.([^=]*)")
 # Flags whose value may be the empty text; an empty path would be the present folder.
 _MAY_BE_EMPTY = ("prompt",)
+
 default_config: str | None = None
+takes_changes = False
+# Of the command line: the arguments that absl and config_flags see, the dotted names of all
+# overrides, and the values of those that are no flags.
+_seen: list[str] = []
+_overridden: list[str] = []
+_changes: dict[str, Any] = {}
+
+
+class _FileParser(ConfigFileFlagParser):
+    """Reads a config file; refuses an override of an unknown field with those that are meant."""
+
+    def parse(self, path: str) -> Any:
+        config = super().parse(path)
+        if isinstance(config, ConfigDict):
+            for field in _overridden:
+                if field not in _changes:
+                    overrides.require_field(config, field, f"--{CONFIG}.")
+        return config
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
@@ -46,14 +68,50 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
     """
     global default_config
     # Not given to absl, which would read the file here, where nothing can report its errors. For
-    # the same reason it must not see the command line yet, which may name files of flags.
-    default_config, arguments, sys.argv = default, sys.argv, sys.argv[:1]
-    try:
-        return config_flags.DEFINE_config_file(
-            CONFIG, None, "config file; any of its fields: --config.x.y=value", lock_config=True
-        )
-    finally:
-        sys.argv = arguments
+    # the same reason config_flags sees no command line yet.
+    default_config = default
+    about = (
+        "Config file. --config.x.y=value changes any of its fields; "
+        "--config.data.sources.NAME=PATH adds a text, and None in place of PATH removes one."
+    )
+    holder = config_flags.DEFINE_config_file(CONFIG, None, about, sys_argv=_seen)
+    flags.FLAGS[CONFIG].parser = _FileParser(CONFIG)
+    return holder
+
+
+def define_changes() -> Callable[[], dict[str, Any]]:
+    """Defines `--config.x.y=value` for a program without `--config`.
+
+    Returns what gives them, by dotted field, once the flags are parsed: Python literals, or text.
+    """
+    global takes_changes
+    takes_changes = True
+    return lambda: dict(_changes)
+
+
+def define_step() -> flags.FlagHolder:
+    """Defines `--step`, of a program that reads a run."""
+    return flags.DEFINE_integer("step", None, "Checkpoint; default: the newest.")
+
+
+def define_out() -> flags.FlagHolder:
+    """Defines `--out`, of a program that answers with JSON; see `program.check_out`."""
+    return flags.DEFINE_string("out", None, "File for the JSON, besides standard output.")
+
+
+def define_routing() -> Callable[[], EvalRouting]:
+    """Defines `--eval.routing`, `--eval.top_k` and `--eval.top_p`, of programs that run a model.
+
+    Returns what gives their EvalRouting once the flags are parsed.
+    """
+    routing = flags.DEFINE_enum(
+        "eval.routing", None, ROUTINGS, "How tokens choose experts; default: as in the run."
+    )
+    top_k = flags.DEFINE_integer("eval.top_k", None, "Experts per token under top_k.")
+    top_p = flags.DEFINE_float(
+        "eval.top_p", None, "Probability that the experts of a token reach under top_p."
+    )
+    return lambda: EvalRouting(routing.value, top_k.value, top_p.value)
 
 
 def load_config(values: Any) -> RunConfig:
@@ -65,9 +123,27 @@ def load_config(values: Any) -> RunConfig:
     if values is None:
         raise UserError("--config is missing: a file such as configs/quickstart.py")
     try:
-        return build(RunConfig, values)
+        values = overrides.plain(values)
+        if _changes and isinstance(values, dict):
+            values = overrides.override(values, _changes, prefix=f"--{CONFIG}.")
+        config = build(RunConfig, values)
     except OSError as error:
         raise UserError(f"--config: {one_line(error)}") from error
+    if note := overrides.misleading(config.model.moe, _overridden, prefix=f"--{CONFIG}."):
+        logger.warning("%s", note)
+    if _changes:
+        logger.info("mixture  %s", _shares(config))
+    return config
+
+
+def _shares(config: RunConfig) -> str:
+    """The share of each source in the tokens of each stage, as one line."""
+    lines = []
+    for stage in config.stages:
+        weights = config.data.weights(stage)
+        shares = [f"{name} {w / sum(weights.values()):.1%}" for name, w in weights.items()]
+        lines.append(f"{stage.name}: {', '.join(shares)}")
+    return "; ".join(lines)
 
 
 def names(flag: flags.FlagHolder) -> tuple[str, ...]:
@@ -114,10 +190,10 @@ def arguments(commands: Sequence[str]) -> list[str]:
     Raises:
       UserError: whatever a flag or the config file is refused for, or raises.
     """
-    path = _config_first()
+    path = _read_command_line()
     try:
         with _without_warnings_of_absl():
-            rest = flags.FLAGS(_with_file(path))[1:]
+            rest = flags.FLAGS(_seen)[1:]
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a config file may even call sys.exit(0)
@@ -146,14 +222,7 @@ def _without_warnings_of_absl() -> Iterator[None]:
 
 
 def _check_values(config_file: str | None) -> None:
-    """Raises UserError for a flag given twice, an empty one, and a config that is None.
-
-    Overrides may follow one another, as in scripts that add to a list of them.
-    """
-    overrides = Counter(m[1] for m in map(_OVERRIDE.match, sys.argv[1:]) if m)
-    for name, count in overrides.items():
-        if count > 1:
-            logger.warning("--%s.%s is given %d times: the last one counts", CONFIG, name, count)
+    """Raises UserError for a flag given twice, an empty one, and a config that is None."""
     for module_flags in flags.FLAGS.flags_by_module_dict().values():
         for flag in module_flags:
             is_override = flag.name.startswith(f"{CONFIG}.")
@@ -167,41 +236,57 @@ def _check_values(config_file: str | None) -> None:
         raise UserError(f"{config_file}: get_config() = None: must be a mapping of fields")
 
 
-def _config_first() -> str | None:
-    """Moves `--config=FILE`, or the default, before its overrides; returns the path of the file.
+def _read_command_line() -> str | None:
+    """Takes the overrides that are no flags out of what absl sees; returns the config file's path.
 
-    config_flags reports overrides before `--config`, and a missing file, badly.
+    What is left starts with `--config=FILE`, or the default: config_flags reports overrides before
+    it, and a missing file, badly. Overrides may follow one another, as in scripts that add to a
+    list of them.
     """
-    if CONFIG not in flags.FLAGS:
-        return None
-    paths, rest, left = [], [], iter(sys.argv[1:])
+    try:
+        given = flags.FLAGS.read_flags_from_files(sys.argv[1:], force_gnu=False)
+    except flags.Error as error:
+        raise UserError(one_line(error)) from error
+    paths, rest, left = [], [], iter(given)
     for argument in left:
-        name, _, value = argument.partition("=")
-        if name not in (f"-{CONFIG}", f"--{CONFIG}"):
+        name, equals, value = argument.partition("=")
+        if CONFIG in flags.FLAGS and name in (f"-{CONFIG}", f"--{CONFIG}"):
+            paths.append(value if equals else next(left, ""))
+        elif not _takes(argument):
             rest.append(argument)
-        else:
-            paths.append(value if "=" in argument else next(left, ""))
+    for name, count in Counter(_overridden).items():
+        if count > 1:
+            logger.warning("--%s.%s is given %d times: the last one counts", CONFIG, name, count)
     if len(paths) > 1:
         raise UserError(f"--{CONFIG} is given {len(paths)} times")
     path = paths[0] if paths else default_config
-    for name in [m[1] for m in map(_OVERRIDE.match, rest) if m]:
-        if "" in name.split("."):
-            raise UserError(f"--{CONFIG}.{name}: names no field; such as --{CONFIG}.seed=1")
+    _seen[:] = [sys.argv[0], *rest]
     if path is None:
-        if any(_OVERRIDE.match(argument) for argument in rest):
+        if CONFIG in flags.FLAGS and _overridden:
             load_config(None)
         return None
-    file = shipped.find(path.split(":", 1)[0], shipped.CONFIGS, f"--{CONFIG}={path}")
-    sys.argv[1:] = [f"--{CONFIG}={path}", *rest]
+    file, colon, argument = path.partition(":")
+    file = shipped.find(file, shipped.CONFIGS, f"--{CONFIG}={path}")
+    _seen[1:1] = [f"--{CONFIG}={file}{colon}{argument}"]
     return file
 
 
-def _with_file(config_file: str | None) -> list[str]:
-    """sys.argv as absl takes it; sys.argv itself, which is recorded, keeps the config's name."""
-    if config_file is None:
-        return sys.argv
-    argument = "".join(sys.argv[1].partition(":")[1:])
-    return [sys.argv[0], f"--{CONFIG}={config_file}{argument}", *sys.argv[2:]]
+def _takes(argument: str) -> bool:
+    """Notes an override; whether it is one that absl must not see, whose value is kept."""
+    found = _OVERRIDE.match(argument)
+    if not found or not (takes_changes or CONFIG in flags.FLAGS):
+        return False
+    is_no, field = found.groups()
+    if "" in field.split("."):
+        raise UserError(f"--{CONFIG}.{field}: names no field; such as --{CONFIG}.seed=1")
+    _overridden.append(field)
+    if not (takes_changes or overrides.may_add(field)):
+        return False
+    _, equals, value = argument.partition("=")
+    if not is_no and not equals:
+        raise UserError(f"--{CONFIG}.{field}: must be written --{CONFIG}.{field}=VALUE")
+    _changes[field] = False if is_no else overrides.parse(value)
+    return True
 
 
 def _flag_message(error: BaseException, config_file: str | None) -> str:
@@ -225,23 +310,10 @@ def _flag_message(error: BaseException, config_file: str | None) -> str:
     if isinstance(root, AttributeError) and "'get_config'" in str(root):
         return f"{config_file}: it has no function get_config()"
     if isinstance(root, TypeError) and str(root).startswith("get_config()"):
-        return f"{sys.argv[1]}: {one_line(root)}"
+        return f"{_seen[1]}: {one_line(root)}"
     text = re.sub(
         r"\('Non-boolean argument to boolean flag', .*\)", "true or false?", one_line(error)
     )
     if missing := re.match(r"flag --(\w+)=None: Flag --\w+ must have a value", text):
         return f"--{missing[1]} is missing"
-    if isinstance(error, (KeyError, AttributeError)):
-        return _unknown_field(text) or text
     return text
-
-
-def _unknown_field(text: str) -> str | None:
-    """Names the override that config_flags refused with the words `'key' ... Did you mean ...`."""
-    key, near = re.search(r"'(\w+)", text), re.search(r'Did you mean "(\w+)"', text)
-    for argument in sys.argv[1:]:
-        found = _OVERRIDE.match(argument)
-        if found and key and key[1] in found[1].split("."):
-            hint = f' (did you mean "{near[1]}"?)' if near else ""
-            return f"unknown config field {found[1]}: configs/base.py has every field{hint}"
-    return None

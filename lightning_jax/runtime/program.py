@@ -24,13 +24,17 @@ from absl import flags
 from lightning_jax.config.errors import UserError
 from lightning_jax.runtime import command_line, interrupts, invocation, output
 from lightning_jax.runtime.command_line import (
+    define_changes,
     define_config,
+    define_out,
+    define_routing,
+    define_step,
     load_config,
     names,
     numbers,
     one_line,
 )
-from lightning_jax.runtime.files import os_error_number, plain
+from lightning_jax.runtime.files import check_output, os_error_number, plain, write_json
 from lightning_jax.runtime.huge_pages import restart_with_huge_pages
 from lightning_jax.runtime.phases import phase
 
@@ -38,7 +42,12 @@ from lightning_jax.runtime.phases import phase
 flags.disclaim_key_flags()
 
 __all__ = [
+    "check_out",
+    "define_changes",
     "define_config",
+    "define_out",
+    "define_routing",
+    "define_step",
     "emit_json",
     "emit_text",
     "load_config",
@@ -117,12 +126,24 @@ def emit_text(text: str, *, end: str = "\n") -> None:
         raise UserError(f"standard output: {error.strerror}") from error
 
 
-def emit_json(value: Any) -> None:
-    """Writes `value` as one JSON document to standard output.
+def check_out(out: flags.FlagHolder) -> None:
+    """Makes sure, before any work, that the file of `--out` can be written, if it was given.
+
+    Raises:
+      UserError: it cannot.
+    """
+    if out.value is not None:
+        check_output(out.name, out.value)
+
+
+def emit_json(value: Any, out: flags.FlagHolder | None = None) -> None:
+    """Writes `value` as one JSON document to standard output, and first to the file of `--out`.
 
     Scalars and arrays of numpy and jax become numbers and lists; NaN and infinities, which JSON
     does not have, become null.
     """
+    if out is not None and out.value is not None:
+        write_json(out.value, value)
     emit_text(json.dumps(plain(value), indent=2, allow_nan=False))
 
 
@@ -173,12 +194,14 @@ def _help(commands: Sequence[str]) -> str:
     lines = [invocation.as_called(inspect.cleandoc(main.__doc__ or "")), "", "Flags:"]
     if commands:
         lines[1:1] = ["", f"Commands: {', '.join(commands)}"]
+    if command_line.takes_changes:
+        lines.append(f"  --{command_line.CONFIG}.x.y: Any field of the config, for every arm.")
     for flag in sorted(flags.FLAGS.get_key_flags_for_module(sys.argv[0]), key=lambda f: f.name):
         is_config = flag.name == command_line.CONFIG
         default = command_line.default_config if is_config else flag.default
         default_text = f" (default: {default})" if default not in (None, "") else ""
         lines.append(f"  --{flag.name}: {one_line(flag.help or '')}{default_text}")
-    if command_line.CONFIG in flags.FLAGS:
+    if command_line.takes_changes or command_line.CONFIG in flags.FLAGS:
         lines.append("Every field of a config, with its unit and reason, is in configs/base.py.")
     return "\n".join(lines)
 

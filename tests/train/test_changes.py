@@ -171,7 +171,7 @@ def test_stages_that_have_not_begun_change_places():
 
 def test_a_source_that_comes_or_goes_is_another_run():
     values = to_dict(CONFIG)
-    values["data"]["sources"]["c"] = values["data"]["sources"]["a"]
+    values["data"]["sources"]["c"] = {**values["data"]["sources"]["a"], "weight": 0.0}
     with pytest.raises(UserError, match=r"^data.sources.c = \{.*\}: this workdir's run has None"):
         check(build(RunConfig, values), 1)
 
