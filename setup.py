@@ -38,6 +38,8 @@ setup(
     description="Research framework for cheap language models: hybrid attention, KV sharing, MoE",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    # The address that badges and links of README and docs name; mkdocs.yml has it too.
+    url="https://github.com/lightning-jax/lightning_jax",
     license="Apache-2.0",
     license_files=["LICENSE"],
     classifiers=[
