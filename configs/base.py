@@ -40,7 +40,11 @@ def source(path: str, eval_path: str = "", weight: float = 1.0) -> ConfigDict:
 
     Of the tokens of a stage without a mixture, it gets `weight` over the sum of all weights.
     """
-    return named(path=path, eval_path=eval_path, weight=weight)
+    return named(
+        path=path,  # a file, a folder or a glob (`**` recurses), stdlib:code or stdlib:docs
+        eval_path=eval_path,  # the same, held out whole; "": a part of `path`, see eval_fraction
+        weight=weight,  # its share, over the sum of all, of stages without a mixture
+    )
 
 
 def get_config() -> ConfigDict:
@@ -124,9 +128,9 @@ def get_config() -> ConfigDict:
 
     optimizer = config.optimizer = ConfigDict()
     optimizer.name = "adamw"  # adamw or muon (Muon on matrices, AdamW on the rest)
-    optimizer.beta1 = 0.9
-    optimizer.beta2 = 0.95
-    optimizer.epsilon = 1e-8
+    optimizer.beta1 = 0.9  # decay of the first moment, per step; under muon also its momentum
+    optimizer.beta2 = 0.95  # decay of the second moment, per step
+    optimizer.epsilon = 1e-8  # added to the root of the second moment
     optimizer.weight_decay = 0.1  # times the learning rate; on matrices only
     optimizer.clip_norm = 1.0  # global norm of the gradient
     optimizer.ema_decay = 0.0  # of averaged parameters, per step, less at first; 0: no average
