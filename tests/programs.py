@@ -2,6 +2,9 @@
 
 One process imports what they need and forks a child for each command line. The children import the
 program's own module, so that its flags are defined afresh, and write to real descriptors.
+
+A command line is `[program, flag, ...]`, after settings such as `XLA_FLAGS=...` of its environment.
+A program with a dot in its name is a module; `-c` and a text run Python.
 """
 
 from __future__ import annotations
@@ -9,13 +12,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,8 +33,6 @@ _HEAVY = (
     "lightning_jax.interop.upcycle_run",
     "lightning_jax.train.loop",
 )
-# A command line that takes longer is ended by SIGALRM: status -14.
-_SECONDS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +44,28 @@ class Result:
     stderr: str
 
 
-def call_all(command_lines: Sequence[Sequence[str]], *, timeout: float = 300) -> list[Result]:
-    """Runs command lines `[program, flag, ...]` in turn, in the folder of the checkout."""
+def call_all(
+    command_lines: Sequence[Sequence[str]],
+    *,
+    timeout: float = 300,
+    seconds: int = 20,
+    environment: Mapping[str, str] = types.MappingProxyType({}),
+) -> list[Result]:
+    """Runs command lines in turn, in the folder of the checkout.
+
+    One that takes longer than `seconds` is ended by SIGALRM: status -14.
+    """
     environment = {
         **os.environ,
         "XLA_FLAGS": "",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",
+        **environment,
     }
     done = subprocess.run(
         [sys.executable, __file__],
-        input=json.dumps([list(line) for line in command_lines]),
+        input=json.dumps([seconds, *map(list, command_lines)]),
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -64,20 +77,20 @@ def call_all(command_lines: Sequence[Sequence[str]], *, timeout: float = 300) ->
 
 
 def _main() -> None:
-    lines = json.load(sys.stdin)
+    seconds, *lines = json.load(sys.stdin)
     for module in _HEAVY:
         __import__(module)
-    json.dump([_forked(*line) for line in lines], sys.stdout)
+    json.dump([_forked(seconds, *line) for line in lines], sys.stdout)
 
 
-def _forked(program: str, *flags: str) -> dict[str, object]:
+def _forked(seconds: int, *words: str) -> dict[str, object]:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if not child:
-            signal.alarm(_SECONDS)
+            signal.alarm(seconds)
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
-            os._exit(_run(program, flags))
+            os._exit(_run(words))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         texts = []
         for file in (out, err):
@@ -86,10 +99,17 @@ def _forked(program: str, *flags: str) -> dict[str, object]:
     return {"status": status, "stdout": texts[0], "stderr": texts[1]}
 
 
-def _run(program: str, flags: Sequence[str]) -> int:
-    sys.argv = [program, *flags]
+def _run(words: Sequence[str]) -> int:
+    while re.match("[A-Z_]+=", words[0]):
+        name, _, os.environ[name] = words[0].partition("=")
+        words = words[1:]
+    program, *flags = sys.argv = list(words)
     try:
-        runpy.run_module(f"experiments.{program}", run_name="__main__", alter_sys=True)
+        if program == "-c":
+            exec(compile(flags[0], "<text>", "exec"), {"__name__": "__main__"})
+        else:
+            module = program if "." in program else f"experiments.{program}"
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as exit:
         code = exit.code
     except BaseException:
