@@ -38,7 +38,7 @@ BAD = {
         ("{W}", "--config is missing"),
         ("{W} --config=", "--config=: no such file: one of base, "),
         ("{W} --config=configs", "--config=configs: no such file"),
-        ("{W} --config=README.md", "README.md:3: "),
+        ("{W} --config=README.md", "README.md:"),
         ("{W} --config=configs/smal.py", 'did you mean "configs/small.py"'),
         ("{W} --config=configs/base.py:zzz", "--config=configs/base.py:zzz: get_config() takes 0"),
         ("{W} --config={home}/argument.py", "get_config() missing 1 required"),

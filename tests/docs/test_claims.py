@@ -1,0 +1,57 @@
+"""What README and findings say was measured is in the files that the commands wrote."""
+
+import json
+
+import pytest
+
+from tests.docs.blocks import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def rows(suite):
+    found = json.loads((RESULTS / f"{suite}.json").read_text())["rows"]
+    return {row["name"]: row for row in found}
+
+
+def fit(slice_):
+    """Share of a chip's memory that the train step of the large model takes."""
+    found = json.loads((RESULTS / f"aot_yi_{slice_}.json").read_text())
+    memory = found["programs"]["train"]["memory"]
+    return found["programs"]["train"]["fits"], memory["peak"] / memory["hbm"]
+
+
+ATTENTION = rows("attention")["forward_float32_4096_512"]
+MOE = rows("moe")
+SERVE = rows("serve_small")
+STARTUP = rows("startup")["startup"]
+CLAIMS = {
+    "README.md": [
+        f"{ATTENTION['vs_jax']:.1f} times as fast as `jax.nn`",
+        f"{ATTENTION['vs_torch_full']:.1f} times torch's full attention",
+        f"{SERVE['decode float32 experts 32 over 8']['ratio']:.2f} times as long as with 8",
+        f"{MOE['top_p_forward']['all_over_half']:.2f} times as fast forward",
+        f"{MOE['top_p_forward+backward']['all_over_half']:.2f} with gradients",
+        f"{STARTUP['warm_s']:.1f} s to the first line of metrics",
+        f"transformers {STARTUP['transformers_s']:.1f} s",
+    ],
+    "docs/findings.md": [
+        f"takes {ATTENTION['ours_ms']:.1f} ms",
+        f"{SERVE['decode float32 room 16384 over 512']['ratio']:.2f} times what 512 take",
+        f"{SERVE['decode bfloat16 experts 32 over 8']['ratio']:.2f} in bfloat16",
+        f"of {STARTUP['cold_s']:.1f} s",
+        f"comes after {STARTUP['warm_s']:.1f} s",
+    ],
+}
+
+
+@pytest.mark.parametrize("page", CLAIMS)
+def test_claims_are_what_was_measured(page):
+    text = (ROOT / page).read_text()
+    assert not [claim for claim in CLAIMS[page] if claim not in text]
+
+
+def test_the_large_model_fits_where_the_pages_say_so():
+    fits, share = fit("v5p_256")
+    assert fits and 0.4 < share < 0.55
+    assert not fit("v5e_256")[0] and not fit("v6e_256")[0]
