@@ -162,8 +162,9 @@ def main() -> None:
         folder = Path(name)
         packages = Path(_PACKAGES.value).absolute() if _PACKAGES.value else folder / "packages"
         found = report.describe(SUITE, lambda: measure(folder, packages), rounds=1)
-        # Those of the new environment, not of this one.
+        # What ran is the clone, in its own environment: this checkout may have gone on meanwhile.
         session = files.read_json(folder / CLONE / RUN / "run.json")["sessions"][-1]
+        found["commit"] = session["git_commit"]
         found["versions"] = {"python": session["python"], **session["versions"]}
     report.print_tables(found)
     try:

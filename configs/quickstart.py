@@ -5,6 +5,10 @@ pairs, 16 fine-grained experts under top-p routing, a stable stage and a decay s
 documentation in its mixture.
 
     make quickstart
+
+Of code that it has not seen it needs 1.80 bits per byte, where `xz -9e` needs 1.86 and `gzip -9`
+2.11. From `git clone` to the end, setting up included, that took six minutes of processor time
+(benchmarks/results/first_minutes.json, by `python -m benchmarks.first_minutes`).
 """
 
 from ml_collections import ConfigDict
