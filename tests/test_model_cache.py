@@ -42,12 +42,7 @@ def params_of(config: ModelConfig):
     return jax.tree.map(draw, lm.abstract_params(config))
 
 
-# Compiling is nearly all of what these tests cost: the lowest effort halves it.
-@functools.partial(
-    jax.jit,
-    static_argnames=("config",),
-    compiler_options={"xla_backend_optimization_level": 0},
-)
+@functools.partial(jax.jit, static_argnames=("config",))
 def forward(config, params, tokens, positions, segments, cache=None, start=None):
     output = lm.LightningLM(config).apply(
         {"params": params}, tokens, positions, segments, cache=cache, start_B=start
@@ -159,9 +154,9 @@ def test_dense_mlps_prefix_and_all_options():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1])
-@pytest.mark.parametrize("unit", PATTERNS)
+@pytest.mark.parametrize("unit", ["L", "LlG", "LLLGLLLg"])
 def test_every_length_around_the_window(unit, length):
-    """With dense MLPs, which compile faster; the longest length is above, with experts."""
+    """With dense MLPs, which compile faster; a longer length is above, with experts."""
     assert_cache_changes_nothing(model_config(unit, dense=True), length, PLANS)
 
 

@@ -52,20 +52,16 @@ def logits(config, params, router=None):
     return np.asarray(run(params, router))[batch.segment_ids > 0]
 
 
-def slow(**changes):
-    return pytest.param(changes, marks=pytest.mark.slow)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
         {},
-        slow(moe__num_shared_experts=1, moe__top_k=4),
-        slow(moe__expert_dim=48, moe__num_experts=4, moe__max_experts=4, moe__top_k=2),
-        slow(moe__routed_scale=2.5, moe__router_score="sigmoid"),
-        slow(unit_mlp="DE", unit="GG", num_units=2),
-        slow(prefix="G", num_units=3),
+        dict(moe__num_shared_experts=1, moe__top_k=4),
+        dict(moe__expert_dim=48, moe__num_experts=4, moe__max_experts=4, moe__top_k=2),
+        dict(moe__routed_scale=2.5, moe__router_score="sigmoid"),
+        dict(unit_mlp="DE", unit="GG", num_units=2),
+        dict(prefix="G", num_units=3),
     ],
 )
 def test_function_is_kept(changes):
