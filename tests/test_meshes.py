@@ -153,8 +153,14 @@ def test_dense_models_on_eight_devices_equal_those_on_one(name):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compile_afresh")
-@pytest.mark.parametrize("transport", ["all_to_all", "all_gather"])
-@pytest.mark.parametrize("name", EXPERT_MESHES)
+@pytest.mark.parametrize(
+    "name, transport",
+    [
+        *((name, "all_to_all") for name in EXPERT_MESHES),
+        # The other meshes are those of tests/layers/test_moe.py and tests/ops/test_exchange.py.
+        ("2 fsdp, 2 expert, 2 tensor", "all_gather"),
+    ],
+)
 def test_experts_on_eight_devices_equal_those_on_one(name, transport):
     mesh, changes = EXPERT_MESHES[name], ((TRANSPORT, transport),)
     options = dict(accumulate=2 if (name, transport) == ACCUMULATED else 1)

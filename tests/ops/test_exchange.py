@@ -176,7 +176,6 @@ SETTINGS = {
     "2x4, large": Setting((2, 4), share=4.0),
     "2x4, gathered": Setting((2, 4), "all_gather"),
     "4x2": Setting((4, 2), share=0.4),
-    "4x2, gathered": Setting((4, 2), "all_gather"),
     "2x2x2": Setting((2, 2, 2), share=0.5),
     "2x2x2, gathered": Setting((2, 2, 2), "all_gather"),
 }
