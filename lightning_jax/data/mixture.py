@@ -179,14 +179,13 @@ class EvalBatches:
     """Batches over whole documents, which can be iterated repeatedly; see `eval_batches`.
 
     Attributes:
-      documents: numbers of the source's documents, in order.
       num_bytes: UTF-8 bytes of their text: bits per byte is the summed loss of all targets in bits
         over this.
       lost_bytes: those of documents that do not come back from their tokens; see `round_trip`.
       num_targets: predictions: one per token, and one eos per document.
+      tokens: of each document, in the order of the source.
     """
 
-    documents: tuple[int, ...]
     num_bytes: int
     lost_bytes: int
     num_targets: int
@@ -235,13 +234,11 @@ def eval_batches(
         num_bytes += size
         if not round_trip.keeps(tokenizer, text, tokens[document][1:-1].tolist()):
             lost_bytes += size
-    documents = tuple(sorted(tokens))
     return EvalBatches(
-        documents=documents,
         num_bytes=num_bytes,
         lost_bytes=lost_bytes,
         num_targets=num_targets,
-        tokens=tuple(tokens[document] for document in documents),
+        tokens=tuple(tokens[document] for document in sorted(tokens)),
         seq_len=seq_len,
         batch_size=batch_size,
     )

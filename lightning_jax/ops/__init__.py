@@ -11,4 +11,5 @@ Axis letters, the same in every file, name and einsum:
     M  tokens (B * T)        U  units (the scanned layers)
 
 An array whose rank matters carries its axes as a suffix: `query_BTNH`. A size is the letter alone.
+X stands for axes that do not matter; a module explains further letters that it uses.
 """

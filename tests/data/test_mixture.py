@@ -320,14 +320,15 @@ def test_eval_predicts_every_token_once(data):
 
 def test_eval_truncates_by_whole_documents(data):
     source = eval_source(data)
-    sizes = [len(t.encode()) for t in source.texts()]
+    texts = [text.encode() for text in source.texts()]
+    sizes = [*map(len, texts)]
     options = dict(tokenizer=TOKENIZER, seq_len=16, batch_size=4)
     for limit in (1, sizes[0] + 1, sum(sizes) // 2):
         batches = mixture.eval_batches(source, max_tokens=limit, **options)
-        chosen = batches.documents
+        chosen = sorted([*source.hash_order()][: len(batches.tokens)])
+        assert [bytes(t[1:-1].tolist()) for t in batches.tokens] == [texts[i] for i in chosen]
         assert batches.num_bytes == sum(sizes[i] for i in chosen)
         assert batches.num_targets == batches.num_bytes + len(chosen) >= limit
         assert sum(b.loss_mask.sum() for b in batches) == batches.num_targets
-        assert list(chosen) == sorted(set(chosen))
-    assert len(mixture.eval_batches(source, max_tokens=1, **options).documents) == 1
-    assert len(mixture.eval_batches(source, max_tokens=10**9, **options).documents) == len(source)
+    assert len(mixture.eval_batches(source, max_tokens=1, **options).tokens) == 1
+    assert len(mixture.eval_batches(source, max_tokens=10**9, **options).tokens) == len(source)
