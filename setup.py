@@ -75,7 +75,7 @@ setup(
         "lm-eval": ["lm_eval>=0.4.13", *INTEROP],
         # Writers beside TensorBoard.
         "wandb": ["wandb"],
-        "trackio": ["trackio>=0.40"],
+        "trackio": ["trackio>=0.43"],
         # Other people's code to compare with, in tests and in benchmarks.
         "peers": ["torch==2.13.0", "transformers==5.23.0", *INTEROP],
         # Compiles for TPUs without one; the version that jax 0.10 belongs to.

@@ -31,10 +31,11 @@ def main() -> None:
         files.check_output_folder("path", _PATH.value)
     else:
         files.check_output_folder("workdir", _WORKDIR.value)
-    from configs import imported
-    from lightning_jax.config import RunConfig
-    from lightning_jax.config.fields import build
-    from lightning_jax.interop import convert
+    with program.loading():
+        from configs import imported
+        from lightning_jax.config import RunConfig
+        from lightning_jax.config.fields import build
+        from lightning_jax.interop import convert
 
     if _TO.value:
         result = convert.to_hugging_face(

@@ -27,8 +27,9 @@ _OUT = program.define_out()
 
 def main() -> None:
     program.check_out(_OUT)
-    from lightning_jax.runtime import compiler
-    from lightning_jax.train import evaluation
+    with program.loading():
+        from lightning_jax.runtime import compiler
+        from lightning_jax.train import evaluation
 
     options = evaluation.EvalOptions(
         data=_DATA.value,

@@ -1,6 +1,6 @@
 """Continue a prompt with the model of a run.
 
-    python -m experiments.generate --workdir=runs/a --prompt='def ' [--temperature=0.8] [--chat]
+    python -m experiments.generate --workdir=runs/a --prompt='def' [--temperature=0.8] [--chat]
         [--eval.top_p=0.3]
 
 Streams the prompt and its continuation to stdout, with --chat only the answer; tokens per second
@@ -29,9 +29,10 @@ _ROUTING = program.define_routing()
 
 
 def main() -> None:
-    from lightning_jax.infer import text
-    from lightning_jax.infer.sampling import Sampling
-    from lightning_jax.runtime import compiler
+    with program.loading():
+        from lightning_jax.infer import text
+        from lightning_jax.infer.sampling import Sampling
+        from lightning_jax.runtime import compiler
 
     options = text.GenerateOptions(
         prompt=_PROMPT.value,

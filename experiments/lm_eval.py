@@ -28,8 +28,9 @@ _OUT = program.define_out()
 
 def main() -> None:
     program.check_out(_OUT)
-    from lightning_jax.interop.lm_eval import tasks
-    from lightning_jax.runtime import compiler
+    with program.loading():
+        from lightning_jax.interop.lm_eval import tasks
+        from lightning_jax.runtime import compiler
 
     options = tasks.TaskOptions(
         tasks=program.names(_TASKS),

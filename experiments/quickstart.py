@@ -7,8 +7,6 @@ its dense full-attention predecessor, and the card of the run, WORKDIR/card.html
 see the tables: it resumes.
 """
 
-import sys
-
 from absl import flags
 
 from lightning_jax.runtime import files, program
@@ -23,13 +21,13 @@ _CHANGED = flags.DEFINE_bool(
 def main() -> None:
     config, workdir = program.load_config(_CONFIG.value), _WORKDIR.value
     files.check_output_folder("workdir", workdir)
-    print("loading jax ...", file=sys.stderr)
-    from configs import base
-    from lightning_jax import card
-    from lightning_jax.config import RunConfig, build
-    from lightning_jax.infer.sampling import Sampling
-    from lightning_jax.infer.text import sample
-    from lightning_jax.train import loop
+    with program.loading():
+        from configs import base
+        from lightning_jax import card
+        from lightning_jax.config import RunConfig, build
+        from lightning_jax.infer.sampling import Sampling
+        from lightning_jax.infer.text import sample
+        from lightning_jax.train import loop
 
     samples = []
 

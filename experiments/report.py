@@ -20,11 +20,12 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep or run.", r
 
 def main() -> None:
     files.check_output_folder("workdir", _WORKDIR.value)
-    from configs import base
-    from lightning_jax import card
-    from lightning_jax.ablation import report
-    from lightning_jax.config import RunConfig, build
-    from lightning_jax.runtime import compiler
+    with program.loading():
+        from configs import base
+        from lightning_jax import card
+        from lightning_jax.ablation import report
+        from lightning_jax.config import RunConfig, build
+        from lightning_jax.runtime import compiler
 
     if card.is_run(_WORKDIR.value):
         compiler.cache_for_user()

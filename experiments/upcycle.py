@@ -25,7 +25,8 @@ _TOKENS = flags.DEFINE_integer("eval.max_tokens", 16_384, "Held-out tokens per d
 def main() -> None:
     files.check_output_folder("workdir", _WORKDIR.value)
     config = program.load_config(_CONFIG.value)
-    from lightning_jax.interop.upcycle_run import upcycle_run
+    with program.loading():
+        from lightning_jax.interop.upcycle_run import upcycle_run
 
     result = upcycle_run(
         _SOURCE.value,
