@@ -1,5 +1,6 @@
 """The first and the last lines of a run."""
 
+import dataclasses
 import re
 import shlex
 import sys
@@ -54,6 +55,16 @@ def test_the_first_screen_says_what_happens_where_and_how_to_go_on(plan, monkeyp
     watch = shlex.split(next(line for line in found if line.startswith("watch")))
     assert watch[-1] == "--logdir=/runs/a b"
     assert len(found) <= 31 and max(len(s) for s in found if "/runs/a b" not in s) <= 80
+
+
+def test_a_stage_without_a_mixture_takes_sources_by_their_own_weight(plan):
+    stages = [dataclasses.replace(stage, mixture=()) for stage in plan.config.stages]
+    first, second = plan.config.data.sources
+    sources = dataclasses.replace(first, weight=3.0), second
+    data = dataclasses.replace(plan.config.data, sources=sources)
+    own = Plan.of(dataclasses.replace(plan.config, stages=tuple(stages), data=data))
+    found = screen_of(own).splitlines()
+    assert "  a   960     1.2     75%, 75%" in found and "  b   320     0.05    25%, 25%" in found
 
 
 # Case F7
