@@ -24,8 +24,8 @@ _HOMES = {
 _EVALUATION_HOMES = {
     "bits_per_byte": "bits_per_byte",
     "loss": "loss/eval",
-    "loss_by_position": "loss_by_position",
-    "experts_per_token": "experts_per_token",
+    "loss_by_position": "position_loss",
+    "experts_per_token": "router/experts_per_token",
 }
 _OTHER_EVALUATION = f"{OTHER}/eval"
 SAMPLE = "sample"

@@ -41,7 +41,7 @@ def test_every_number_has_a_name_and_layers_their_extremes():
         "text/a/epochs": 0.5,
         "loss/eval/a": 2.0,
         "bits_per_byte/a": 1.25,
-        "loss_by_position/a/0-15": 3.0,
+        "position_loss/a/0-15": 3.0,
         "z_other/eval/tokens/a": 9.0,
     }
 
@@ -56,7 +56,7 @@ def test_what_an_evaluation_writes_is_known_by_its_name():
     assert names == {
         "loss/eval/a",
         "bits_per_byte/a",
-        "loss_by_position/a/0-15",
+        "position_loss/a/0-15",
         "z_other/eval/tokens/a",
         "sample",
     }
