@@ -42,8 +42,8 @@ FOLDER = _ROOT / "notebooks"
 RESULTS = _ROOT / "benchmarks" / "results" / "notebooks.json"
 PARAMETERS, WORKDIR = "parameters", "workdir"
 PNG = "image/png"
-# A picture of lines and text needs few.
-_COLORS = 64
+# A picture of lines and text needs few, but each of them: also those of a small marker.
+_COLORS, _METHOD = 64, Image.Quantize.MAXCOVERAGE
 # What rich prints in a notebook: the progress of a run, and its tables.
 _PROGRESS = JUPYTER_HTML_FORMAT.partition("{code}")[0]
 _SECONDS = 1800
@@ -106,7 +106,7 @@ def tidy(notebook: NotebookNode) -> None:
             continue
         cell.metadata.pop("execution", None)
         cell.execution_count = None
-        cell.outputs = [output for output in cell.outputs if not _is_noise(output)]
+        cell.outputs = [output for output in cell.outputs if not is_noise(output)]
         for output in cell.outputs:
             output.pop("execution_count", None)
             if output.output_type == "execute_result":
@@ -116,7 +116,8 @@ def tidy(notebook: NotebookNode) -> None:
                 output.data.pop("text/plain", None)
 
 
-def _is_noise(output: NotebookNode) -> bool:
+def is_noise(output: NotebookNode) -> bool:
+    """Whether an output of a cell is a warning or progress."""
     shown = output.get("data", {}).get("text/html", "")
     return output.get("name") == "stderr" or shown.startswith(_PROGRESS)
 
@@ -124,7 +125,7 @@ def _is_noise(output: NotebookNode) -> bool:
 def _smaller(png: str) -> str:
     picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     file = io.BytesIO()
-    picture.quantize(_COLORS).save(file, format="png", optimize=True)
+    picture.quantize(_COLORS, _METHOD).save(file, format="png", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
 
