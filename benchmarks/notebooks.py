@@ -130,12 +130,10 @@ def _smaller(png: str) -> str:
 
 
 def build(name: str) -> dict[str, Any]:
-    """Executes a notebook and writes it with its outputs; returns what it took, and where."""
+    """Executes a notebook and writes it with its outputs; returns what it took, and on what."""
     from benchmarks import report
 
-    # Before the notebook's own file changes.
-    commit, load = git_commit()[0], os.getloadavg()[0]
-    used, begin = _processor_seconds(), time.perf_counter()
+    load, used, begin = os.getloadavg()[0], _processor_seconds(), time.perf_counter()
     notebook = execute(read(name))
     taken = {"seconds": time.perf_counter() - begin, "cpu_seconds": _processor_seconds() - used}
     tidy(notebook)
@@ -143,7 +141,6 @@ def build(name: str) -> dict[str, Any]:
     return {
         **{key: round(value, 1) for key, value in taken.items()},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit,
         "machine": report.machine() | {"load_before": round(load, 2)},
         "versions": report.versions(),
     }
@@ -160,8 +157,9 @@ def main() -> None:
     for name in (chosen := program.names(_NAMES) or known):
         if name not in known:
             raise UserError(f"--names={name}: no such notebook: {suggest(name, known)}")
+    commit = git_commit()[0]  # Before the notebooks' own files change.
     for name in chosen:
-        row = build(name)
+        row = build(name) | {"commit": commit}
         results = files.read_json(RESULTS, missing_ok=True) | {name: row}
         files.write_json(RESULTS, dict(sorted(results.items())))
         program.emit_text(f"{name}: {row['seconds']} s")
