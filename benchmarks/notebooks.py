@@ -35,7 +35,6 @@ from rich.jupyter import JUPYTER_HTML_FORMAT
 
 from lightning_jax.config.errors import UserError, suggest
 from lightning_jax.runtime import files, program
-from lightning_jax.runtime.checkout import git_commit
 
 _ROOT = Path(__file__).resolve().parents[1]
 FOLDER = _ROOT / "notebooks"
@@ -157,9 +156,8 @@ def main() -> None:
     for name in (chosen := program.names(_NAMES) or known):
         if name not in known:
             raise UserError(f"--names={name}: no such notebook: {suggest(name, known)}")
-    commit = git_commit()[0]  # Before the notebooks' own files change.
     for name in chosen:
-        row = build(name) | {"commit": commit}
+        row = build(name)
         results = files.read_json(RESULTS, missing_ok=True) | {name: row}
         files.write_json(RESULTS, dict(sorted(results.items())))
         program.emit_text(f"{name}: {row['seconds']} s")
