@@ -48,11 +48,12 @@ def document(title: str, body: str, style: str = "") -> str:
 """
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Returns the rows, header first, as a table; cells are plain text."""
+def table(rows: Sequence[Sequence[object]]) -> str:
+    """Returns the rows, header first, as a table; cells are plain text or numbers."""
 
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    def line(cells: Sequence[object], tag: str) -> str:
+        shown = (html.escape(str(cell)) for cell in cells)
+        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in shown) + "</tr>"
 
     header, *rest = rows
     return "\n".join(

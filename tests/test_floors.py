@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "infer": BELOW_TRAINING,
     "arena": BELOW_TRAINING,
     "interop": BELOW_TRAINING | {"train", "infer"},
-    "plots": BELOW_MODEL | {"infer"},
+    "plots": BELOW_MODEL | {"infer", "pages"},
     "card": BELOW_TRAINING | {"train", "infer", "plots", "pages"},
     "ablation": BELOW_TRAINING | {"train", "plots", "pages"},
     "aot": BELOW_TRAINING | {"train", "infer"},

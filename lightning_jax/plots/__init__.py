@@ -4,7 +4,8 @@ Each function returns a matplotlib `Figure` that belongs to nobody else (pyplot 
 HTML. Notebooks show a figure that ends a cell after `%matplotlib inline`; `png` makes a file of it.
 """
 
-from lightning_jax.plots.common import png, table
+from lightning_jax.pages import table
+from lightning_jax.plots.common import png
 from lightning_jax.plots.model import costs, layers, masks, slopes, slots
 from lightning_jax.plots.routing import (
     expert_counts,
