@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_jax.config import ModelConfig
 from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import require
 from lightning_jax.config.kinds import shorten
 from lightning_jax.interop.hf.keys import FULL, SLIDING, Json
 
@@ -131,6 +132,19 @@ def _write_qwen3_moe(config: ModelConfig) -> Json:
     }
 
 
+def _write_olmoe(config: ModelConfig) -> Json:
+    heads, moe = config.attention.num_heads, config.moe
+    # The norms of queries and keys have this size for every other reader, whatever head_dim says.
+    right = f"model_dim / num_heads = {config.model_dim / heads:g} in the olmoe layout"
+    size = config.attention.head_dim
+    require(size * heads == config.model_dim, "model.attention.head_dim", size, right)
+    return {
+        "num_experts": moe.num_experts,
+        "intermediate_size": moe.expert_dim,
+        "norm_topk_prob": moe.renormalize_gates,
+    }
+
+
 def _write_dots1(config: ModelConfig) -> Json:
     moe = config.moe
     routed = [spec.routed for spec in config.layers]
@@ -202,11 +216,7 @@ FAMILIES: dict[str, Family] = {
         dense_mlps=False,
         qk_norm="projection",
         only={"clip_qkv": (None,)},
-        write=lambda config: {
-            "num_experts": config.moe.num_experts,
-            "intermediate_size": config.moe.expert_dim,
-            "norm_topk_prob": config.moe.renormalize_gates,
-        },
+        write=_write_olmoe,
     ),
     "dots1": Family(
         defaults={

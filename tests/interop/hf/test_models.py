@@ -237,6 +237,7 @@ def test_a_kv_source_needs_fewer_tensors(tmp_path):
         ({"unit": "Gg"}, "llama", "model.layers"),
         ({"attention__output_gate": True}, "mistral", "layout has no place for it"),
         ({"norm_eps": 1e-3}, "lama", 'did you mean "llama"'),
+        ({"attention__head_dim": 16}, "olmoe", "head_dim = 16: must be model_dim / num_heads = 8"),
         (
             dict(moe__num_experts=8, attention__qk_norm="head")
             | dict(DOTS1, unit="G", moe__eval_routing="top_p"),
