@@ -41,7 +41,8 @@ def layers(model: ModelConfig, *, context: int | None = None) -> Figure:
             ends = (context * 0.02, rows[spec.owner] + 0.36), (context * 0.02, row)
             axes.annotate("", *ends, arrowprops=dict(arrowstyle="<-", color=BLACK, lw=1.4))
     axes.set(xlim=(0, context * 1.36), xlabel="key position", ylim=(-0.6, len(specs) - 0.4))
-    axes.set_xticks([0, context // 2, context - window, context])
+    begin = [context - min(window, context)] if any(spec.is_local for spec in specs) else []
+    axes.set_xticks([0, context // 2, *begin, context])
     axes.set_yticks(range(len(specs)), [f"layer {row}  {s.letter}" for row, s in enumerate(specs)])
     repeats = f", {model.num_units} times" if model.num_units > 1 else ""
     axes.set_title(f"{model.unit}{repeats}: the keys that the last token sees", fontsize=11)

@@ -16,6 +16,12 @@ def test_layers_say_who_keeps_and_who_borrows():
     assert figure.axes[0].get_title().startswith("LGLg, 3 times")
     strips = [bar.get_width() for bar in figure.axes[0].patches]
     assert strips == [32, 8, 32, 32, 32, 8, 32, 32]
+    assert figure.axes[0].get_xticks().tolist() == [0, 16, 24, 32]
+
+
+def test_a_window_that_no_layer_has_is_not_marked():
+    figure = plots.layers(tiny_model(unit="G"))
+    assert figure.axes[0].get_xticks().tolist() == [0, 16, 32]
 
 
 def test_costs_are_those_of_accounting():
