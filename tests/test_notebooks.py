@@ -34,11 +34,32 @@ MODEL = {
     "stages.decay.decay_tokens": 1024,
     "final_eval_tokens": 1024,
 }
+STAGES = {field: value for field, value in MODEL.items() if field.startswith("stages.")}
+# A model that OLMoE's layout has room for.
+OLMOE = {
+    "model.unit": "G",
+    "model.attention.qk_norm": "projection",
+    "model.attention.head_dim": 8,
+    "model.moe.num_shared_experts": 0,
+    "model.moe.train_routing": "top_k",
+    "model.moe.eval_routing": "top_k",
+    "model.moe.target_experts": 0.0,
+    "model.moe.bias_update_rate": 0.0,
+}
+TUNING = {
+    "stages.only.tokens": 4096,
+    "stages.only.warmup_tokens": 1024,
+    "stages.only.seq_len": 256,
+    "final_eval_tokens": 1024,
+}
 # What a test puts in place of a notebook's parameters.
 TINY = {
     "01_tour": {"changes": MODEL},
     "02_attention_and_kv": {"lengths": [256, 512], "rounds": 1},
     "03_top_p_routing": {"changes": MODEL, "top_ps": [0.2], "num_texts": 2, "short": 2048},
+    "04_your_text": {"changes": MODEL | {"eval_every": 2}},
+    "05_read_an_ablation": {"changes": STAGES | {"model.model_dim": 32}, "seeds": [0, 1]},
+    "06_hugging_face": {"stand_in": MODEL | OLMOE, "tuning": TUNING},
 }
 NAMES = notebooks.names()
 
