@@ -48,7 +48,7 @@ def test_every_notebook_has_a_badge_that_leads_to_it():
     badges = BADGE.findall((ROOT / "README.md").read_text())
     assert badges and all(badge.startswith(here) for badge in badges)
     shown = {badge.removeprefix(here) for badge in badges}
-    assert shown >= {f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    assert shown == {f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")}
 
 
 def test_links_out_of_the_site_go_to_the_repository():
