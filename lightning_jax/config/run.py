@@ -268,8 +268,7 @@ class RunConfig:
         )
 
     def _check_mixtures(self) -> None:
-        """Every mixture names sources of the run, and every source with a weight is trained on."""
-        named = [name for stage in self.stages for name, _ in stage.mixture]
+        """Every mixture names sources of the run, and every stage has a source to train on."""
         for stage in self.stages:
             for name, _ in stage.mixture:
                 require(
@@ -281,16 +280,14 @@ class RunConfig:
             weights = {source.name: source.weight for source in self.data.sources}
             right = f"above 0 for a source: stages.{stage.name} has no mixture of its own"
             require(bool(self.data.weights(stage)), "data.sources.*.weight", weights, right)
-        for source in self.data.sources:
-            unused = source.weight > 0 and source.name not in named
-            last = self.stages[-1].name
-            require(
-                not unused or not all(stage.mixture for stage in self.stages),
-                f"data.sources.{source.name}",
-                source.path,
-                f"in the mixture of a stage, such as stages.{last}.mixture.{source.name} = 0.1, or "
-                f"have data.sources.{source.name}.weight = 0 to be evaluated only",
-            )
+
+    @property
+    def forgotten_sources(self) -> tuple[str, ...]:
+        """Sources with a weight that no stage takes or names: they are evaluated only."""
+        if not all(stage.mixture for stage in self.stages):
+            return ()
+        named = {name for stage in self.stages for name, _ in stage.mixture}
+        return tuple(s.name for s in self.data.sources if s.weight > 0 and s.name not in named)
 
     def _check_steps(self) -> None:
         """Devices count steps in int32; tokens are counted on the host."""

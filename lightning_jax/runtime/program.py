@@ -185,8 +185,8 @@ def _place(path: Any) -> str:
     if path:
         return str(path)
     known = ("workdir", "out")
-    given = [f"--{k}={flags.FLAGS[k].value}" for k in known if k in flags.FLAGS]
-    return " or ".join(given) or "a file"
+    values = {name: flags.FLAGS[name].value for name in known if name in flags.FLAGS}
+    return " or ".join(f"--{name}={value}" for name, value in values.items() if value) or "a file"
 
 
 def _help(commands: Sequence[str]) -> str:

@@ -100,6 +100,12 @@ def look(config: RunConfig, path: Path, *, allow_changed_data: bool = False) -> 
       UserError: `config` is another run than the folder's, its text or its tokenizer is not the
         folder's, or any of them cannot be read.
     """
+    for name in config.forgotten_sources:
+        logger.warning(
+            "data.sources.%s: no stage trains on it, so it is evaluated only; "
+            "stages.%s.mixture.%s = 0.1 would",
+            *(name, config.stages[-1].name, name),
+        )
     with phase(f"reading {path}"):
         past = folder.Past.read(path)
     changed = _changed(past, config)

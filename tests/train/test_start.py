@@ -101,6 +101,14 @@ def test_a_session_is_recorded_with_config_and_tokenizer(tmp_path, config):
     assert json.loads((path / "config.json").read_text())["log_every"] == 5
 
 
+def test_a_source_that_no_stage_takes_is_said_to_be_evaluated_only(tmp_path, config, caplog):
+    stages = [dataclasses.replace(stage, mixture=(("a", 1.0),)) for stage in config.stages]
+    with caplog.at_level(logging.WARNING), claim(tmp_path / "run") as claimed:
+        look(dataclasses.replace(config, stages=tuple(stages)), claimed.path)
+    assert "data.sources.b: no stage trains on it" in caplog.text
+    assert "stages.decay.mixture.b = 0.1 would" in caplog.text
+
+
 # Case A1: any change of the text, of one file of records or of many files.
 def test_more_streams_than_documents_are_refused_before_anything_is_written(tmp_path):
     config = run_of(
