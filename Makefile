@@ -42,12 +42,12 @@ multiprocess: $(VENV)/.installed  ## two processes train one tiny run on this ma
 	process 1 & process 0; first=$$?; wait $$! && exit $$first
 
 test: $(INSTALLED_TEST)  ## run every test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -q tests
+	$(BIN)/python -m pytest -n 2 -q tests
 
 check: $(INSTALLED_TEST)  ## lint, format and the quick tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -q -m "not slow" tests
+	$(BIN)/python -m pytest -n 2 -q -m "not slow" tests
 
 docs: $(INSTALLED_DOCS)  ## build the site of docs/ and README.md in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict

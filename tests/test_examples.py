@@ -118,9 +118,9 @@ def test_the_quickstart_ends_with_sample_tables_and_card_and_a_run_gets_another(
 @pytest.mark.slow
 def test_the_first_and_last_lines_of_a_training_lead_on(home, trained):
     lines = (home / "stderr").read_text().splitlines()
-    assert any(line.startswith("steps    5 (only 5)") for line in lines)
-    shown = [line for line in lines if line.startswith(("compiling", "step ", "held out"))]
-    assert [line.split()[0] for line in shown] == ["compiling", "step", "step", "held"]
+    assert any(line.endswith(": a new run of 5 steps, 640 tokens") for line in lines)
+    shown = [line for line in lines if line.startswith(("step ", "held out"))]
+    assert [line.split()[0] for line in shown] == ["step", "step", "held"]
     for start in ("next", "or"):
         [command] = [line.split(maxsplit=1)[1] for line in lines if line.startswith(start + " ")]
         _, _, program, *flags = shlex.split(command)

@@ -54,7 +54,7 @@ class _FileParser(ConfigFileFlagParser):
         if isinstance(config, ConfigDict):
             for field in _overridden:
                 if field not in _changes:
-                    overrides.require_field(config, field, f"--{CONFIG}.")
+                    overrides.require_field(overrides.plain(config), field, f"--{CONFIG}.")
         return config
 
 

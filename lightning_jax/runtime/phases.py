@@ -4,9 +4,9 @@
         now.detail = "3 of 16 MB"
 
 Work of less than a second says nothing. On a terminal, longer work is a spinner with its seconds,
-or part of the bar that is there (`shown_by`); elsewhere it is a line after a second, and one
-whenever nothing else was printed for five. A thread prints them, while the work has the others. Of
-phases inside of phases the innermost is shown.
+or part of the bar that is there (`shown_by`); elsewhere it is a line whenever nothing else was
+printed for four seconds, so that a command that is refused at once says that alone. A thread prints
+them, while the work has the others. Of phases inside of phases the innermost is shown.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lightning_jax.runtime import output
 if TYPE_CHECKING:
     from rich.status import Status
 
-QUIET_SECONDS, LINE_SECONDS = 1.0, 5.0
+QUIET_SECONDS, LINE_SECONDS = 1.0, 4.0
 _TICK_SECONDS = 0.25
 
 
@@ -132,11 +132,9 @@ class _Heart:
             if now is None or now.seconds < QUIET_SECONDS:
                 return
             if not output.console().is_terminal:
-                if not now.is_known:
+                if output.seconds_since_a_line() >= LINE_SECONDS:
+                    output.say(str(now) if now.is_known else f"{now.what} ...")
                     now.is_known = True
-                    output.say(f"{now.what} ...")
-                elif output.seconds_since_a_line() >= LINE_SECONDS:
-                    output.say(str(now))
             elif self.show is not None:
                 self.show(now)
             elif self._spinner is None:

@@ -25,10 +25,12 @@ ATTENTION = rows("attention")["forward_float32_4096_512"]
 MOE = rows("moe")
 SERVE = rows("serve_small")
 STARTUP = rows("startup")["startup"]
-QUICKSTART = rows("first_minutes")["make quickstart"]
+MINUTES = rows("first_minutes")
+QUICKSTART = MINUTES["make quickstart"]
 CLAIMS = {
     "README.md": [
         f"{QUICKSTART['code_bits_per_byte']:.2f} bits per byte of held-out code",
+        f"{MINUTES['end']['minutes']:.1f} minutes from the clone",
         f"{ATTENTION['vs_jax']:.1f} times as fast as `jax.nn`",
         f"{ATTENTION['vs_torch_full']:.1f} times torch's full attention",
         f"{SERVE['decode float32 experts 32 over 8']['ratio']:.2f} times as long as with 8",

@@ -12,8 +12,6 @@ from tests.docs import shell, tiny
 from tests.docs.blocks import LANGUAGES, PAGES, ROOT, STARTERS, Block, blocks
 from tests.programs import call_all
 
-# One process runs all commands; of several test workers, one has all of these tests.
-pytestmark = pytest.mark.xdist_group("commands of the pages")
 BLOCKS = blocks()
 CALLS, UNKNOWN = shell.all_calls(BLOCKS)
 PYTHON = [block for block in BLOCKS if block.language == "python"]
@@ -75,15 +73,6 @@ def lines(home):
     return found | {block: ("-c", tiny.python(block.text, home)) for block in PYTHON}
 
 
-@pytest.fixture(scope="module")
-def results(home, lines):
-    """By command line: what it did."""
-    todo = unique([*map(tuple, tiny.prepare(home)), *lines.values()])
-    return dict(
-        zip(todo, call_all(todo, timeout=1200, seconds=180, environment=tiny.QUICK), strict=True)
-    )
-
-
 def test_every_block_says_what_it_is():
     assert len(PAGES) >= 6
     wrong = [block.where for block in BLOCKS if block.language not in LANGUAGES]
@@ -132,31 +121,23 @@ def test_what_other_machines_run_is_found():
     assert (second.module, second.flags, second.environment) == ("a.b", ("-c",), ("X=1",))
 
 
+# One test: of several workers of tests, one runs all commands.
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(CALLS)), ids=lambda n: CALLS[n].where)
-def test_a_command_works(results, lines, number):
-    result = results[lines[CALLS[number]]]
-    assert result.status == 0, f"{CALLS[number]}\n{' '.join(lines[CALLS[number]])}\n{result.stderr}"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.where)
-def test_python_runs(results, lines, block):
-    result = results[lines[block]]
-    assert result.status == 0, f"{block.where}\n{result.stderr}"
-
-
-@pytest.mark.slow
-def test_what_all_commands_share_is_made(results, home):
-    for line in tiny.prepare(home):
-        assert results[tuple(line)].status == 0, f"{line}\n{results[tuple(line)].stderr}"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("call", TABLES, ids=lambda call: call.where)
-def test_a_table_is_what_its_command_prints(results, lines, call):
-    page = (ROOT / call.where.partition(":")[0]).read_text()
-    assert results[lines[call]].stdout.strip() in page, f"{call}: print the table again"
+def test_all_commands_and_python_blocks_work(home, lines):
+    prepared = [tuple(line) for line in tiny.prepare(home)]
+    todo = unique([*prepared, *lines.values()])
+    done = call_all(todo, timeout=1200, seconds=180, environment=tiny.QUICK)
+    results = dict(zip(todo, done, strict=True))
+    named = {line: line for line in prepared} | lines
+    failed = [
+        f"{what}\n{' '.join(line)}\n{results[line].stderr}"
+        for what, line in named.items()
+        if results[line].status != 0
+    ]
+    assert not failed, "\n\n".join(failed)
+    for call in TABLES:
+        page = (ROOT / call.where.partition(":")[0]).read_text()
+        assert results[lines[call]].stdout.strip() in page, f"{call}: print the table again"
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.where)

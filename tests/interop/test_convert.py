@@ -129,7 +129,7 @@ def test_upcycling_prints_the_loss_of_both(home, tmp_path):
         model__moe__eval_routing="top_k",
         model__moe__renormalize_gates=True,
     )
-    result = upcycle_run(folder / "hf", tmp_path / "up", config, eval_tokens=512)
+    result = upcycle_run(folder / "hf", tmp_path / "up", config, max_tokens=512)
     assert result["exact"]
     assert set(result["loss"]) == {"a", "b"}
     for row in result["loss"].values():
@@ -228,12 +228,12 @@ def test_every_way_to_load_gives_what_training_evaluated(home, tmp_path, caplog)
         got = lm.LightningLM(model).apply({"params": params}, tokens, router=router).logits()
         np.testing.assert_allclose(got, want, atol=1e-5)
 
-    up = upcycle_run(tmp_path / "run", tmp_path / "same", with_base(config, BASE), eval_tokens=0)
+    up = upcycle_run(tmp_path / "run", tmp_path / "same", with_base(config, BASE), max_tokens=0)
     assert up["exact"] and not caplog.records
     assert {name: row["before"] for name, row in up["loss"].items()} == pytest.approx(
         losses, abs=1e-5
     )
-    up = upcycle_run(tmp_path / "run", tmp_path / "other", config, eval_tokens=0)
+    up = upcycle_run(tmp_path / "run", tmp_path / "other", config, max_tokens=0)
     assert not up["exact"] and "the source was trained with 50000" in caplog.text
 
 

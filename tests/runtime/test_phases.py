@@ -1,4 +1,4 @@
-"""Long work is shown while it lasts: its name after a second, then how far it is."""
+"""Long work is shown while it lasts: its name after some seconds, then how far it is."""
 
 import io
 import time
@@ -14,6 +14,7 @@ from lightning_jax.runtime.phases import phase
 def clock(monkeypatch):
     """Time that stands until it is moved, and a heart that beats when it is asked to."""
     now = [100.0]
+    monkeypatch.setattr(output, "_last_line", 100.0)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(phases, "_heart", phases._Heart())
     monkeypatch.setattr(phases._Heart, "_beat", lambda self: None)
@@ -29,19 +30,24 @@ def lines(capfd):
     return capfd.readouterr().err.splitlines()
 
 
-def test_without_a_terminal_a_line_after_a_second_and_one_every_five(clock, capfd):
-    with phase("training the tokenizer") as now:
+def test_without_a_terminal_a_line_whenever_there_was_none_for_four_seconds(clock, capfd):
+    clock[0] += 10
+    with phase("reading"):
         look_after(clock, 0.5)
         assert lines(capfd) == []
+    output.say("a line")
+    with phase("training the tokenizer") as now:
+        look_after(clock, 3)
+        assert lines(capfd) == ["a line"]
         look_after(clock, 1)
         assert lines(capfd) == ["training the tokenizer ..."]
         now.detail = "3 of 16 MB"
-        look_after(clock, 4)
+        look_after(clock, 3)
         assert lines(capfd) == []
         look_after(clock, 1)
-        assert lines(capfd) == ["training the tokenizer, 3 of 16 MB, 6 s"]
+        assert lines(capfd) == ["training the tokenizer, 3 of 16 MB, 8 s"]
         output.say("another line")
-        look_after(clock, 4)
+        look_after(clock, 3)
         assert lines(capfd) == ["another line"]
         look_after(clock, 1)
         assert lines(capfd) == ["training the tokenizer, 3 of 16 MB, 12 s"]
@@ -52,13 +58,13 @@ def test_without_a_terminal_a_line_after_a_second_and_one_every_five(clock, capf
 def test_the_innermost_phase_is_shown_and_the_outer_one_after_it(clock, capfd):
     phases.detail("of nothing")
     with phase("outer"):
-        look_after(clock, 2)
+        look_after(clock, 4)
         with phase("inner"):
             phases.detail("file 1 of 2")
-            look_after(clock, 2)
+            look_after(clock, 4)
             look_after(clock, 5)
         look_after(clock, 5)
-    assert lines(capfd) == ["outer ...", "inner ...", "inner, file 1 of 2, 7 s", "outer, 7 s"]
+    assert lines(capfd) == ["outer ...", "inner ...", "inner, file 1 of 2, 9 s", "outer, 9 s"]
 
 
 def test_an_error_ends_a_phase(clock, capfd):
@@ -96,6 +102,7 @@ def test_on_a_terminal_a_spinner_that_leaves_nothing_behind_or_the_bar(clock, mo
 def test_a_thread_shows_it_while_the_work_goes_on(capfd, monkeypatch):
     monkeypatch.setattr(phases, "_heart", phases._Heart())
     monkeypatch.setattr(phases, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(phases, "LINE_SECONDS", 0.0)
     monkeypatch.setattr(phases, "_TICK_SECONDS", 0.01)
     said = ""
     with phase("work"):

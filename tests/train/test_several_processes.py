@@ -170,6 +170,6 @@ def test_make_multiprocess_trains_a_run(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     said = [line for line in done.stdout.splitlines() if line.startswith("[process 0] ")]
-    assert '"bits_per_byte"' in done.stdout and "data.streams" not in done.stdout
+    assert '"bits_per_byte"' in done.stdout and "data.streams =" not in done.stdout
     assert said and not [line for line in done.stdout.splitlines() if "rror" in line]
     assert load_run(tmp_path / "run").meta.step == 8
