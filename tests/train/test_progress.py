@@ -21,6 +21,7 @@ def clock(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(output, "_last_line", now[0])
     monkeypatch.setattr(phases, "_heart", phases._Heart())
     monkeypatch.setattr(phases._Heart, "_beat", lambda self: None)
     return now
