@@ -103,7 +103,8 @@ def _first_words(files: list[paths.FoundFile]) -> str:
     with open(files[0].path, encoding="utf-8-sig", errors="ignore") as file:
         lines = file.read(1000).split("\n")
     line = next((line.strip() for line in lines if line.strip()), "")
-    return "".join(c for c in line[:20] if c.isprintable())
+    line = "".join(c for c in line if c.isprintable())
+    return line if len(line) <= 20 else line[:20].rpartition(" ")[0] or line[:20]
 
 
 def _scale(stages: ConfigDict, factor: float) -> None:

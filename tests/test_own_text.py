@@ -43,7 +43,7 @@ def test_one_file_is_a_source_named_after_it_and_its_end_is_held_out(write, capl
     assert sources.eval["input"].num_bytes == pytest.approx(30_000, rel=0.3)
     line = "text     0.3 MB in 1 file (1 .txt): bpe:512, about 0.16 M tokens an epoch, "
     assert caplog.messages[0].startswith(line)
-    assert run.sample_prompt == "The quick brown fox "
+    assert run.sample_prompt == "The quick brown fox"
     assert run.model == build(RunConfig, quickstart.get_config()).model
 
 
