@@ -178,6 +178,11 @@ class DataConfig:
         pairs = stage.mixture or tuple((source.name, source.weight) for source in self.sources)
         return {name: weight for name, weight in pairs if weight > 0}
 
+    def shares(self, stage: StageConfig) -> dict[str, float]:
+        """Returns the parts of a stage's tokens by source; they sum to 1."""
+        weights = self.weights(stage)
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:

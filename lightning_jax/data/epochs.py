@@ -68,11 +68,7 @@ def planned_epochs(
     """
     epochs: dict[str, float] = {}
     for name in sources.data.source_names:
-        weights = [sources.data.weights(stage) for stage in stages]
-        tokens = sum(
-            stage.tokens * each.get(name, 0.0) / sum(each.values())
-            for stage, each in zip(stages, weights, strict=True)
-        )
+        tokens = sum(stage.tokens * sources.data.shares(stage).get(name, 0.0) for stage in stages)
         if not tokens:
             continue
         available = _num_tokens(sources.train[name], tokenizer)

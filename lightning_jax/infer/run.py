@@ -92,7 +92,6 @@ class Run:
 
     loaded: LoadedRun
     tokenizer: Tokenizer
-    router: lm.Router
 
     @property
     def config(self) -> RunConfig:
@@ -110,6 +109,11 @@ class Run:
         return self.loaded.params
 
     @property
+    def router(self) -> lm.Router:
+        """Selection bias of the router, and the top-p that it routes with."""
+        return self.loaded.router
+
+    @property
     def step(self) -> int:
         """Optimizer steps that these weights have seen."""
         return self.loaded.meta.step
@@ -120,8 +124,7 @@ class Run:
         Raises:
           UserError: the model does not route by top-p, or `top_p` is not in (0, 1].
         """
-        loaded = self.loaded.with_routing(EvalRouting(top_p=top_p))
-        return dataclasses.replace(self, loaded=loaded, router=loaded.router)
+        return dataclasses.replace(self, loaded=self.loaded.with_routing(EvalRouting(top_p=top_p)))
 
     def encode(self, text: str) -> list[int]:
         """Returns the T token ids that the methods below read: a document that begins with `text`.
@@ -296,4 +299,4 @@ def load_run(
     config = loaded.config
     rows = config.model.vocab_size
     tokenizer = resolve_tokenizer(Sources.open(config.data), workdir, rows=rows)
-    return Run(loaded, tokenizer, loaded.router)
+    return Run(loaded, tokenizer)

@@ -140,8 +140,7 @@ def _shares(config: RunConfig) -> str:
     """The share of each source in the tokens of each stage, as one line."""
     lines = []
     for stage in config.stages:
-        weights = config.data.weights(stage)
-        shares = [f"{name} {w / sum(weights.values()):.1%}" for name, w in weights.items()]
+        shares = [f"{name} {part:.1%}" for name, part in config.data.shares(stage).items()]
         lines.append(f"{stage.name}: {', '.join(shares)}")
     return "; ".join(lines)
 

@@ -155,8 +155,7 @@ def _rate(stage: StageConfig, previous: StageConfig | None) -> str:
 
 def _sources(plan: Plan, epochs: Mapping[str, float]) -> list[list[str]]:
     stages = plan.config.stages
-    weights = [plan.config.data.weights(stage) for stage in stages]
-    shares = [{name: part / sum(all_.values()) for name, part in all_.items()} for all_ in weights]
+    shares = [plan.config.data.shares(stage) for stage in stages]
     rows = [["text", "tokens", "epochs", "share in each stage"]]
     for name, times in epochs.items():
         each = [share.get(name, 0.0) for share in shares]

@@ -28,7 +28,7 @@ def _run(**changes):
     )
     position = dict(step=3, tokens=0, stage="stable", seq_len=32, rope_base_global=100.0)
     loaded = LoadedRun(CheckpointMeta(config, **position), params, lm.init_router(config.model))
-    return Run(loaded, ByteTokenizer(), loaded.router)
+    return Run(loaded, ByteTokenizer())
 
 
 @pytest.fixture(scope="module")
