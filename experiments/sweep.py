@@ -14,7 +14,7 @@ import sys
 
 from absl import flags
 
-from lightning_jax.ablation import sweep
+from lightning_jax.ablation import runner, sweep
 from lightning_jax.config.errors import UserError
 from lightning_jax.runtime import files, invocation, program
 
@@ -32,7 +32,7 @@ def main() -> None:
     only, seeds = program.names(_ONLY), program.numbers(_SEEDS)
     files.check_output_folder("workdir", _WORKDIR.value)
     arms = sweep.load_sweep(_SWEEP.value, _CHANGES())
-    rows, failures = sweep.run_sweep(
+    rows, failures = runner.run_sweep(
         arms,
         _WORKDIR.value,
         only=only,

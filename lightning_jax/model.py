@@ -25,10 +25,10 @@ from lightning_jax import sharding
 from lightning_jax.config import AttentionConfig, ModelConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.pattern import GLOBAL, LOCAL, LayerSpec
-from lightning_jax.layers import units, vocabulary
+from lightning_jax.layers import initial, units, vocabulary
 from lightning_jax.layers.attention import KindContext
 from lightning_jax.layers.block import Context, Unit
-from lightning_jax.layers.common import Declared, RMSNorm, fan_in, param, standard_normal
+from lightning_jax.layers.common import Declared, RMSNorm, fan_in, param
 from lightning_jax.ops import rope
 from lightning_jax.ops.balance import RoutingStats
 from lightning_jax.ops.kv_cache import Chunk, Full, Ring
@@ -266,22 +266,9 @@ def logical_axes(config: ModelConfig) -> Any:
 def init_params(config: ModelConfig, key: jax.Array) -> Any:
     """Returns freshly initialised float32 parameters (jit it with the shardings wanted).
 
-    Parameters of one shape are drawn together: one RNG call per parameter would take longer to
-    compile than the train step.
+    Models that differ in one place begin equal everywhere else, see `layers.initial`.
     """
-    leaves, tree = jax.tree.flatten(_boxed(config), is_leaf=lambda a: isinstance(a, Declared))
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, leaf in enumerate(leaves):
-        if leaf.init.std:
-            groups.setdefault(leaf.value.shape, []).append(index)
-    values = [jnp.full(leaf.value.shape, leaf.init.mean, jnp.float32) for leaf in leaves]
-    for number, (shape, members) in enumerate(groups.items()):
-        drawn = standard_normal(jax.random.fold_in(key, number), (len(members), *shape))
-        # Without the barrier XLA fuses (recompiles and recomputes) the generator into every slice.
-        drawn = jax.lax.optimization_barrier(drawn)
-        for row, index in enumerate(members):
-            values[index] += leaves[index].init.std * drawn[row]
-    return jax.tree.unflatten(tree, values)
+    return initial.draw(config, _boxed(config), key)
 
 
 def inference_params(config: ModelConfig, params: Any) -> Any:

@@ -1,0 +1,365 @@
+"""A sweep runs each arm with each seed once, whatever happens in between."""
+
+import errno
+import json
+import logging
+import weakref
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lightning_jax.ablation import report, runner
+from lightning_jax.ablation import sweep as sweeps
+from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import to_dict
+from lightning_jax.train.workdir import claim
+from tests.ablation.fake_runs import small_sweep, write_rows, write_run
+from tests.tiny import tiny_run, write_corpus
+
+SWEEPS = Path(__file__).resolve().parents[2] / "configs" / "sweeps"
+
+
+class Panic(BaseException):
+    """What an extension raises that panics."""
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Replaces training; returns the (arm folder, seed) of the calls and what they should do."""
+    calls, faults = [], {}
+
+    def fake(config, workdir, **_):
+        name = f"{workdir.parent.name} seed {config.seed}"
+        calls.append(name)
+        if name in faults:
+            raise faults[name]
+        return write_run(config, workdir, code=2 + config.seed / 10)
+
+    monkeypatch.setattr(runner.loop, "run", fake)
+    return calls, faults
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_runs_every_arm_and_seed_once_with_the_arms_config(tmp_path, trained, caplog):
+    caplog.set_level(logging.INFO)
+    sweep = small_sweep()
+    rows, failures = runner.run_sweep(sweep, tmp_path)
+    assert trained[0][:4] == ["full seed 0", "shared seed 0", "hybrid seed 0", "full seed 1"]
+    assert len(trained[0]) == 9 and not failures
+    assert "run 4 of 9: full seed 1" in caplog.text
+    recorded = json.loads((tmp_path / "shared" / "seed_1" / "config.json").read_text())
+    assert recorded["model"]["unit"] == "Gg" and recorded["seed"] == 1
+    assert lines(tmp_path / "results.jsonl") == rows
+    table = (tmp_path / "results.csv").read_text().splitlines()
+    assert len(table) == 10 and "domains/code/bits_per_byte" in table[0]
+
+
+def test_finished_runs_are_skipped_and_the_half_done_one_is_called_again(tmp_path, trained):
+    sweep = small_sweep()
+    runner.run_sweep(sweep, tmp_path, only=["full"], seeds=[0, 1])
+    (tmp_path / "full" / "seed_1" / "evaluation.json").unlink()
+    trained[0].clear()
+    rows, _ = runner.run_sweep(sweep, tmp_path, only=["full"])
+    assert trained[0] == ["full seed 1", "full seed 2"]
+    assert [row["seed"] for row in rows] == [0, 1, 2]
+    trained[0].clear()
+    runner.run_sweep(sweep, tmp_path, only=["shared"], seeds=[2])
+    assert trained[0] == ["shared seed 2"]
+    assert len(lines(tmp_path / "results.jsonl")) == 4
+
+
+def test_a_failing_run_is_recorded_and_the_others_go_on(tmp_path, trained):
+    calls, faults = trained
+    faults["shared seed 0"] = UserError("loss is not finite at step 3")
+    rows, failures = runner.run_sweep(small_sweep(), tmp_path)
+    assert failures == {"shared seed 0": "loss is not finite at step 3"}
+    assert len(calls) == 9 and len(rows) == 8
+    note = tmp_path / "shared" / "seed_0" / "failure.txt"
+    assert note.read_text() == "loss is not finite at step 3\n"
+    faults.clear()
+    rows, failures = runner.run_sweep(small_sweep(), tmp_path)
+    assert calls[9:] == ["shared seed 0"] and len(rows) == 9 and not failures
+    assert not note.exists()
+
+
+@pytest.mark.parametrize("fault", [SystemExit(143), KeyboardInterrupt()])
+def test_only_a_signal_ends_the_sweep(tmp_path, trained, fault):
+    trained[1]["shared seed 0"] = fault
+    with pytest.raises(type(fault)):
+        runner.run_sweep(small_sweep(), tmp_path)
+    assert trained[0] == ["full seed 0", "shared seed 0"]
+    assert len(lines(tmp_path / "results.jsonl")) == 1
+    trained[1].clear()
+    # Stopped, not failed: the run goes on where it was in the order.
+    runner.run_sweep(small_sweep(), tmp_path)
+    assert trained[0][2] == "shared seed 0"
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (RuntimeError("a fault\nof ours"), "RuntimeError: a fault of ours"),
+        pytest.param(MemoryError(), "MemoryError: no reason given", marks=pytest.mark.slow),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 16 G.\n More"),
+            "JaxRuntimeError: RESOURCE_EXHAUSTED: Out of memory: 16 G. More",
+        ),
+        (SystemExit(0), "SystemExit: 0"),
+        pytest.param(SystemExit("no"), "SystemExit: no", marks=pytest.mark.slow),
+        pytest.param(Panic("it panicked"), "Panic: it panicked", marks=pytest.mark.slow),
+        (OSError(errno.EIO, "Input/output error", "/data/x"), "/data/x: Input/output error"),
+        pytest.param(
+            ExceptionGroup("two", [ValueError("a"), UserError("b")]), "b", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_whatever_a_run_raises_is_its_row_and_the_others_go_on(tmp_path, trained, fault, reason):
+    trained[1]["shared seed 0"] = fault
+    rows, failures = runner.run_sweep(small_sweep(), tmp_path)
+    assert failures == {"shared seed 0": reason}
+    assert len(trained[0]) == 9 and len(rows) == 8
+    kept = (tmp_path / "shared" / "seed_0" / "failure.txt").read_text()
+    assert kept.startswith(reason + "\n") and "Traceback" in kept and "in fake" in kept
+    missing = report.summarize(small_sweep(), tmp_path)["missing"]
+    assert missing == [{"arm": "shared", "seed": 0, "reason": f"failed: {reason}"}]
+
+
+# Case F4
+
+
+@pytest.mark.slow
+def test_arrays_of_a_failed_run_are_freed(tmp_path, monkeypatch):
+    alive = []
+
+    def fail(config, workdir, **_):
+        array = np.zeros(10)
+        alive.append(weakref.ref(array))
+        assert sum(ref() is not None for ref in alive) == 1
+        error = MemoryError()  # Its frame holds it, and it its frame.
+        raise error
+
+    monkeypatch.setattr(runner.loop, "run", fail)
+    assert len(runner.run_sweep(small_sweep(), tmp_path)[1]) == 9
+
+
+# Case F4
+
+
+def test_a_run_that_killed_its_process_comes_last_the_next_time(tmp_path, trained):
+    class Killed(KeyboardInterrupt):
+        pass
+
+    def kill(*_, **__):
+        (tmp_path / "killed.txt").write_bytes((tmp_path / "running.txt").read_bytes())
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner.loop, "run", kill)
+        with pytest.raises(Killed):
+            runner.run_sweep(small_sweep(), tmp_path)
+    # What SIGKILL leaves behind.
+    (tmp_path / "killed.txt").rename(tmp_path / "running.txt")
+    runner.run_sweep(small_sweep(), tmp_path, only=["shared"], seeds=[0])
+    reasons = {run["reason"] for run in report.summarize(small_sweep(), tmp_path)["missing"]}
+    assert "failed: its process was killed: out of memory?" in reasons
+    rows, failures = runner.run_sweep(small_sweep(), tmp_path)
+    assert trained[0][-1] == "full seed 0" and len(rows) == 9 and not failures
+    assert not (tmp_path / "running.txt").exists()
+
+
+# Case F12, case D4
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("config.json", None, "config.json: no such file"),
+        ("config.json", "[1", "config.json: not JSON"),
+        ("config.json", "{}", "config field seed is missing"),
+        ("evaluation.json", '{"code": {"lo', "evaluation.json: not JSON"),
+        ("evaluation.json", "", "evaluation.json: not JSON"),
+        ("evaluation.json", "[]", "evaluation.json: must be a JSON object"),
+        ("evaluation.json", "{}", "evaluation.json: nothing was measured"),
+        ("evaluation.json", '{"a": {}}', "not an evaluation (a: lacks loss"),
+        ("evaluation.json", '{"a": 3}', "not an evaluation (a = 3: must be an object)"),
+        (
+            "evaluation.json",
+            '{"a": {"loss": 0, "bits_per_byte": 0, "tokens": 0, "bytes": 0}}',
+            "tokens = 0: must be a whole number in [1,",
+        ),
+        (
+            "evaluation.json",
+            '{"a": {"loss": 2.0, "bits_per_byte": null, "tokens": 9, "bytes": 9}}',
+            "bits_per_byte is not finite",
+        ),
+        (
+            "evaluation.json",
+            '{"a": {"loss": 2.0, "bits_per_byte": null, "no_bits_per_byte": "3 of 9 bytes lost"}}',
+            "a has no bits_per_byte: 3 of 9 bytes lost",
+        ),
+        ("metrics.jsonl", '{"step": 1, "tokens_per_second": 3}\n', "metrics.jsonl: line 1: lacks"),
+    ],
+)
+def test_a_damaged_finished_run_is_a_row_with_its_reason(tmp_path, trained, name, content, reason):
+    runner.run_sweep(small_sweep(), tmp_path, only=["full"])
+    path = tmp_path / "full" / "seed_1" / name
+    path.unlink() if content is None else path.write_text(content)
+    trained[0].clear()
+    rows, failures = runner.run_sweep(small_sweep(), tmp_path)
+    assert list(failures) == ["full seed 1"] and reason in failures["full seed 1"]
+    # Found before the training of the others, and not trained over.
+    assert len(trained[0]) == 6 and len(rows) == 8
+    assert len(lines(tmp_path / "results.jsonl")) == 8
+    missing = report.summarize(small_sweep(), tmp_path)["missing"]
+    assert [(run["arm"], run["seed"]) for run in missing] == [("full", 1)]
+    assert reason in missing[0]["reason"]
+
+
+# Case F12
+
+
+@pytest.mark.parametrize("name", ["shared", "shared/seed_1"])
+def test_a_file_in_the_place_of_a_folder_is_a_row_with_its_reason(tmp_path, trained, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("")
+    rows, failures = runner.run_sweep(small_sweep(), tmp_path)
+    lost = 3 if name == "shared" else 1
+    assert len(failures) == lost and len(rows) == len(trained[0]) == 9 - lost
+    assert set(failures.values()) == {f"{tmp_path / name}: must be a folder"}
+    assert len(report.summarize(small_sweep(), tmp_path)["missing"]) == lost
+
+
+# Case F12
+
+
+def test_a_report_is_made_of_what_is_there(tmp_path, trained):
+    runner.run_sweep(small_sweep(), tmp_path, only=["full", "shared"])
+    (tmp_path / "full" / "seed_0" / "run.json").write_text("[")
+    (tmp_path / "full" / "seed_1" / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "shared" / "seed_2" / "evaluation.json").write_text("{}")
+    (tmp_path / "hybrid").write_text("")
+    made = report.write_report(tmp_path)
+    assert {arm["arm"]: arm["seeds"] for arm in made["arms"]} == {
+        "full": [0, 2],
+        "shared": [0, 1],
+        "hybrid": [],
+    }
+    assert len(made["missing"]) == 5 and (tmp_path / "report.html").stat().st_size > 1000
+
+
+# Case F12
+
+
+def test_an_unfinished_run_whose_config_is_damaged_is_a_row_with_its_reason(tmp_path, trained):
+    folder = tmp_path / "shared" / "seed_0"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"seed": ')
+    rows, failures = runner.run_sweep(small_sweep(), tmp_path)
+    assert "config.json: not JSON" in failures["shared seed 0"] and len(rows) == 8
+
+
+def test_a_runs_folder_is_no_sweeps_folder(tmp_path, trained):
+    runner.run_sweep(small_sweep(), tmp_path / "s", only=["full"], seeds=[0])
+    with pytest.raises(UserError, match="is a run's folder"):
+        runner.run_sweep(small_sweep(), tmp_path / "s" / "full" / "seed_0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(arms={"full": {"model.unit": "G"}}), r"model.unit = 'G': full seed 0 .* has 'GG'"),
+        (dict(seeds=(1, 2)), r"seeds = \(1, 2\): .* 'full/seed_0', which is not in it"),
+        (dict(arms={"other": {}}, baseline="other"), r"arms = \['other'\]: .* 'full/seed_0'"),
+    ],
+)
+def test_another_sweep_in_the_same_folder_is_refused(tmp_path, trained, changes, message):
+    runner.run_sweep(small_sweep(), tmp_path, only=["full"], seeds=[0])
+    before = (tmp_path / "sweep.json").read_text()
+    with pytest.raises(UserError, match=message):
+        runner.run_sweep(small_sweep(**changes), tmp_path)
+    assert len(trained[0]) == 1
+    assert (tmp_path / "sweep.json").read_text() == before
+
+
+# Case A2, of a sweep: its folder is locked as those of its runs are.
+
+
+def test_a_sweep_in_use_is_left_as_it_is(tmp_path, trained):
+    root = tmp_path / "new" / "sweep"
+    with claim(root):
+        with pytest.raises(UserError, match="workdir = '.*': in use by process"):
+            runner.run_sweep(small_sweep(), root)
+        assert not trained[0] and [path.name for path in root.iterdir()] == ["lock"]
+    assert not (tmp_path / "new").exists()
+    runner.run_sweep(small_sweep(), root, only=["full"], seeds=[0])
+    assert not (root / "lock").exists()
+
+
+# Case A13
+
+
+def test_a_refused_sweep_leaves_no_trace(tmp_path, trained):
+    with pytest.raises(UserError, match="only = 'none'"):
+        runner.run_sweep(small_sweep(), tmp_path / "new" / "sweep", only=["none"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_arms_seeds_and_another_baseline_extend_a_folder(tmp_path, trained):
+    runner.run_sweep(small_sweep(seeds=(0,)), tmp_path)
+    arms = {**small_sweep().arms, "local": {"model.unit": "LL"}}
+    runner.run_sweep(small_sweep(seeds=(0, 1), arms=arms, baseline="local"), tmp_path)
+    assert trained[0][3:] == ["local seed 0"] + [f"{arm} seed 1" for arm in arms]
+
+
+def test_the_order_of_stages_is_part_of_a_run(tmp_path, trained):
+    runner.run_sweep(small_sweep(), tmp_path, only=["full"], seeds=[0])
+    base = small_sweep().base
+    turned = {**base, "stages": dict(reversed(base["stages"].items()))}
+    with pytest.raises(UserError, match="stages = "):
+        runner.run_sweep(small_sweep(base=turned), tmp_path)
+
+
+def test_half_done_and_strange_files_in_the_folder_do_no_harm(tmp_path, trained):
+    write_rows(tmp_path / "full" / "seed_0", 3)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "full" / "plot.png").write_bytes(b"")
+    runner.run_sweep(small_sweep(), tmp_path, only=["full"], seeds=[0])
+    assert trained[0] == ["full seed 0"]
+
+
+def test_sweep_json_gives_the_same_sweep_back(tmp_path, trained):
+    sweep = small_sweep()
+    runner.run_sweep(sweep, tmp_path, only=["full"], seeds=[0])
+    again = sweeps.build_sweep(json.loads((tmp_path / "sweep.json").read_text()))
+    assert again == sweep
+    assert list(again.base["stages"]) == ["stable", "decay"] and list(again.arms) == list(
+        sweep.arms
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
+def test_two_arms_train_and_are_reported(tmp_path, monkeypatch):
+    base = to_dict(tiny_run(write_corpus(tmp_path / "text"), model__moe__num_experts=0))
+    base = sweeps.override(base, {"stages.decay": None})
+    arms = {"full": {"model.unit": "GG"}, "shared": {"model.unit": "Gg"}}
+    sweep = small_sweep(base=base, arms=arms, seeds=(0,))
+    rows, failures = runner.run_sweep(sweep, tmp_path / "s")
+    assert not failures and [row["arm"] for row in rows] == ["full", "shared"]
+    assert rows[0]["bytes"] == rows[1]["bytes"]
+    assert rows[1]["kv_bytes_per_token"] == rows[0]["kv_bytes_per_token"] / 2
+    assert all(row["tokens_per_second"] > 0 and row["seconds"] > 0 for row in rows)
+
+    def refuse(*_):
+        raise AssertionError("a finished run was trained again")
+
+    monkeypatch.setattr(runner.loop, "run", refuse)
+    assert runner.run_sweep(sweep, tmp_path / "s") == (rows, {})
+    shared = report.write_report(tmp_path / "s")["arms"][1]
+    change = rows[1]["bits_per_byte"] - rows[0]["bits_per_byte"]
+    assert shared["difference"]["mean"] == pytest.approx(change)
