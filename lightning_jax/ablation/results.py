@@ -104,9 +104,30 @@ def run_row(run: Run, folder: Path) -> dict[str, Any]:
     Raises:
       UserError: a file of the run is missing or damaged, or nothing finite was measured.
     """
-    domains = _domains(folder / "evaluation.json")
+    score = held_out(folder / "evaluation.json")
     path = folder / "config.json"
     model = RunConfig.parse(read_json(path), path).model
+    speed, seconds = pace(read_rows(folder / "metrics.jsonl"))
+    return {
+        "arm": run.arm,
+        "seed": run.seed,
+        **score,
+        **costs(model, score["experts_per_token"]),
+        "tokens_per_second": speed,
+        "seconds": seconds,
+    }
+
+
+def held_out(path: Path) -> dict[str, Any]:
+    """Reads an evaluation of all domains of a run.
+
+    Returns `bits_per_byte`, `loss`, `tokens`, `bytes`, `domains` and `experts_per_token`, see
+    `run_row`.
+
+    Raises:
+      UserError: the file is missing or damaged, or nothing finite was measured.
+    """
+    domains = _domains(path)
     tokens = sum(domain["tokens"] for domain in domains.values())
     size = sum(domain["bytes"] for domain in domains.values())
     nats = sum(domain["loss"] * domain["tokens"] for domain in domains.values())
@@ -117,20 +138,13 @@ def run_row(run: Run, folder: Path) -> dict[str, Any]:
         for row in domains.values()
         if "experts_per_token" in row
     ]
-    experts = sum(used) / tokens if used else None
-    speed, seconds = pace(read_rows(folder / "metrics.jsonl"))
     return {
-        "arm": run.arm,
-        "seed": run.seed,
-        "bits_per_byte": bits / size,
+        METRIC: bits / size,
         "loss": nats / tokens,
         "tokens": tokens,
         "bytes": size,
         "domains": by_domain,
-        "experts_per_token": experts,
-        **costs(model, experts),
-        "tokens_per_second": speed,
-        "seconds": seconds,
+        "experts_per_token": sum(used) / tokens if used else None,
     }
 
 
