@@ -1,4 +1,8 @@
-"""Scores as arm + seed + residual: least squares, and whether all arms have one deviation."""
+"""Scores as arm + seed + residual: least squares, and whether all arms have one deviation.
+
+Letters: R replicates (1, or more in simulations), A arms (the baseline first), M = A - 1 arms that
+are compared with it, S seeds, N runs that have a score, P parameters of the model.
+"""
 
 from __future__ import annotations
 
@@ -7,92 +11,104 @@ import functools
 
 import numpy as np
 
-_DRAWS = 4000
+_DRAWS = 2000
+# Differences of scores below this share of a score are rounding.
+ROUNDING = 1e-13
 
 
 @dataclasses.dataclass(frozen=True)
 class Additive:
-    """The fitted model; arm 0 is the baseline.
+    """The fitted model.
 
-    `effects` [A - 1]: every other arm minus the baseline. `covariance` [A - 1, A - 1]: of
-    `effects`, in units of the residuals' variance. `deviation`: of one residual. `degrees`: of
-    freedom of `deviation`. `homogeneity_p`: of the hypothesis that residuals of all arms have one
-    variance; None for two arms, whose residuals mirror each other.
+    `effects_RM`: arms minus the baseline. `covariance_MM`: of the effects, in units of the
+    residuals' variance. `variance_R`: of a residual. `degrees`: of freedom of `variance_R`.
+    `homogeneity_p_R`: of the hypothesis that the residuals of all arms have one variance; None for
+    a single arm and the baseline, whose residuals mirror each other.
     """
 
-    effects: np.ndarray
-    covariance: np.ndarray
-    deviation: float
+    effects_RM: np.ndarray
+    covariance_MM: np.ndarray
+    variance_R: np.ndarray
     degrees: int
-    homogeneity_p: float | None
-
-
-def fit(scores_AS: np.ndarray) -> Additive:
-    """Fits score = arm + seed + residual by least squares.
-
-    Args:
-      scores_AS: float64 [arms, seeds], NaN where a run is missing; the baseline is row 0 and every
-        arm shares seeds with it.
-    """
-    present = np.isfinite(scores_AS)
-    design = _design(present.shape, present.tobytes())
-    values = scores_AS[present]
-    centred = values - values.mean()
-    arms = present.shape[0]
-    effects = (design.solve @ centred)[: arms - 1]
-    residuals = design.project @ centred
-    degrees = design.degrees
-    total = float(residuals @ residuals)
-    # Rounding leaves residuals where the scores fit exactly.
-    if total <= (1e-13 * float(np.abs(values).max())) ** 2 * len(values):
-        total, effects = 0.0, np.where(np.abs(effects) < 1e-12 * np.abs(values).max(), 0, effects)
-    deviation = np.sqrt(total / degrees) if degrees else np.nan
-    p = None
-    if arms > 2 and total > 0:
-        null = _null(present.shape, present.tobytes())
-        found = float(_statistic(residuals[None], design)[0])
-        p = float((1 + (null >= found - 1e-12).sum()) / (1 + len(null)))
-    return Additive(effects, design.covariance, float(deviation), degrees, p)
+    homogeneity_p_R: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Design:
-    """Matrices that depend on which runs exist alone; N scores, A arms."""
+    """What depends on the grid of runs alone."""
 
-    solve: np.ndarray  # [parameters, N]
-    project: np.ndarray  # [N, N], onto residuals
-    covariance: np.ndarray
+    matrix_NP: np.ndarray
+    solve_PN: np.ndarray
     degrees: int
-    members: np.ndarray  # [N, A], which arm a score belongs to
-    freedom: np.ndarray  # [A], share of the degrees of freedom that an arm's residuals have
+    members_NA: np.ndarray  # 1 where a run belongs to an arm
+    freedom_A: np.ndarray  # the degrees of freedom of every arm's residuals; their sum is `degrees`
+
+    def residuals(self, scores_RN: np.ndarray) -> np.ndarray:
+        return scores_RN - (scores_RN @ self.solve_PN.T) @ self.matrix_NP.T
 
 
-@functools.lru_cache(64)
+def fit(scores_RAS: np.ndarray) -> Additive:
+    """Fits score = arm + seed + residual by least squares.
+
+    Args:
+      scores_RAS: float64, NaN where a run is missing (in all replicates alike). Every arm shares a
+        seed with the baseline, and one of them two.
+    """
+    present_AS = np.isfinite(scores_RAS[0])
+    key = present_AS.shape, present_AS.tobytes()
+    design = _design(*key)
+    arms = len(present_AS)
+    scores_RN = scores_RAS[:, present_AS]
+    # The mean is of no consequence for differences, and rounds.
+    scores_RN = scores_RN - scores_RN.mean(axis=1, keepdims=True)
+    residuals_RN = design.residuals(scores_RN)
+    residuals_RN[np.abs(residuals_RN) < ROUNDING * np.nanmax(np.abs(scores_RAS))] = 0
+    p_R = None
+    if arms > 2:
+        null = _null(*key)
+        above = len(null) - np.searchsorted(null, _statistic(residuals_RN, design))
+        p_R = (1 + above) / (1 + len(null))
+    return Additive(
+        effects_RM=scores_RN @ design.solve_PN[: arms - 1].T,
+        covariance_MM=(design.solve_PN @ design.solve_PN.T)[: arms - 1, : arms - 1],
+        variance_R=(residuals_RN**2).sum(axis=1) / design.degrees,
+        degrees=design.degrees,
+        homogeneity_p_R=p_R,
+    )
+
+
+@functools.lru_cache(256)
 def _design(shape: tuple[int, int], present: bytes) -> _Design:
-    arm, seed = np.nonzero(np.frombuffer(present, bool).reshape(shape))
     arms, seeds = shape
-    members = (arm[:, None] == np.arange(arms)).astype(float)
-    matrix = np.concatenate([members[:, 1:], seed[:, None] == np.arange(seeds)], axis=1)
-    solve = np.linalg.pinv(matrix)
-    project = np.eye(len(arm)) - matrix @ solve
-    covariance = (solve @ solve.T)[: arms - 1, : arms - 1]
-    degrees = len(arm) - int(np.linalg.matrix_rank(matrix))
-    freedom = members.T @ np.diag(project)
-    return _Design(solve, project, covariance, degrees, members, freedom)
+    arm_N, seed_N = np.nonzero(np.frombuffer(present, bool).reshape(shape))
+    members_NA = (arm_N[:, None] == np.arange(arms)).astype(float)
+    # The baseline has no column of its own: the others' parameters are differences to it.
+    matrix_NP = np.concatenate([members_NA[:, 1:], seed_N[:, None] == np.arange(seeds)], axis=1)
+    # Normal equations: the columns are 0 and 1, and far from dependent.
+    solve_PN = np.linalg.solve(matrix_NP.T @ matrix_NP, matrix_NP.T)
+    left_N = 1 - np.einsum("np,pn->n", matrix_NP, solve_PN)
+    return _Design(
+        matrix_NP, solve_PN, round(left_N.sum()), members_NA, freedom_A=left_N @ members_NA
+    )
 
 
 def _statistic(residuals_RN: np.ndarray, design: _Design) -> np.ndarray:
-    """Bartlett's statistic of the residuals' variances by arm, one value for each row."""
-    squares = residuals_RN**2 @ design.members
-    freedom = design.freedom
-    variances = np.maximum(squares / freedom, 1e-30 * squares.max(axis=1, keepdims=True))
-    pooled = squares.sum(axis=1) / freedom.sum()
-    return freedom.sum() * np.log(pooled) - np.log(variances) @ freedom
+    """Bartlett's statistic [R] of the residuals' variances by arm; 0 without residuals."""
+    freedom_A = design.freedom_A
+    squares_RA = residuals_RN**2 @ design.members_NA
+    variance_RA = squares_RA / freedom_A
+    pooled_R1 = squares_RA.sum(axis=1, keepdims=True) / freedom_A.sum()
+    shares_RA = np.where(pooled_R1 > 0, variance_RA / np.where(pooled_R1 > 0, pooled_R1, 1), 1)
+    # The log of a variance of 0 (an arm that repeats another) would be infinite.
+    return -np.log(np.maximum(shares_RA, 1e-12)) @ freedom_A
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(256)
 def _null(shape: tuple[int, int], present: bytes) -> np.ndarray:
-    """The statistic's values under equal variances, simulated: arms share their seeds' errors."""
+    """Simulated values of the statistic under equal variances, sorted.
+
+    Residuals of one seed sum to 0 over arms, so Bartlett's chi-squared would not be right.
+    """
     design = _design(shape, present)
-    draws = np.random.default_rng(0).normal(size=(_DRAWS, len(design.project)))
-    return _statistic(draws @ design.project, design)
+    draws_RN = np.random.default_rng(0).normal(size=(_DRAWS, len(design.matrix_NP)))
+    return np.sort(_statistic(design.residuals(draws_RN), design))

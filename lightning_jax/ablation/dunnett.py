@@ -60,12 +60,13 @@ def critical_value(
     count: int, degrees: int, confidence: float = 0.95, correlation: float = 0.5
 ) -> float:
     """Half width, in standard errors, of two-sided intervals that hold all together."""
+    low = float(stats.t.ppf((1 + confidence) / 2, degrees))
     if count == 1:
-        return float(stats.t.ppf((1 + confidence) / 2, degrees))
-    low = stats.t.ppf((1 + confidence) / 2, degrees)
+        return low
     high = stats.t.ppf(1 - (1 - confidence) / (2 * count), degrees)  # Bonferroni
 
     def excess(statistic: float) -> float:
         return tail(statistic, count, degrees, correlation) - (1 - confidence)
 
-    return float(optimize.brentq(excess, 0.99 * low, 1.01 * high, xtol=1e-7))
+    found = optimize.root_scalar(excess, bracket=(0.99 * low, 1.01 * high), xtol=1e-7)
+    return float(found.root)

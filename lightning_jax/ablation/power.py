@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import numpy as np
 from scipy import special, stats
 
 from lightning_jax.ablation import dunnett
+from lightning_jax.ablation.intervals import intervals
 from lightning_jax.config.fields import require
 
-_PILOT_NODES = 40
+MOST_SEEDS = 200
+_WIDTHS = 1000  # simulated
+_PILOT_NODES = 32
 
 
 def power(
@@ -25,8 +31,10 @@ def power(
     """Probability that `statistics.compare` gives one arm the verdict that is right.
 
     Right is "equivalent" where the true difference is 0, "better" or "worse" (by its sign) where
-    it is at least the margin, and any of the two in between. The mean of n differences is normal
-    and its estimated deviation chi, so the probability is an integral over the latter.
+    it is at least the margin, and either of the two in between. The mean of the differences is
+    normal and independent of the width of its interval. So the probability is the normal one,
+    averaged over widths: those of the very intervals of `compare`, simulated under equal deviations
+    of all arms, or without pooling Bonferroni's.
 
     Args:
       seeds: of every arm, at least 2.
@@ -35,40 +43,44 @@ def power(
       arms: compared with the baseline (which does not count).
       true_difference: assumed, in the same unit.
       pilot_degrees: degrees of freedom of `deviation`, where a pilot estimated it. The power is
-        then the mean over what the true deviation may be (`deviation`^2 degrees / chi-squared).
+        then the mean over what the true deviation may be, deviation^2 * degrees / chi-squared.
         None: `deviation` is exact.
       confidence: that all intervals hold together.
-      pooled: whether residuals are pooled over arms (Dunnett); else every arm has its own
-        deviation (Bonferroni).
+      pooled: False where arms are known to have deviations of their own (`deviation` is one arm's).
 
     Raises:
       UserError: an argument out of its range.
     """
-    _check(deviation, margin, arms, confidence)
+    require(math.isfinite(deviation) and deviation >= 0, "deviation", deviation, "0 or above")
+    require(math.isfinite(margin) and margin > 0, "margin", margin, "a number above 0")
+    require(math.isfinite(true_difference), "true_difference", true_difference, "finite")
+    require(arms >= 1, "arms", arms, "at least 1")
     require(seeds >= 2, "seeds", seeds, "at least 2")
-    if pooled:
-        degrees = arms * (seeds - 1)
-        critical = dunnett.critical_value(arms, degrees, confidence)
-    else:
-        degrees = seeds - 1
-        critical = float(stats.t.ppf(1 - (1 - confidence) / (2 * arms), degrees))
-    true, weights = np.array([deviation]), np.array([1.0])
+    require(0.5 <= confidence < 1, "confidence", confidence, "in [0.5, 1)")
+    deviations, weights = np.array([deviation]), np.array([1.0])
     if pilot_degrees is not None:
         require(pilot_degrees >= 1, "pilot_degrees", pilot_degrees, "at least 1")
         scale, weights = dunnett.scale_nodes(pilot_degrees, _PILOT_NODES)
-        true = deviation / scale
-    estimate, estimate_weights = dunnett.scale_nodes(degrees)
-    error = np.maximum(true, 1e-300)[:, None] / np.sqrt(seeds)
-    half = critical * estimate * error
-    right = _right(abs(true_difference), margin, half, error)
-    return float(np.clip(weights @ right @ estimate_weights, 0, 1))
+        deviations = deviation / scale
+    # No deviation at all is a verdict without errors.
+    errors = np.maximum(deviations / math.sqrt(seeds), 1e-12 * margin)
+    half = _relative_widths(arms, seeds, confidence, pooled) * errors[:, None]
+    right = _right(abs(true_difference), margin, half, errors[:, None])
+    return float(weights @ right.mean(axis=1))
 
 
-def _check(deviation: float, margin: float, arms: int, confidence: float) -> None:
-    require(np.isfinite(deviation) and deviation >= 0, "deviation", deviation, "a number >= 0")
-    require(np.isfinite(margin) and margin > 0, "margin", margin, "a number above 0")
-    require(arms >= 1, "arms", arms, "at least 1")
-    require(0.5 <= confidence < 1, "confidence", confidence, "in [0.5, 1)")
+@functools.lru_cache(256)
+def _relative_widths(arms: int, seeds: int, confidence: float, pooled: bool) -> np.ndarray:
+    """Half widths of intervals in units of the true standard error, equally probable."""
+    if not pooled:
+        critical = stats.t.ppf(1 - (1 - confidence) / (2 * arms), seeds - 1)
+        ranks = (np.arange(_WIDTHS) + 0.5) / _WIDTHS
+        return critical * np.sqrt(stats.chi2.ppf(ranks, seeds - 1) / (seeds - 1))
+    shape = (math.ceil(_WIDTHS / arms), arms + 1, seeds)
+    found = intervals(np.random.default_rng(1).normal(size=shape), confidence)
+    # Holm's intervals may end at 0; the far end is always Bonferroni's.
+    half = np.maximum(found.high_RM - found.mean_RM, found.mean_RM - found.low_RM)
+    return half.ravel() / math.sqrt(2 / seeds)
 
 
 def _right(true: float, margin: float, half: np.ndarray, error: np.ndarray) -> np.ndarray:
@@ -94,15 +106,15 @@ def seeds_needed(
     power: float = 0.8,
     true_difference: float = 0.0,
     pilot_degrees: int | None = None,
-    most: int = 200,
+    most: int = MOST_SEEDS,
     confidence: float = 0.95,
     pooled: bool = True,
     least: int = 2,
 ) -> int | None:
     """Smallest number of seeds (of every arm, from `least` on) whose power reaches `power`.
 
-    With `true_difference` 0 that many seeds show that an arm is equivalent to the baseline; they
-    then find a difference as large as the margin at least as often.
+    With `true_difference` 0, so many seeds show that an arm without effect is equivalent to the
+    baseline; a difference as large as the margin is then found at least as often.
 
     Args:
       power: probability of a right verdict, in (0, 1).
@@ -119,27 +131,28 @@ def seeds_needed(
     require(least >= 2, "least", least, "at least 2")
 
     def enough(seeds: int) -> bool:
-        return (
-            _power(
-                seeds,
-                deviation,
-                margin,
-                arms=arms,
-                true_difference=true_difference,
-                pilot_degrees=pilot_degrees,
-                confidence=confidence,
-                pooled=pooled,
-            )
-            >= power
+        return power <= _power(
+            seeds,
+            deviation,
+            margin,
+            arms=arms,
+            true_difference=true_difference,
+            pilot_degrees=pilot_degrees,
+            confidence=confidence,
+            pooled=pooled,
         )
 
-    if least > most or not enough(most):
+    if least > most:
         return None
-    low, high = least - 1, most  # the answer is in (low, high]
+    low, high = least - 1, least  # the answer is above `low`
+    while not enough(high):
+        if high == most:
+            return None
+        low, high = high, min(2 * high, most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
 
 
-_power = power
+_power = power  # the name of an argument of `seeds_needed` too
