@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-_DRAWS = 2000
+# By arm and seed; a run without a result is left out.
+Scores = Mapping[str, Mapping[int, float]]
+
+_DRAWS = 1000
 # Differences of scores below this share of a score are rounding.
 ROUNDING = 1e-13
 
@@ -47,12 +51,23 @@ class _Design:
         return scores_RN - (scores_RN @ self.solve_PN.T) @ self.matrix_NP.T
 
 
+def common_seeds(scores: Scores, arm: str, baseline: str) -> tuple[int, ...]:
+    """Seeds with which both arms have a score, in order."""
+    return tuple(sorted(set(scores[arm]) & set(scores[baseline])))
+
+
+def grid(scores: Scores, arms: Sequence[str]) -> np.ndarray:
+    """Scores as one replicate [1, A, S], float64, NaN where a run is missing."""
+    seeds = sorted({seed for arm in arms for seed in scores[arm]})
+    return np.array([[[scores[arm].get(seed, np.nan) for seed in seeds] for arm in arms]], float)
+
+
 def fit(scores_RAS: np.ndarray) -> Additive:
     """Fits score = arm + seed + residual by least squares.
 
     Args:
       scores_RAS: float64, NaN where a run is missing (in all replicates alike). Every arm shares a
-        seed with the baseline, and one of them two.
+        seed with the baseline. Where none shares two, the variance is NaN.
     """
     present_AS = np.isfinite(scores_RAS[0])
     key = present_AS.shape, present_AS.tobytes()
@@ -64,14 +79,14 @@ def fit(scores_RAS: np.ndarray) -> Additive:
     residuals_RN = design.residuals(scores_RN)
     residuals_RN[np.abs(residuals_RN) < ROUNDING * np.nanmax(np.abs(scores_RAS))] = 0
     p_R = None
-    if arms > 2:
+    if arms > 2 and design.degrees:
         null = _null(*key)
         above = len(null) - np.searchsorted(null, _statistic(residuals_RN, design))
         p_R = (1 + above) / (1 + len(null))
     return Additive(
         effects_RM=scores_RN @ design.solve_PN[: arms - 1].T,
         covariance_MM=(design.solve_PN @ design.solve_PN.T)[: arms - 1, : arms - 1],
-        variance_R=(residuals_RN**2).sum(axis=1) / design.degrees,
+        variance_R=(residuals_RN**2).sum(axis=1) / (design.degrees or np.nan),
         degrees=design.degrees,
         homogeneity_p_R=p_R,
     )

@@ -9,17 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
 
-import numpy as np
-
+from lightning_jax.ablation.additive import Scores, common_seeds, grid
 from lightning_jax.ablation.intervals import Intervals, intervals
 from lightning_jax.ablation.power import MOST_SEEDS, seeds_needed
 from lightning_jax.config.errors import suggest
 from lightning_jax.config.fields import require
-
-# By arm and seed; a run without a result is left out.
-Scores = Mapping[str, Mapping[int, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +89,7 @@ def compare(
         its range.
     """
     _check(scores, baseline, margin, confidence)
-    common = {
-        arm: tuple(sorted(set(scores[arm]) & set(scores[baseline])))
-        for arm in scores
-        if arm != baseline
-    }
+    common = {arm: common_seeds(scores, arm, baseline) for arm in scores if arm != baseline}
     differences = {}
     for arm, seeds in common.items():
         first = scores[arm][seeds[0]] - scores[baseline][seeds[0]] if seeds else None
@@ -109,7 +100,7 @@ def compare(
     if not family:
         method = "No arm shares two seeds with the baseline, so there are no intervals."
         return Comparison(margin, method, None, None, 0, differences)
-    found = intervals(_grid(scores, [baseline, *family]), confidence)
+    found = intervals(grid(scores, [baseline, *family]), confidence)
     p_M = found.p_M()
     for index, arm in enumerate(family):
         low, high = found.low_RM[0, index].item(), found.high_RM[0, index].item()
@@ -145,12 +136,6 @@ def _check(scores: Scores, baseline: str, margin: float, confidence: float) -> N
     for arm, values in scores.items():
         for seed, value in values.items():
             require(math.isfinite(value), f"score of {arm} seed {seed}", value, "finite")
-
-
-def _grid(scores: Scores, arms: Sequence[str]) -> np.ndarray:
-    """Scores [1, A, S], NaN where a run is missing."""
-    seeds = sorted({seed for arm in arms for seed in scores[arm]})
-    return np.array([[[scores[arm].get(seed, np.nan) for seed in seeds] for arm in arms]])
 
 
 def _verdict(low: float, high: float, margin: float, lower_is_better: bool) -> str:
