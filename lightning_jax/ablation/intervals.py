@@ -64,11 +64,11 @@ def intervals(scores_RAS: np.ndarray, confidence: float = 0.95) -> Intervals:
     """Estimates differences to the baseline with intervals that hold together.
 
     Scores are arm + seed + residual. Where the residuals' variances do not differ by arm
-    (Bartlett's statistic, its distribution simulated for this grid of runs, p >= `POOLING_P`), all
-    residuals estimate one deviation, a grid with gaps is fitted by least squares, and the intervals
-    are Dunnett's. A few seeds cannot show that one arm is noisier. So no interval is narrower than
-    with the deviation of the arm's own paired differences, or the mean of all arms' (which a noisy
-    baseline raises), in place of the pooled one.
+    (`additive.homogeneity_p` is at least `POOLING_P`), all residuals estimate one deviation, a grid
+    with gaps is fitted by least squares, and the intervals are Dunnett's. A few seeds cannot show
+    that one arm is noisier. So no interval is narrower than with the deviation of the arm's own
+    paired differences, or the mean of all arms' (which a noisy baseline raises), in place of the
+    pooled one.
 
     Otherwise every arm has Student's t of its own paired differences, and the intervals are those
     that belong to Holm's procedure (Guilbaud, Biometrical Journal 50, 2008): Bonferroni's, but one
@@ -84,7 +84,7 @@ def intervals(scores_RAS: np.ndarray, confidence: float = 0.95) -> Intervals:
     seeds_M = np.isfinite(changes_RMS[0]).sum(axis=1)
     own_RM = np.nanvar(changes_RMS, axis=2, ddof=1)
     own_RM[own_RM < (additive.ROUNDING * np.nanmax(np.abs(scores_RAS))) ** 2] = 0
-    p_R = fitted.homogeneity_p_R
+    p_R = additive.homogeneity_p(scores_RAS)
     pooled_R = np.ones(len(scores_RAS), bool) if p_R is None else p_R >= POOLING_P
     pooled_R1 = pooled_R[:, None]
 

@@ -50,26 +50,28 @@ def test_effects_and_variances_are_unbiased_with_gaps():
 
 @pytest.mark.parametrize("present", [COMPLETE, GAPS], ids=["complete", "gaps"])
 def test_equal_deviations_are_rejected_at_their_rate(present):
-    p = additive.fit(simulate(present, 4000)).homogeneity_p_R
+    p = additive.homogeneity_p(simulate(present, 4000))
     for level in (0.05, 0.1, 0.5):
         assert (p < level).mean() == pytest.approx(level, abs=0.035)
 
 
 @pytest.mark.parametrize("noisy", [0, 3], ids=["baseline", "arm"])
-def test_a_noisy_arm_is_noticed(noisy):
-    deviations = np.where(np.arange(4) == noisy, 6, 1)
-    p = additive.fit(simulate(np.ones((4, 10), bool), 500, deviations)).homogeneity_p_R
+@pytest.mark.parametrize("arms", [3, 4])
+def test_a_noisy_arm_is_noticed(arms, noisy):
+    deviations = np.where(np.arange(arms) == noisy % arms, 6, 1)
+    p = additive.homogeneity_p(simulate(np.ones((arms, 10), bool), 500, deviations))
     assert (p < 0.05).mean() > 0.95
 
 
-def test_two_arms_have_one_deviation():
-    assert additive.fit(simulate(COMPLETE[:2], 1, (1, 1))).homogeneity_p_R is None
+def test_two_arms_cannot_be_told_apart_by_deviation():
+    assert additive.homogeneity_p(simulate(COMPLETE[:2], 1, (1, 1))) is None
 
 
 def test_rounding_is_no_residual():
     seeds = np.array([2.0, 2.1, 1.9])
-    found = additive.fit((seeds + np.array([0, 0.5, 0.1])[:, None])[None])
-    assert found.variance_R[0] == 0 and found.homogeneity_p_R[0] == 1
+    scores = (seeds + np.array([0, 0.5, 0.1])[:, None])[None]
+    assert additive.fit(scores).variance_R[0] == 0
+    assert additive.homogeneity_p(scores)[0] == 1
 
 
 def test_grid_and_common_seeds():
