@@ -64,10 +64,12 @@ def fit(scores_RAS: np.ndarray) -> Additive:
     # The mean is of no consequence for differences, and rounds.
     scores_RN = scores_RN - scores_RN.mean(axis=1, keepdims=True)
     residuals_RN = scores_RN - (scores_RN @ solve_PN.T) @ columns.T
-    residuals_RN[np.abs(residuals_RN) < ROUNDING * np.nanmax(np.abs(scores_RAS))] = 0
+    effects_RM = scores_RN @ solve_PN[: arms - 1].T
+    for exact in (residuals_RN, effects_RM):
+        exact[np.abs(exact) < ROUNDING * np.nanmax(np.abs(scores_RAS))] = 0
     degrees = len(arm_N) - columns.shape[1]
     return Additive(
-        effects_RM=scores_RN @ solve_PN[: arms - 1].T,
+        effects_RM=effects_RM,
         covariance_MM=(solve_PN @ solve_PN.T)[: arms - 1, : arms - 1],
         variance_R=(residuals_RN**2).sum(axis=1) / (degrees or np.nan),
         degrees=degrees,

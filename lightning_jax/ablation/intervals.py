@@ -95,7 +95,6 @@ def intervals(scores_RAS: np.ndarray, confidence: float = 0.95) -> Intervals:
     share_M = np.diag(fitted.covariance_MM) / 2
     error_RM = np.sqrt(variance_RM * np.where(pooled_R1, share_M, 1 / seeds_M))
     mean_RM = np.where(pooled_R1, fitted.effects_RM, np.nanmean(changes_RMS, axis=2))
-    mean_RM[np.abs(mean_RM) < additive.ROUNDING * np.nanmax(np.abs(scores_RAS))] = 0
 
     correlation = _correlation(fitted.covariance_MM)
     dunnetts = dunnett.critical_value(count, fitted.degrees, confidence, correlation)

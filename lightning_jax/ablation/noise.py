@@ -100,7 +100,7 @@ def bootstrap_documents(
     nats, sizes = np.asarray(nats_D, float), np.asarray(bytes_D, float)
     require(nats.shape == sizes.shape, "bytes_D", sizes.shape, f"of shape {nats.shape}, as nats_D")
     require(nats.ndim == 1 and len(nats) > 1, "nats_D", nats.shape, "of two documents or more")
-    require(bool((sizes > 0).all()), "bytes_D", sizes.min(), "above 0")
+    require(bool((sizes > 0).all()), "bytes_D", float(sizes.min()), "above 0")
 
     def bits_per_byte(nats: np.ndarray, sizes: np.ndarray, axis: int) -> np.ndarray:
         return nats.sum(axis=axis) / sizes.sum(axis=axis) / math.log(2)

@@ -73,7 +73,7 @@ def fit(losses: Mapping[float, Mapping[int, float]]) -> Fit:
     flops_B = np.array(sorted(losses), float)
     loss_BS = np.array([[losses[flops][seed] for seed in seeds] for flops in flops_B])
     for name, values in (("FLOPs", flops_B), ("losses", loss_BS)):
-        require(bool((values > 0).all()), name, values.min(), "above 0")
+        require(bool((values > 0).all()), name, float(values.min()), "above 0")
     floor = _floor(flops_B, loss_BS) if len(flops_B) >= _BUDGETS_FOR_FLOOR else 0.0
     (slopes, intercepts), _ = _lines(flops_B, loss_BS, floor)
     return Fit(
