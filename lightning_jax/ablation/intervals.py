@@ -42,15 +42,15 @@ class Intervals:
         """Two-sided p-values of no difference, adjusted for the family: Dunnett's or Holm's."""
         statistic_M = _ratio(np.abs(self.mean_RM[replicate]), self.error_RM[replicate])
         if self.pooled_R[replicate]:
-            return np.array([self.one_step_p(value, 0, replicate) for value in statistic_M])
+            return np.array([self._one_step_p(value, 0, replicate) for value in statistic_M])
         return _holm(2 * stats.t.sf(statistic_M, self.degrees_RM[replicate]))
 
     def equivalence_p(self, margin: float, arm: int, replicate: int = 0) -> float:
         """Adjusted p-value of a difference of `margin` or more, two one-sided tests in one."""
         room = margin - np.abs(self.mean_RM[replicate, arm])
-        return self.one_step_p(_ratio(room, self.error_RM[replicate, arm]).item(), arm, replicate)
+        return self._one_step_p(_ratio(room, self.error_RM[replicate, arm]).item(), arm, replicate)
 
-    def one_step_p(self, statistic: float, arm: int, replicate: int = 0) -> float:
+    def _one_step_p(self, statistic: float, arm: int, replicate: int = 0) -> float:
         """Adjusted p-value of a t statistic of one arm: that of its interval, read backwards."""
         if statistic <= 0:
             return 1.0
