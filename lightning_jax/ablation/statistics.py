@@ -113,11 +113,11 @@ def compare(
             p=p_M[index].item(),
             p_equivalent=found.equivalence_p(margin, index),
             verdict=verdict,
+            seeds_needed=_seeds_needed(found, index, len(common[arm]), margin, confidence)
+            if verdict == "undecided"
+            else None,
             deviation=found.deviation_RM[0, index].item(),
         )
-        if verdict == "undecided":
-            needed = _seeds_needed(found, index, differences[arm])
-            differences[arm] = dataclasses.replace(differences[arm], seeds_needed=needed)
     tested = found.homogeneity_p_R
     return Comparison(
         margin=margin,
@@ -146,17 +146,18 @@ def _verdict(low: float, high: float, margin: float, lower_is_better: bool) -> s
     return "better" if (low + high < 0) == lower_is_better else "worse"
 
 
-def _seeds_needed(found: Intervals, index: int, difference: Difference) -> int | None:
-    assert difference.mean is not None and difference.deviation is not None
+def _seeds_needed(
+    found: Intervals, index: int, seeds: int, margin: float, confidence: float
+) -> int | None:
     return seeds_needed(
-        difference.deviation,
-        difference.margin,
+        found.deviation_RM[0, index].item(),
+        margin,
         arms=found.mean_RM.shape[1],
-        true_difference=difference.mean,
+        true_difference=found.mean_RM[0, index].item(),
         pilot_degrees=found.degrees_RM[0, index].item(),
-        confidence=difference.confidence,
-        pooled=bool(found.pooled_R[0]),
-        least=len(difference.seeds) + 1,
+        confidence=confidence,
+        pooled=found.pooled_R[0].item(),
+        least=seeds + 1,
     )
 
 
@@ -215,7 +216,7 @@ def sentence(
             "interval."
         )
     sure = f"{100 * difference.confidence:g}%"
-    limit = f"{100 * difference.margin / relative_to:.2g}%"
+    limit = f"{100 * difference.margin / relative_to:.3g}%"
     differs = not low < 0 < high and mean != 0
     if differs:
         near, far = sorted((abs(low), abs(high)))

@@ -220,10 +220,12 @@ def test_sentence_without_a_common_seed_and_of_another_metric():
     assert sentence("L", "G", found, 1.0) == (
         "L against G is undecided: no seed has a result of both."
     )
-    scores = {"G": by_seed(50, 60, 40), "L": by_seed(60, 70, 50)}
-    found = compare(scores, "G", margin=1.0, lower_is_better=False).differences["L"]
-    assert sentence("L", "G", found, 50, metric="exact answers").startswith(
-        "L needs 20.00% more exact answers than G"
+    scores = {"G": by_seed(5, 6, 4), "L": by_seed(15, 16, 14)}
+    found = compare(scores, "G", margin=7.5).differences["L"]
+    assert sentence("L", "G", found, 5, metric="nats per token") == (
+        "L needs 200.00% more nats per token than G (95%: 200.00% to 200.00%): worse."
     )
+    same = compare({"G": scores["G"], "L": scores["G"]}, "G", margin=7.5).differences["L"]
+    assert "differ by less than 150% (95%" in sentence("L", "G", same, 5)
     with pytest.raises(UserError, match="relative_to = 0"):
         sentence("L", "G", found, 0)
