@@ -1,7 +1,7 @@
 """Scores as arm + seed + residual: least squares, and whether all arms have one deviation.
 
 Letters: R replicates (1, or more in simulations), A arms (the baseline first), M = A - 1 arms that
-are compared with it, S seeds, N runs that have a score, P parameters of the model.
+are compared with it, S seeds, N runs that have a score.
 """
 
 from __future__ import annotations
@@ -55,25 +55,28 @@ def fit(scores_RAS: np.ndarray) -> Additive:
     """
     present_AS = np.isfinite(scores_RAS[0])
     arms, seeds = present_AS.shape
-    arm_N, seed_N = np.nonzero(present_AS)
-    # The baseline has no column of its own: the others' parameters are differences to it.
-    columns = np.concatenate([np.arange(1, arms) == arm_N[:, None], np.eye(seeds)[seed_N]], axis=1)
-    # Normal equations: the columns are 0 and 1, and far from dependent.
-    solve_PN = np.linalg.solve(columns.T @ columns, columns.T)
-    scores_RN = scores_RAS[:, present_AS]
-    # The mean is of no consequence for differences, and rounds.
-    scores_RN = scores_RN - scores_RN.mean(axis=1, keepdims=True)
-    residuals_RN = scores_RN - (scores_RN @ solve_PN.T) @ columns.T
-    effects_RM = scores_RN @ solve_PN[: arms - 1].T
+    # The baseline has no column of its own: the others' parameters are differences to it. Centred
+    # within seeds, scores and columns need no parameters for the seeds.
+    is_arm_MAS = np.broadcast_to(np.eye(arms)[1:, :, None], (arms - 1, arms, seeds))
+    columns_MN = _within_seeds(np.where(present_AS, is_arm_MAS, np.nan), present_AS)
+    scores_RN = _within_seeds(scores_RAS, present_AS)
+    covariance_MM = np.linalg.inv(columns_MN @ columns_MN.T)
+    effects_RM = scores_RN @ columns_MN.T @ covariance_MM
+    residuals_RN = scores_RN - effects_RM @ columns_MN
     for exact in (residuals_RN, effects_RM):
         exact[np.abs(exact) < ROUNDING * np.nanmax(np.abs(scores_RAS))] = 0
-    degrees = len(arm_N) - columns.shape[1]
+    degrees = int(present_AS.sum()) - seeds - (arms - 1)
     return Additive(
         effects_RM=effects_RM,
-        covariance_MM=(solve_PN @ solve_PN.T)[: arms - 1, : arms - 1],
+        covariance_MM=covariance_MM,
         variance_R=(residuals_RN**2).sum(axis=1) / (degrees or np.nan),
         degrees=degrees,
     )
+
+
+def _within_seeds(values_RAS: np.ndarray, present_AS: np.ndarray) -> np.ndarray:
+    """Values [R, N] less the mean of their seed over the arms that have it."""
+    return (values_RAS - np.nanmean(values_RAS, axis=1, keepdims=True))[:, present_AS]
 
 
 def homogeneity_p(scores_RAS: np.ndarray) -> np.ndarray | None:

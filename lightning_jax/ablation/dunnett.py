@@ -13,16 +13,17 @@ import numpy as np
 from scipy import optimize, special, stats
 
 _NODES = 80
+_legendre = functools.cache(np.polynomial.legendre.leggauss)
 
 
 @functools.cache
 def scale_nodes(degrees: int, nodes: int = _NODES) -> tuple[np.ndarray, np.ndarray]:
     """Quadrature over s / sigma, the estimated deviation relative to the true deviation.
 
-    Returns values and weights (they sum to 1): Gauss-Legendre in the probability of
-    chi-squared(degrees), whose square root over sqrt(degrees) s / sigma is.
+    Returns values and weights (they sum to 1), by Gauss-Legendre in the probability of
+    degrees * (s / sigma)^2, which is chi-squared(degrees).
     """
-    points, weights = np.polynomial.legendre.leggauss(nodes)
+    points, weights = _legendre(nodes)
     # A power of the probability puts more nodes at small s, where large statistics come from.
     base = (points + 1) / 2
     scale = np.sqrt(stats.chi2.ppf(base**4, degrees) / degrees)

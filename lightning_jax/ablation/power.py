@@ -14,7 +14,7 @@ from lightning_jax.config.fields import require
 
 MOST_SEEDS = 200
 _PILOT_NODES = 32
-_NUMBERS = 400_000  # of a simulation
+_NUMBERS = 250_000  # of a simulation
 _LEAST_DRAWS, _MOST_DRAWS = 300, 2000
 
 
