@@ -5,6 +5,8 @@
     run.logits(text), run.routing(text), run.generate(prompt)
     engine = lightning_jax.Engine(run.model, run.params, run.router, max_length=512)
     lightning_jax.run(config, "runs/b")                         # trains, or resumes, a RunConfig
+    model = lightning_jax.inspect.open("runs/b")                # or a Hugging Face folder
+    model.attention(text), model.router_probs(text), model.kv_bytes(text)
 
 Each name is imported when it is first used.
 """
@@ -18,6 +20,7 @@ _HOMES = {
     "Engine": "infer.engine",
     "LightningLM": "model",
     "Run": "infer.run",
+    "inspect": "",
     "load": "interop.hf",
     "load_run": "infer.run",
     "run": "train.loop",
@@ -29,6 +32,8 @@ __all__ = [*_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not _HOMES[name]:  # a module
+        return import_module(f"{__name__}.{name}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 

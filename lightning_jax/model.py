@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
@@ -28,7 +29,7 @@ from lightning_jax.config.pattern import GLOBAL, LOCAL, LayerSpec
 from lightning_jax.layers import initial, units, vocabulary
 from lightning_jax.layers.attention import KindContext
 from lightning_jax.layers.block import Context, Unit
-from lightning_jax.layers.common import Declared, RMSNorm, fan_in, param
+from lightning_jax.layers.common import KEPT, Declared, RMSNorm, fan_in, keep, param
 from lightning_jax.ops import rope
 from lightning_jax.ops.balance import RoutingStats
 from lightning_jax.ops.kv_cache import Chunk, Full, Ring
@@ -86,7 +87,7 @@ class LightningLM(nn.Module):
     train: bool = False
 
     if TYPE_CHECKING:
-        # Flax's own annotation has the pair for `mutable=`, which nobody asks of this module.
+        # Flax's own annotation has the pair for `mutable=` too, which `infer.inspector` asks for.
         def apply(self, *args: Any, **kwargs: Any) -> Output: ...
 
     @nn.compact
@@ -160,15 +161,35 @@ class LightningLM(nn.Module):
         if self.is_initializing():
             self.param("units", lambda key: units.declare(config, key, x_BTD, context))
         params_U = self.get_variable("params", "units")
-        if cache is None:
+        asked = self.is_mutable_collection(KEPT)
+        if cache is None and not asked:
             x_BTD, stats = units.forward(
                 config, params_U, bias_URE, x_BTD, context, train=self.train
             )
             return x_BTD, {}, stats
-        axes_U = logical_axes(config)["units"]
-        return units.forward_with_caches(
-            config, params_U, axes_U, bias_URE, x_BTD, context, cache.units
+        axes_U, caches = logical_axes(config)["units"], cache.units if cache else {}
+        x_BTD, caches, stats, kept = units.forward_with_caches(
+            config, params_U, axes_U, bias_URE, x_BTD, context, caches, [KEPT] * asked
         )
+        keep(self, "units", kept.get(KEPT))
+        return x_BTD, caches, stats
+
+
+def kept_by_layer(config: ModelConfig, kept: Any) -> list[Any]:
+    """Returns what each layer handed out, first layer first.
+
+    Each entry has `["attention"]["probs_BNTS"]` and, of a layer with experts,
+    `["moe"]["probs_BTE"]`; see `ops.attention.attention_probabilities` and `ops.routing.Scores`.
+
+    Args:
+      kept: collection `KEPT` of a forward pass without a cache that was called with
+        `mutable=[KEPT]`.
+    """
+    prefix = [kept["prefix"][spec.key] for spec in config.prefix_layers]
+    units = (
+        jax.tree.map(operator.itemgetter(unit), kept["units"]) for unit in range(config.num_units)
+    )
+    return prefix + [unit[spec.key] for unit in units for spec in config.unit_layers]
 
 
 def kind_contexts(

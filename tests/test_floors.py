@@ -45,7 +45,8 @@ MAY_IMPORT = {
     "interop": BELOW_TRAINING | {"train", "infer"},
     "plots": BELOW_MODEL | {"infer", "pages"},
     "card": BELOW_TRAINING | {"train", "infer", "plots", "pages"},
-    "ablation": BELOW_TRAINING | {"train", "plots", "pages"},
+    "inspect": BELOW_TRAINING | {"train", "infer", "interop"},
+    "ablation": BELOW_TRAINING | {"train", "infer", "plots", "card", "pages"},
     "aot": BELOW_TRAINING | {"train", "infer"},
 }
 # The values that kernels take; the ops that choose a kernel stand above it.

@@ -12,7 +12,8 @@ from lightning_jax.config import RunConfig
 from lightning_jax.config.fields import changes, to_dict
 from lightning_jax.data.compression import Compared, compare
 from lightning_jax.data.sources import Sources
-from lightning_jax.infer.run import Run, TextRouting, load_run
+from lightning_jax.infer.readings import TextRouting
+from lightning_jax.infer.run import Run, load_run
 from lightning_jax.runtime.files import StrPath, read_json
 from lightning_jax.train.metrics import pace, read_rows
 from lightning_jax.train.plan import Plan, Segment

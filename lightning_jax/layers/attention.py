@@ -14,14 +14,17 @@ from lightning_jax import sharding
 from lightning_jax.config import AttentionConfig
 from lightning_jax.config.pattern import LayerSpec
 from lightning_jax.layers.common import (
+    KEPT,
     TOKENS,
     ZEROS,
     RMSNorm,
     fan_in,
+    keep,
     output_scale,
     param,
     summed_in_float32,
 )
+from lightning_jax.ops.attention import attention_probabilities
 from lightning_jax.ops.cached_attention import attend
 from lightning_jax.ops.collectives import total
 from lightning_jax.ops.kv_cache import KV, Chunk, Fresh, Full, Ring, Stored
@@ -194,6 +197,8 @@ class Attention(nn.Module):
         if self.config.sinks:
             shape = (self.config.num_heads,)
             sinks_N = param(self, "sinks_N", ZEROS, shape, ("heads",))
+        if self.is_mutable_collection(KEPT) and isinstance(view, Fresh):
+            self._keep_probabilities(query_BTNH, view, sinks_N)
 
         def run(query_BTNH, view, sinks_N):
             implementation = self.config.implementation or None
@@ -201,6 +206,18 @@ class Attention(nn.Module):
 
         names = _QUERIES, _names(view), ("heads",)
         return sharding.island(run, inputs=names, outputs=_QUERIES)(query_BTNH, view, sinks_N)
+
+    def _keep_probabilities(
+        self, query_BTNH: jax.Array, view: Fresh, sinks_N: jax.Array | None
+    ) -> None:
+        """Hands out `probs_BNTS`; the positions of a row must not be split over devices."""
+
+        def local(query_BTNH, view, sinks_N):
+            return attention_probabilities(query_BTNH, view.kv.key_BSKH, view.mask, sinks_N=sinks_N)
+
+        inputs = _QUERIES, _names(view), ("heads",)
+        run = sharding.island(local, inputs=inputs, outputs=("batch", "heads"))
+        keep(self, "probs_BNTS", run(query_BTNH, view, sinks_N))
 
 
 def _fresh_view(kv: KV, context: KindContext) -> Fresh:

@@ -50,6 +50,8 @@ def standard_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return flat.reshape(shape) / 0.87962566103423978
 
 
+# The collection of values that layers hand out where the caller of `apply` lists it as mutable.
+KEPT = "intermediates"
 # Logical names of the leading axes of an array [B, T, ...].
 TOKENS = ("batch", "sequence")
 ZEROS, ONES = Init(0.0), Init(0.0, mean=1.0)
@@ -73,6 +75,11 @@ class Stacked:
 
     array_U: jax.Array
     unit: jax.Array
+
+
+def keep(module: nn.Module, name: str, value: Any) -> None:
+    """Hands a value out of a forward pass, under the module's path, if the caller asked for it."""
+    module.sow(KEPT, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
 
 def fan_in(size: int, scale: float = 1.0) -> Init:

@@ -18,6 +18,7 @@ from lightning_jax.layers.common import (
     GatedMLP,
     Stacked,
     fan_in,
+    keep,
     output_scale,
     param,
     summed_in_float32,
@@ -54,6 +55,7 @@ class MoE(nn.Module):
     ) -> tuple[jax.Array, balance.RoutingStats]:
         config = self.config
         routing = self._route(x_BTD, token_mask_BT, bias_E, top_p)
+        keep(self, "probs_BTE", routing.scores.probs_ME)
         stats = balance.routing_stats(
             routing,
             token_mask_BT,

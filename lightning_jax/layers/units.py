@@ -1,7 +1,8 @@
 """The units of a model: declared once, stacked on a leading axis U, and scanned over.
 
 With caches, the scan carries them and each owner writes its unit's part in place; weights of
-experts stay inside the stack until a block of tokens needs one of them.
+experts stay inside the stack until a block of tokens needs one of them. The same scan, with empty
+caches, hands out what layers keep for an inspection.
 
 Without caches, on an accelerator, equal layers that follow one another inside a unit (`LLL`) are
 scanned too: the program holds one of them.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -169,24 +170,31 @@ def forward_with_caches(
     x_BTD: jax.Array,
     context: Context,
     caches: dict[str, Any],
-) -> tuple[jax.Array, dict[str, Any], RoutingStats | None]:
-    """Applies all units, each with its part of the caches; returns (x_BTD, caches, statistics).
+    keep: Sequence[str] = (),
+) -> tuple[jax.Array, dict[str, Any], RoutingStats | None, Any]:
+    """Applies all units, each with its part of the caches.
 
-    `axes_U` are the logical names of the parameters' axes.
+    Args:
+      axes_U: logical names of the parameters' axes.
+      caches: of the owners; empty for a forward pass without any.
+      keep: collections of values to hand out, of flax.
+
+    Returns:
+      (x_BTD, caches, routing statistics, the collections); the last two stacked on U.
     """
     module = Unit(config, config.unit_layers, train=False)
 
     def body(carry: tuple[jax.Array, dict[str, Any]], unit: jax.Array) -> tuple[Any, Any]:
         x_BTD, caches = carry
         params = _unit_params(params_U, axes_U, unit)
-        x_BTD, (caches, stats) = module.apply(
-            {"params": params}, x_BTD, bias_URE[unit], caches, context, unit
+        (x_BTD, (caches, stats)), kept = module.apply(
+            {"params": params}, x_BTD, bias_URE[unit], caches, context, unit, mutable=list(keep)
         )
-        return (x_BTD, caches), stats
+        return (x_BTD, caches), (stats, kept)
 
     units = jnp.arange(config.num_units, dtype=jnp.int32)
-    (x_BTD, caches), stats = lax.scan(body, (x_BTD, caches), units)
-    return x_BTD, caches, stats
+    (x_BTD, caches), (stats, kept) = lax.scan(body, (x_BTD, caches), units)
+    return x_BTD, caches, stats, kept
 
 
 def _unit_params(params_U: Any, axes_U: Any, unit: jax.Array) -> Any:

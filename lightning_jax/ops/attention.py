@@ -124,6 +124,36 @@ def dot_product_attention(
     return attend(query_BTNH, key_BSKH, value_BSKH, window=mask.window, scale=scale, **arguments)
 
 
+def attention_probabilities(
+    query_BTNH: jax.Array,
+    key_BSKH: jax.Array,
+    mask: Mask,
+    *,
+    sinks_N: jax.Array | None = None,
+    scale: float | None = None,
+    logit_softcap: float | None = None,
+) -> jax.Array:
+    """The weights with which `dot_product_attention` sums the values: its reference computes these.
+
+    Args:
+        query_BTNH, key_BSKH, mask, sinks_N, scale, logit_softcap: see `dot_product_attention`.
+
+    Returns:
+        float32 probs_BNTS. A row sums to 1, to less with a sink, which takes the rest, and to 0
+        where a query sees nothing.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    _check_shapes(query_BTNH, key_BSKH, key_BSKH, mask, sinks_N)
+    (B, T, N, H), S = query_BTNH.shape, key_BSKH.shape[1]
+    scale = H**-0.5 if scale is None else scale
+    probs_BKGTS = _probabilities(
+        query_BTNH, key_BSKH, mask.as_array(T, S), sinks_N, scale, logit_softcap
+    )
+    return probs_BKGTS.reshape(B, N, T, S)
+
+
 def check_device(implementation: str, platform: str, head_size: int) -> None:
     """Raises UserError if a named implementation does not run on a platform, or on that size."""
     field = "model.attention.implementation"
@@ -138,6 +168,12 @@ def check_device(implementation: str, platform: str, head_size: int) -> None:
 
 def _reference(query_BTNH, key_BSKH, value_BSKH, mask_BTS, sinks_N, scale, logit_softcap):
     """All scores at once; the definition that every other implementation is tested against."""
+    probs_BKGTS = _probabilities(query_BTNH, key_BSKH, mask_BTS, sinks_N, scale, logit_softcap)
+    out_BTKGH = _dot("BKGTS,BSKH->BTKGH", probs_BKGTS.astype(value_BSKH.dtype), value_BSKH)
+    return out_BTKGH.reshape(query_BTNH.shape).astype(query_BTNH.dtype)
+
+
+def _probabilities(query_BTNH, key_BSKH, mask_BTS, sinks_N, scale, logit_softcap):
     B, T, N, H = query_BTNH.shape
     K = key_BSKH.shape[2]
     query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H)
@@ -156,9 +192,7 @@ def _reference(query_BTNH, key_BSKH, value_BSKH, mask_BTS, sinks_N, scale, logit
     if sinks_N is not None:
         total_BKGT1 += jnp.exp(sinks - top_BKGT1)
     # Only a query that sees nothing has a total of 0, and 0 / 1 is its right result.
-    weights_BKGTS /= jnp.where(total_BKGT1 == 0, 1.0, total_BKGT1)
-    out_BTKGH = _dot("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(value_BSKH.dtype), value_BSKH)
-    return out_BTKGH.reshape(B, T, N, H).astype(query_BTNH.dtype)
+    return weights_BKGTS / jnp.where(total_BKGT1 == 0, 1.0, total_BKGT1)
 
 
 def _dot(spec, left, right):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from lightning_jax.infer.run import TextRouting
+from lightning_jax.infer.readings import TextRouting
 from lightning_jax.plots.common import BLACK, BLUE, ORANGE
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from lightning_jax.infer.run import TextScore
+from lightning_jax.infer.readings import TextScore
 from lightning_jax.plots.common import BLACK, BLUE, COLORS, GREEN, ORANGE
 
 _CURVE_POINTS = 200

@@ -6,7 +6,7 @@ import numpy as np
 
 from lightning_jax.card.facts import Facts
 from lightning_jax.data.compression import Compared
-from lightning_jax.infer.run import TextRouting
+from lightning_jax.infer.readings import TextRouting
 from lightning_jax.train.plan import Plan
 from lightning_jax.train.record import Record
 from tests.tiny import tiny_run

@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 from lightning_jax import plots
-from lightning_jax.infer.run import TextRouting
+from lightning_jax.infer.readings import TextRouting
 from lightning_jax.plots.routing import piece_kinds
 
 # Three tokens, two layers of four experts, at most two a token; 4 is an empty slot.

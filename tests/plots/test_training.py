@@ -3,7 +3,7 @@
 import numpy as np
 
 from lightning_jax import plots
-from lightning_jax.infer.run import TextScore
+from lightning_jax.infer.readings import TextScore
 
 
 def test_loss_shades_stages_and_marks_evaluations():
