@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import html
 import keyword
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from lightning_jax.infer.readings import TextRouting
-from lightning_jax.plots.common import BLACK, BLUE, ORANGE
+from lightning_jax.plots.common import BLACK, BLUE, COLORS, ORANGE, name_pieces
 
 
 def experts(routing: TextRouting) -> Figure:
@@ -24,8 +24,7 @@ def experts(routing: TextRouting) -> Figure:
     bottom.bar(range(T), count_RT.mean(0), color=ORANGE)
     bottom.set(ylabel="mean", xlabel="" if T <= 80 else "token")
     if T <= 80:
-        labels = [repr(piece)[1:-1] for piece in routing.pieces]
-        bottom.set_xticks(range(T), labels, rotation=90, family="monospace", fontsize=8)
+        name_pieces(bottom.xaxis, routing.pieces)
     return figure
 
 
@@ -85,6 +84,62 @@ def expert_counts(routings: Sequence[TextRouting]) -> Figure:
     axes.set(xlabel="experts of a token")
     figure.colorbar(image, ax=axes, label="share of the tokens")
     axes.legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def experts_by_domain(routings: Mapping[str, Sequence[TextRouting]]) -> Figure:
+    """Draws the mean experts of a token in each layer, and over all layers, by domain.
+
+    Args:
+      routings: of some texts of each domain, by its name; all by the same model.
+    """
+    layers = next(iter(routings.values()))[0].layers
+    whole = [TextRouting.joined(of_one) for of_one in routings.values()]
+    mean_RS = np.stack([routing.count_RT.mean(1) for routing in whole], axis=1)
+    mean_RS = np.concatenate([mean_RS, mean_RS.mean(0, keepdims=True)])
+    rows, columns = mean_RS.shape
+    figure = Figure(figsize=(2.2 + 1.1 * columns, 1.4 + 0.32 * rows), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(mean_RS, aspect="auto", cmap="YlOrRd", vmin=0, interpolation="nearest")
+    for (row, column), mean in np.ndenumerate(mean_RS):
+        is_dark = mean > 0.7 * mean_RS.max()
+        color = "white" if is_dark else BLACK
+        axes.text(column, row, f"{mean:.2f}", ha="center", va="center", fontsize=8, color=color)
+    axes.axhline(rows - 1.5, color=BLACK, lw=1)
+    axes.set_yticks(range(rows), [*(f"layer {index}" for index in layers), "all layers"])
+    axes.set_xticks(range(columns), list(routings))
+    figure.colorbar(image, ax=axes, label="experts of a token")
+    return figure
+
+
+def experts_by_position(routings: Mapping[str, Sequence[TextRouting]]) -> Figure:
+    """Draws the mean experts of tokens, over layers, by their position in the text, by domain.
+
+    Positions are taken together from 1, 2-3, 4-7, 8-15, ... on; the bands are a standard error on
+    both sides.
+
+    Args:
+      routings: of some texts of each domain, by its name.
+    """
+    figure = Figure(figsize=(6.5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for (domain, of_one), color in zip(routings.items(), COLORS * len(routings), strict=False):
+        mean_T = np.concatenate([routing.count_RT.mean(0) for routing in of_one])
+        position_T = np.concatenate([np.arange(len(routing.pieces)) for routing in of_one])
+        bin_T = np.log2(position_T + 1).astype(int)
+        bins = np.unique(bin_T)
+        means, errors = (
+            np.array([value(mean_T[bin_T == index]) for index in bins])
+            for value in (np.mean, lambda x: np.std(x) / len(x) ** 0.5)
+        )
+        axes.plot(2.0**bins, means, "o-", color=color, ms=4, label=domain)
+        axes.fill_between(2.0**bins, means - errors, means + errors, color=color, alpha=0.15)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set(xlabel="position in the text, from 1", ylabel="experts per token")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     return figure
 
 

@@ -50,3 +50,24 @@ def test_a_word_may_be_of_several_tokens():
         *("punctuation", "number", "punctuation", "line end", "white space", "other"),
         *("keyword", "rest of a name"),
     ]
+
+
+def test_domains_have_their_means_by_layer_and_over_all():
+    second = TextRouting(("x",), (0, 2), np.array([[[0, 1]], [[0, 4]]]), 4)
+    axes = plots.experts_by_domain({"code": [ROUTING, second], "prose": [second]}).axes[0]
+    expected = np.array([[6 / 4, 2], [6 / 4, 1], [6 / 4, 1.5]])
+    np.testing.assert_allclose(axes.images[0].get_array(), expected)
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["layer 0", "layer 2", "all layers"]
+
+
+def test_positions_are_taken_together_by_powers_of_two():
+    axes = plots.experts_by_position({"code": [ROUTING, ROUTING]}).axes[0]
+    # Means over layers: 1.5, 2, 1; positions 2 and 3 are one point.
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [(1, 1.5), (2, 1.5)])
+
+
+def test_texts_may_be_joined():
+    both = TextRouting.joined([ROUTING, ROUTING])
+    assert both.pieces == ROUTING.pieces * 2
+    np.testing.assert_array_equal(both.load_RE, 2 * ROUTING.load_RE)
