@@ -198,6 +198,16 @@ BAD = {
         ("--workdir=docs", "must be a folder that experiments.sweep made"),
         ("--workdir={home}/sweep_folder", "sweep field question is missing"),
     ],
+    "compare": [
+        ("", "arguments '': must be FOLDER FOLDER"),
+        ("docs", "arguments 'docs': must be FOLDER FOLDER"),
+        ("docs {home}/none", "'docs': must be the folder of a run"),
+        ("docs docs", "'docs': is given twice"),
+        ("{home}/run docs", "run/config.json"),
+        ("{home}/run docs --page=x.htm", "page = 'x.htm': must be a name that ends in .html"),
+        ("{home}/run docs --page=/nowhere/x.html", "there is no folder '/nowhere'"),
+        ("{home}/run docs --out=docs", "out = 'docs': is a folder"),
+    ],
     "benchmark": [
         ("", "--suite is missing"),
         ("--suite=atention", 'did you mean "attention"'),

@@ -17,7 +17,7 @@ from lightning_jax.plots.routing import (
     experts_by_position,
     experts_in_text,
 )
-from lightning_jax.plots.training import controller, loss, trade_off
+from lightning_jax.plots.training import controller, loss, losses, smooth_loss, trade_off
 
 __all__ = [
     "attention_heads",
@@ -33,10 +33,12 @@ __all__ = [
     "experts_in_text",
     "layers",
     "loss",
+    "losses",
     "masks",
     "png",
     "slopes",
     "slots",
+    "smooth_loss",
     "table",
     "trade_off",
 ]

@@ -27,10 +27,9 @@ def loss(
     trained = [row for row in rows if row.get("loss") is not None]
     figure = Figure(figsize=(8.5, 3.4), layout="constrained")
     axes = figure.subplots()
-    tokens = np.array([row["tokens"] for row in trained], float)
-    values = np.array([row["loss"] for row in trained], float)
-    axes.plot(tokens, values, color=BLUE, alpha=0.25, lw=1)
-    axes.plot(tokens, _smooth(values), color=BLUE, lw=1.8, label="training")
+    tokens, smooth = smooth_loss(rows)
+    axes.plot(tokens, [row["loss"] for row in trained], color=BLUE, alpha=0.25, lw=1)
+    axes.plot(tokens, smooth, color=BLUE, lw=1.8, label="training")
     for number, (name, begin, end) in enumerate(_stages(trained)):
         axes.axvspan(begin, end, color="#000000" if number % 2 else "#FFFFFF", alpha=0.05, lw=0)
         axes.text((begin + end) / 2, 1.02, name, transform=axes.get_xaxis_transform(), ha="center")
@@ -45,6 +44,46 @@ def loss(
     axes.margins(x=0)
     axes.legend(frameon=False)
     return figure
+
+
+def losses(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Draws the smoothed training loss of runs over tokens.
+
+    The vertical axis leaves out what all runs lose in the first tenth of their tokens.
+
+    Args:
+      runs: by the name that the legend shows, rows of `metrics.jsonl`.
+    """
+    figure = Figure(figsize=(8.5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    shown = []
+    for (name, rows), color in zip(runs.items(), COLORS * len(runs), strict=False):
+        tokens, smooth = smooth_loss(rows)
+        axes.plot(tokens, smooth, color=color, lw=1.5, label=name)
+        shown += smooth[len(smooth) // 10 :].tolist()
+    if shown:
+        room = 0.05 * (max(shown) - min(shown)) + 1e-6
+        axes.set_ylim(min(shown) - room, max(shown) + room)
+    axes.set(xlabel="tokens", ylabel="training loss, nats per token")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.margins(x=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+def smooth_loss(rows: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens and training loss, nats per token, of a run's logged steps.
+
+    The loss is averaged over windows that reach as far back as forward, shorter at both ends. Steps
+    whose loss was not finite are left out.
+
+    Args:
+      rows: of `metrics.jsonl`.
+    """
+    trained = [row for row in rows if row.get("loss") is not None]
+    tokens, values = (np.array([row[key] for row in trained], float) for key in ("tokens", "loss"))
+    return tokens, _smooth(values)
 
 
 def _held_out(

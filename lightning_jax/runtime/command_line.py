@@ -183,8 +183,8 @@ def one_line(error: BaseException | str) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def arguments(commands: Sequence[str]) -> list[str]:
-    """Parses sys.argv; returns the arguments of `main`: one of `commands`, if there are any.
+def arguments(commands: Sequence[str], operands: Sequence[str] = ()) -> list[str]:
+    """Parses sys.argv; returns the arguments of `main`: one of `commands`, or all `operands`.
 
     Raises:
       UserError: whatever a flag or the config file is refused for, or raises.
@@ -198,6 +198,10 @@ def arguments(commands: Sequence[str]) -> list[str]:
     except BaseException as error:  # a config file may even call sys.exit(0)
         raise UserError(_flag_message(error, path)) from error
     _check_values(path)
+    if operands:
+        if len(rest) != len(operands) or not all(rest):
+            raise UserError(f"arguments {' '.join(rest)!r}: must be {' '.join(operands)}")
+        return rest
     if not commands:
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")

@@ -75,13 +75,19 @@ _DISK_ERRORS = (
 
 
 def run(
-    main: Callable[..., None], *, commands: Sequence[str] = (), huge_pages: bool = True
+    main: Callable[..., None],
+    *,
+    commands: Sequence[str] = (),
+    operands: Sequence[str] = (),
+    huge_pages: bool = True,
 ) -> None:
     """Parses the flags, calls `main()` and exits with the status of the module docstring.
 
     Args:
       main: the program. Called as `main(command)` if `commands` are given.
       commands: names; besides its flags the command line must hold exactly one of them.
+      operands: what else the command line must hold besides its flags, such as "FOLDER"; `main` is
+        called with them.
       huge_pages: start the program again with huge pages where that helps (see `huge_pages`).
     """
     asks_for_help = any(argument in _HELP for argument in sys.argv[1:])
@@ -94,7 +100,7 @@ def run(
         if asks_for_help:
             emit_text(_help(commands))
         else:
-            main(*command_line.arguments(commands))
+            main(*command_line.arguments(commands, operands))
     except KeyboardInterrupt:
         interrupts.say_interrupted()
         sys.exit(130)

@@ -40,3 +40,14 @@ def test_the_trade_off_marks_the_top_p_of_the_run():
     np.testing.assert_allclose(curve.get_xydata(), [(1.5, 2.0), (3.0, 1.5)])
     np.testing.assert_allclose(marked.get_xydata(), [(3.0, 1.5)])
     assert [text.get_text() for text in axes.texts] == ["0.2", "0.5"]
+
+
+def test_the_losses_of_runs_are_smoothed_alike():
+    rows = [{"step": n, "tokens": 10 * n, "loss": 4 - n / 4} for n in range(1, 7)]
+    rows += [{"step": 3, "eval": {}}, {"step": 7, "tokens": 70, "loss": None}]
+    tokens, loss = plots.smooth_loss(rows)
+    np.testing.assert_array_equal(tokens, [10, 20, 30, 40, 50, 60])
+    np.testing.assert_allclose(loss, [4 - n / 4 for n in range(1, 7)])
+    lines = plots.losses({"a": rows, "b": rows[:3], "none": []}).axes[0].lines
+    assert [line.get_label() for line in lines] == ["a", "b", "none"]
+    np.testing.assert_allclose(lines[1].get_ydata(), loss[:3])
