@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -137,9 +138,18 @@ def _curve(curves: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
     return {"tokens": points.astype(int).tolist(), "losses": losses}
 
 
+def _labels(compared: Mapping[str, Any]) -> list[str]:
+    """The folders, without the folders that both are in."""
+    paths = [Path(run["workdir"]).absolute() for run in compared["runs"]]
+    shared = Path(os.path.commonpath(paths))
+    if shared in paths:
+        return [str(path) for path in paths]
+    return [str(path.relative_to(shared)) for path in paths]
+
+
 def tables_of(compared: Mapping[str, Any]) -> dict[str, list[list[str]]]:
     """Returns the tables of a comparison by their titles, header first, but those without rows."""
-    names = [run["workdir"] for run in compared["runs"]]
+    names = _labels(compared)
     difference = "second - first"
     config = [[row["field"], *map(_json, row["values"])] for row in compared["config"]]
     scores = [
@@ -178,8 +188,9 @@ def print_comparison(compared: Mapping[str, Any]) -> None:
 def write_page(compared: Mapping[str, Any], path: StrPath) -> None:
     """Writes the comparison as one HTML file, and its figure beside it as PNG. UserError: disk."""
     page = Path(path)
-    names = [run["workdir"] for run in compared["runs"]]
-    rows = {name: read_rows(Path(name) / "metrics.jsonl") for name in names}
+    folders = [run["workdir"] for run in compared["runs"]]
+    logs = [read_rows(Path(folder) / "metrics.jsonl") for folder in folders]
+    rows = dict(zip(_labels(compared), logs, strict=True))
     picture = plots.png(plots.losses(rows))
     tables_shown = "".join(
         f"<h2>{html.escape(title)}</h2>\n{pages.table(table)}\n"
@@ -195,7 +206,7 @@ def write_page(compared: Mapping[str, Any], path: StrPath) -> None:
 {pages.picture(picture, "Training loss of both runs over tokens")}
 <h2>Where they come from</h2>
 {pages.listing(origin)}"""
-    write_file(page, pages.document(f"{names[0]} and {names[1]}", body))
+    write_file(page, pages.document(" and ".join(folders), body))
     write_file(page.with_suffix(".png"), picture)
 
 
