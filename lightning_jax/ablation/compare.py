@@ -25,6 +25,8 @@ from lightning_jax.train.metrics import pace, read_rows
 from lightning_jax.train.record import Record
 
 _CURVE_POINTS = 8
+# Names of folders and values of the config may be long.
+_STYLE = "th, td { overflow-wrap: anywhere; } td:first-child { overflow-wrap: normal; }"
 _CONTEXT = f"{results.COST_CONTEXT // 1024}K"
 # What runs cost: key and words.
 _COSTS = {
@@ -190,7 +192,8 @@ def write_page(compared: Mapping[str, Any], path: StrPath) -> None:
     page = Path(path)
     folders = [run["workdir"] for run in compared["runs"]]
     logs = [read_rows(Path(folder) / "metrics.jsonl") for folder in folders]
-    rows = dict(zip(_labels(compared), logs, strict=True))
+    names = _labels(compared)
+    rows = dict(zip(names, logs, strict=True))
     picture = plots.png(plots.losses(rows))
     tables_shown = "".join(
         f"<h2>{html.escape(title)}</h2>\n{pages.table(table)}\n"
@@ -206,7 +209,7 @@ def write_page(compared: Mapping[str, Any], path: StrPath) -> None:
 {pages.picture(picture, "Training loss of both runs over tokens")}
 <h2>Where they come from</h2>
 {pages.listing(origin)}"""
-    write_file(page, pages.document(" and ".join(folders), body))
+    write_file(page, pages.document(" and ".join(names), body, _STYLE))
     write_file(page.with_suffix(".png"), picture)
 
 
