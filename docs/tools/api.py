@@ -11,7 +11,10 @@ import lightning_jax
 
 # Modules whose public functions and classes users of the package call, and what they are for.
 MODULES = {
-    "lightning_jax.plots": "Figures of a model and of a run.",
+    "lightning_jax.inspect": "Look inside a model while it reads a text.",
+    "lightning_jax.infer.inspector": "What `lightning_jax.inspect.open` and `load_run` return.",
+    "lightning_jax.infer.readings": "What an `Inspector` says of a text.",
+    "lightning_jax.plots": "Figures of a model, of a run, and of what it does with a text.",
     "lightning_jax.accounting": "Parameters, FLOPs and cache bytes, from a config alone.",
     "lightning_jax.infer.sampling": "How a token is drawn.",
     "lightning_jax.data.tokenizer": "Text and tokens.",
@@ -34,8 +37,9 @@ These are imported when they are first used.
 def page() -> str:
     """The text of docs/api.md."""
     front = [
-        _entry(f"lightning_jax.{name}", getattr(lightning_jax, name))
+        _entry(f"lightning_jax.{name}", value)
         for name in sorted(lightning_jax.__all__)
+        if not inspect.ismodule(value := getattr(lightning_jax, name))
     ]
     parts = [_TOP, *front]
     for name, about in MODULES.items():

@@ -51,8 +51,9 @@ def router_pictures(workdir: StrPath) -> tuple[dict[str, Figure], str]:
 
 
 def _beginning(run: Run, text: str) -> str:
-    """About as many tokens of a text as a row that the run was trained on."""
+    """As much of a text as a row holds that the run was trained on."""
     limit = run.loaded.meta.seq_len
     text = text[: limit * _MOST_CHARACTERS]
-    tokens = len(run.encode(text))
-    return text[: max(1, len(text) * limit // tokens)] if tokens > limit else text
+    while len(text) > 1 and (tokens := len(run.encode(text))) > limit:
+        text = text[: max(1, len(text) * limit // tokens)]
+    return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from lightning_jax.config.fields import require
@@ -9,6 +10,11 @@ from lightning_jax.infer.readings import TextAttention
 from lightning_jax.plots.common import name_pieces
 
 _MOST_LABELS = 48
+
+
+def _shades() -> PowerNorm:
+    """Colours follow the square root of a weight: weak ones can be seen beside a 1."""
+    return PowerNorm(0.5, vmin=0, vmax=1)
 
 
 def attention_map(attention: TextAttention, layer: int, head: int | None = None) -> Figure:
@@ -30,7 +36,7 @@ def attention_map(attention: TextAttention, layer: int, head: int | None = None)
     size = min(9, 2.5 + 0.18 * T)
     figure = Figure(figsize=(size + 0.8, size), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(map_TS, cmap="Blues", vmin=0, interpolation="nearest")
+    image = axes.imshow(map_TS, cmap="Blues", norm=_shades(), interpolation="nearest")
     axes.set_title(f"layer {layer}, {'mean over heads' if head is None else f'head {head}'}")
     if T <= _MOST_LABELS:
         name_pieces(axes.xaxis, attention.pieces)
@@ -41,17 +47,14 @@ def attention_map(attention: TextAttention, layer: int, head: int | None = None)
 
 
 def attention_heads(attention: TextAttention) -> Figure:
-    """Draws the maps of all heads small: a row for each layer, a column for each head.
-
-    The colours are those of the square root, so that weak weights can be seen.
-    """
+    """Draws the maps of all heads small: a row for each layer, a column for each head."""
     L, N = attention.probs_LNTS.shape[:2]
     figure = Figure(figsize=(0.8 + 1.3 * N, 0.5 + 1.35 * L), layout="constrained")
     panels = figure.subplots(L, N, squeeze=False)
     for row, layer in enumerate(attention.layers):
         for head, axes in enumerate(panels[row]):
-            map_TS = attention.probs_LNTS[row, head] ** 0.5
-            axes.imshow(map_TS, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+            map_TS = attention.probs_LNTS[row, head]
+            axes.imshow(map_TS, cmap="Blues", norm=_shades(), interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             if row == 0:
                 axes.set_title(f"head {head}", fontsize=9)
