@@ -118,15 +118,17 @@ def _scores(pair: list[dict[str, dict[str, float]]], notes: list[str]) -> dict[s
     found = {}
     for name in dict.fromkeys([*pair[0], *pair[1]]):
         rows = [scores.get(name) for scores in pair]
-        values = [row and row[results.METRIC] for row in rows]
+        old, new = (row[results.METRIC] if row else None for row in rows)
         sizes = {row["bytes"] for row in rows if row}
         if len(sizes) > 1:
             least, most = f"{min(sizes):,}", f"{max(sizes):,}"
             notes.append(
                 f"Held-out bytes of {name} differ ({least} and {most}): scores are not compared."
             )
-        known = None not in values and len(sizes) == 1
-        found[name] = {"values": values, "difference": values[1] - values[0] if known else None}
+        difference = None
+        if old is not None and new is not None and len(sizes) == 1:
+            difference = new - old
+        found[name] = {"values": [old, new], "difference": difference}
     return found
 
 

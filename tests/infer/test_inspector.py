@@ -11,6 +11,7 @@ import pytest
 from lightning_jax import model as lm
 from lightning_jax.config.errors import UserError
 from tests.infer.random_run import random_run
+from tests.tiny import mesh_of
 
 TEXT = "def \u6f22 return"
 
@@ -167,3 +168,19 @@ def test_the_router_prefers_the_experts_that_it_takes(run):
 def test_a_model_without_experts_has_no_router(sharing):
     with pytest.raises(UserError, match="num_experts = 0: must be above 0"):
         sharing.router_probs(TEXT)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_afresh")
+def test_maps_and_probabilities_are_the_same_over_devices(sharing, run):
+    maps, probs = sharing.attention(TEXT, layers=[1, 4]), run.router_probs(TEXT)
+    with jax.set_mesh(mesh_of(data=2, tensor=2)):
+        split = sharing.attention(TEXT, layers=[1, 4])
+        np.testing.assert_allclose(split.probs_LNTS, maps.probs_LNTS, atol=1e-5)
+    with jax.set_mesh(mesh_of(expert=2)):
+        np.testing.assert_allclose(run.router_probs(TEXT), probs, atol=1e-5)
+    with (
+        jax.set_mesh(mesh_of(sequence=2)),
+        pytest.raises(UserError, match=r"mesh\.sequence = 2: must be 1"),
+    ):
+        sharing.attention(TEXT)
