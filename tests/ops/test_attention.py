@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 
 from lightning_jax.ops import attention
-from lightning_jax.ops.attention import IMPLEMENTATIONS, dot_product_attention
+from lightning_jax.ops.attention import (
+    IMPLEMENTATIONS,
+    attention_probabilities,
+    dot_product_attention,
+)
 from lightning_jax.ops.kernels import peers
 from lightning_jax.ops.kernels.gpu import attention as gpu_attention
 from lightning_jax.ops.kernels.tpu import attention as tpu_attention
@@ -68,6 +72,20 @@ def test_reference_matches_the_dense_softmax(name, with_sinks, softcap, dtype, t
     assert out.dtype == dtype
     expected, _ = _exact(*arrays, MASKS[name], sinks=sinks, softcap=softcap)
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, tolerance, tolerance)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_probabilities_are_those_of_the_dense_softmax(name, with_sinks):
+    T, S = _lengths(name)
+    query, key, _ = _inputs(T=T, S=S)
+    sinks = jnp.array([0.5, -1.0, 3.0, 0.0]) if with_sinks else None
+    probs_BNTS = attention_probabilities(query, key, MASKS[name], sinks_N=sinks)
+    # With unit vectors as values, the output of a query has the weights of the keys.
+    value = jnp.broadcast_to(jnp.eye(S, key.shape[-1])[None, :, None], key.shape)
+    expected_BTNH, _ = _exact(query, key, value, MASKS[name], sinks=sinks)
+    found_BTNS = np.asarray(probs_BNTS).transpose(0, 2, 1, 3)
+    np.testing.assert_allclose(found_BTNS, expected_BTNH[..., :S], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MASKS)
