@@ -146,6 +146,8 @@ def _with_quick_compiler(setting: str) -> str:
 
 
 def _flag(flag: str, program: str, call: Call, home: Path, emulated: bool) -> str:
+    if not flag.startswith("--"):  # a run, of two that are compared
+        return f"{home}/{'run' if flag == call.flags[0] else 'dense'}"
     name, _, value = flag.removeprefix("--").partition("=")
     if name in _LEFT_OUT or (name.startswith("config.mesh.") and not emulated):
         return ""
@@ -161,6 +163,7 @@ def _flag(flag: str, program: str, call: Call, home: Path, emulated: bool) -> st
         "path": lambda: f"{home}/hf" if "--from=hf" in call.flags else "{made}",
         "source": lambda: f"{home}/dense",
         "out": lambda: "{made}" + Path(value).suffix,
+        "page": lambda: "{made}" + Path(value).suffix,
         "data": lambda: f"{home}/texts/*.txt",
         "input": lambda: f"{home}/texts/*.txt",
         "only": lambda: "G",
