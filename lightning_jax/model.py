@@ -182,8 +182,8 @@ def kept_by_layer(config: ModelConfig, kept: Any) -> list[Any]:
     `["moe"]["probs_BTE"]`; see `ops.attention.attention_probabilities` and `ops.routing.Scores`.
 
     Args:
-      kept: collection `KEPT` of a forward pass without a cache that was called with
-        `mutable=[KEPT]`.
+      kept: collection `KEPT` of a forward pass, without a cache and not for training, that was
+        called with `mutable=[KEPT]`.
     """
     prefix = [kept["prefix"][spec.key] for spec in config.prefix_layers]
     units = (

@@ -106,7 +106,8 @@ class Inspector(abc.ABC):
         less where the model has sinks.
 
         Args:
-          layers: indices of layers, from 0; None: all. The maps of L layers take L N T^2 floats.
+          layers: indices of layers, from 0; None: all. Each takes N T^2 floats, and while they are
+            computed as many again for each unit.
 
         Raises:
           UserError: no such layer, or maps that would take more than 4 GiB.
@@ -117,11 +118,15 @@ class Inspector(abc.ABC):
         require(valid, "layers", layers, f"numbers from 0 to {last}")
         shards = sharding.ambient_shards("sequence")
         require(shards == 1, "mesh.sequence", shards, "1 to have maps of whole rows")
-        size = 4 * len(wanted) * self.model.attention.num_heads * length_bucket(len(ids)) ** 2
+        # The scan over units stacks the maps of a layer in all of them.
+        prefix = len(self.model.prefix_layers)
+        in_units = {self.model.layers[i].key for i in wanted if i >= prefix}
+        maps = len(wanted) + self.model.num_units * len(in_units)
+        size = 4 * maps * self.model.attention.num_heads * length_bucket(len(ids)) ** 2
         if size > _LARGEST_MAPS:
             raise UserError(
-                f"text of {len(ids):,} tokens: must be shorter, or seen by fewer layers: the maps "
-                f"of {len(wanted)} would take {binary(size)}"
+                f"text of {len(ids):,} tokens: must be shorter, or seen by fewer layers: their "
+                f"maps would take {binary(size)}"
             )
         probs_LNTS = np.asarray(self._kept(ids, "attention", wanted))
         return TextAttention(self._pieces(ids), wanted, probs_LNTS[..., : len(ids), : len(ids)])

@@ -145,6 +145,8 @@ def test_layers_that_the_model_does_not_have_are_refused(sharing, layers):
 def test_maps_that_fill_the_memory_are_refused(sharing):
     with pytest.raises(UserError, match="30,001 tokens: must be shorter"):
         sharing.attention("x" * 30_000)
+    with pytest.raises(UserError, match="maps would take 48 GiB"):
+        sharing.attention("x" * 30_000, layers=[1])
 
 
 def test_kv_bytes_are_those_of_the_cache(sharing):
