@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from lightning_jax import plots
 from lightning_jax.card.facts import excerpt
+from lightning_jax.config.errors import UserError
 from lightning_jax.infer.readings import TextRouting
 from lightning_jax.infer.run import Run, load_run
 from lightning_jax.runtime.files import StrPath
@@ -27,7 +28,8 @@ def router_pictures(workdir: StrPath) -> tuple[dict[str, Figure], str]:
       coloured by its number of experts. Both are empty for a model without experts.
 
     Raises:
-      UserError: no checkpoint, a damaged one, or held-out text that is not where the config says.
+      UserError: no checkpoint, a damaged one, no held-out text, or text that is not where the
+        config says.
     """
     run = load_run(workdir)
     if not run.model.moe.num_experts:
@@ -35,6 +37,8 @@ def router_pictures(workdir: StrPath) -> tuple[dict[str, Figure], str]:
     names = run.config.data.source_names
     texts = {name: list(islice(run.held_out(name), _DOCUMENTS)) for name in names}
     texts = {name: found for name, found in texts.items() if any(found)}
+    if not texts:
+        raise UserError(f"{workdir}: its sources hold out no text to read")
     routings = {
         name: [run.routing(_beginning(run, text)) for text in found if text]
         for name, found in texts.items()
