@@ -23,7 +23,7 @@ def test_without_a_program_it_lists_them(answer, arguments):
     text = answer(*arguments)
     for name, line in shipped.programs().items():
         assert f"  {name} " in text and line in text
-    assert "base, imported, " in text and "one of pattern" in text
+    assert "ablation, base, imported, " in text and "one of balance, " in text
 
 
 def test_version(answer):

@@ -61,14 +61,14 @@ def test_a_file_here_comes_first(elsewhere):
 @pytest.mark.parametrize(
     ("path", "hint"),
     [
-        ("smal", 'one of base, .*did you mean "small"'),
-        ("smal.py", 'one of base, .*did you mean "small"'),
-        ("configs/smal.py", "one of base, .*small"),
+        ("smal", 'one of ablation, base, .*did you mean "small"'),
+        ("smal.py", 'one of ablation, base, .*did you mean "small"'),
+        ("configs/smal.py", "one of ablation, base, .*small"),
         ("mine/on.py", 'one of mine/one.py .did you mean "mine/one.py"'),
-        ("/nowhere/x.py", "one of base, "),
-        ("", "one of base, "),
-        ("x" * 300, "one of base, "),
-        ("\0", "one of base, "),
+        ("/nowhere/x.py", "one of ablation, base, "),
+        ("", "one of ablation, base, "),
+        ("x" * 300, "one of ablation, base, "),
+        ("\0", "one of ablation, base, "),
     ],
 )
 def test_what_is_no_file_is_one_line_that_lists_those_there_are(path, hint, elsewhere):
