@@ -26,5 +26,6 @@ def get_sweep() -> dict:
             "top_p_fixed": {**top_p, "model.moe.top_p": 0.4},
             "top_p_controlled": {**top_p, "model.moe.target_experts": 3.0},
         },
+        factors={"top-p": ["model.moe.*_routing", "model.moe.top_p", "model.moe.target_experts"]},
         seeds=(0, 1, 2, 3, 4),
     )

@@ -2,8 +2,8 @@
 
 A sweep file has a function `get_sweep()` that returns a plain dict: `question`, `base` (what a
 config file returns), `baseline` (the name of one arm), `arms` (by name, the config fields it
-changes, `{"model.unit": "G"}`) and `seeds`. Arms of one seed see the same text in the same order,
-so that their differences are paired.
+changes, `{"model.unit": "G"}`), `seeds`, and what else `Sweep` has. Arms of one seed see the same
+text in the same order, so that their differences are paired.
 """
 
 from __future__ import annotations
@@ -16,19 +16,65 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_jax.ablation import factors
 from lightning_jax.ablation.results import Run
-from lightning_jax.config import RunConfig, overrides
+from lightning_jax.config import RunConfig, StageConfig, kinds, overrides
 from lightning_jax.config.errors import UserError, suggest
-from lightning_jax.config.fields import build, require
+from lightning_jax.config.fields import build, require, require_choice
 from lightning_jax.runtime import shipped
+
+BUDGETS = ("tokens", "flops", "time")
+SEARCH = {"trials": 8, "low": 0.3, "high": 3.0, "tokens": 1.0}
+_SEARCH_KINDS = {
+    "trials": kinds.integer(1, 10_000),
+    "low": kinds.number(0, 1e6, above=True),
+    "high": kinds.number(0, 1e6, above=True),
+    "tokens": kinds.number(0, 1, above=True),
+}
+_SCALES = kinds.number(0, 1000, above=True)
+# Of the fields of a sweep file, and of the values in those that are mappings.
+_MAPPING = (dict, "a mapping of names")
+_FORMS = {
+    "question": (str, "text"),
+    "base": _MAPPING,
+    "baseline": (str, "text"),
+    "arms": _MAPPING,
+    "seeds": (list, "a list of numbers"),
+    "factors": _MAPPING,
+    "several": _MAPPING,
+    "budget": (str, "text"),
+    "scaling": (list, "a list of shares of the tokens"),
+    "search": _MAPPING,
+}
+_INNER = {
+    "arms": (kinds.OBJECT, 'what it changes, such as {"model.unit": "G"}'),
+    "factors": (kinds.list_of(kinds.TEXT), 'a list of fields, such as ["model.unit"]'),
+    "several": (kinds.TEXT, "text that says why"),
+}
+# What a sweep's folder has besides the folders of its arms, in lower case.
+_OWN_FOLDERS = ("calibration", "search")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A checked sweep: every arm's config has been built once.
+    """A checked sweep: every arm's config has been built once, and changes one factor or says why.
 
-    `base` is a nested plain dict; `arms` maps a name to `{dotted config field: value}`.
-    `margin` is the difference that matters, as a share of the baseline's bits per byte.
+    Attributes:
+      question: what the sweep asks.
+      base: a config, as a nested plain dict.
+      baseline: name of the arm that the others are compared with.
+      arms: by name, `{dotted config field: value}`, the changes of `base`.
+      seeds: each arm runs with each of them.
+      margin: the difference that matters, as a share of the baseline's bits per byte.
+      factors: by name, fields that make up one factor, see `ablation.factors.changed`.
+      several: by arm that changes several factors of the baseline, why it does. In a sweep file,
+        `*` speaks for all such arms that are not named.
+      budget: what arms have in common: `tokens`, training `flops` or `time`, see `ablation.budget`.
+      scaling: shares of its tokens with which the baseline is trained too. These runs are arms
+        named `<baseline>@<share>`; they measure the baseline's scaling and are not compared.
+      search: of the learning rate of each arm, `SEARCH` with changes; empty: none. `trials` is
+        their number per arm, `low` and `high` bound the factor on the rates of the config, and
+        `tokens` is the share of the tokens that a trial has.
     """
 
     question: str
@@ -37,9 +83,31 @@ class Sweep:
     arms: dict[str, dict[str, Any]]
     seeds: tuple[int, ...]
     margin: float = 0.005
+    factors: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    several: dict[str, str] = dataclasses.field(default_factory=dict)
+    budget: str = "tokens"
+    scaling: tuple[float, ...] = ()
+    search: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(bool(self.question.strip()), "question", self.question, "what the sweep asks")
+        self._check_names()
+        valid = self.seeds and all(type(seed) is int and seed >= 0 for seed in self.seeds)
+        require(bool(valid), "seeds", self.seeds, "one or more numbers, 0 or above")
+        require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "different numbers")
+        is_share = type(self.margin) in (int, float) and 0 < self.margin < 1
+        require(is_share, "margin", self.margin, "a share of the baseline's score, in (0, 1)")
+        require_choice("budget", self.budget, BUDGETS)
+        self._check_scaling()
+        kinds.check(self.search, _SEARCH_KINDS, "search", required=())
+        for key in self.search:
+            require(key in SEARCH, "search", key, suggest(key, SEARCH))
+        if self.search:
+            low, high = self.search["low"], self.search["high"]
+            require(low < high, "search.high", high, f"above search.low = {low}")
+        self._check_factors({arm: self.config(Run(arm, self.seeds[0])) for arm in self.arms})
+
+    def _check_names(self) -> None:
         require(bool(self.arms), "arms", self.arms, "at least one arm by name")
         for name in self.arms:
             require(
@@ -48,6 +116,8 @@ class Sweep:
                 name,
                 "named with letters, digits and _.+- (the name is a folder's)",
             )
+            right = "another name: the sweep's folder has a folder of its own with it"
+            require(name.lower() not in _OWN_FOLDERS, "arms", name, right)
         folders = [name.lower() for name in self.arms]
         require(
             len(set(folders)) == len(folders), "arms", list(self.arms), "different without case"
@@ -58,43 +128,97 @@ class Sweep:
             self.baseline,
             suggest(self.baseline, [*self.arms]),
         )
-        valid = self.seeds and all(type(seed) is int and seed >= 0 for seed in self.seeds)
-        require(bool(valid), "seeds", self.seeds, "one or more numbers, 0 or above")
-        require(len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "different numbers")
-        is_share = type(self.margin) in (int, float) and 0 < self.margin < 1
-        require(is_share, "margin", self.margin, "a share of the baseline's score, in (0, 1)")
-        for name in self.arms:
-            self.config(Run(name, self.seeds[0]))
 
-    def config(self, run: Run) -> RunConfig:
+    def _check_scaling(self) -> None:
+        for share in self.scaling:
+            fits = _SCALES.accepts(share) and share != 1
+            right = "shares of the tokens, in (0, 1000], but not 1, which the baseline has"
+            require(fits, "scaling", self.scaling, right)
+        is_distinct = len(self.scaling_arms) == len(self.scaling)
+        require(is_distinct, "scaling", self.scaling, "different numbers, in six digits")
+
+    def _check_factors(self, configs: Mapping[str, RunConfig]) -> None:
+        """Refuses an arm that changes several factors without a word; gives each its own word."""
+        for arm in self.several:
+            require(arm == "*" or arm in self.arms, "several", arm, suggest(arm, [*self.arms]))
+        reasons = {}
+        for arm, config in configs.items():
+            found = factors.changed(configs[self.baseline], config, self.factors)
+            reason = self.several.get(arm) or self.several.get("*") if len(found) > 1 else None
+            if reason:
+                reasons[arm] = reason
+            elif len(found) > 1:
+                raise UserError(
+                    f"arm {arm!r}: differs from the baseline {self.baseline!r} in {len(found)} "
+                    f"factors, {', '.join(found)}: name those that are one in `factors`, or say "
+                    f'why in several = {{"{arm}": "why"}}'
+                )
+            elif arm in self.several:
+                right = f"left out: it differs from the baseline in {len(found)} factors"
+                require(False, f"several.{arm}", self.several[arm], right)
+        object.__setattr__(self, "several", reasons)
+
+    @property
+    def scaling_arms(self) -> dict[str, float]:
+        """The arms that measure the baseline's scaling: by name, their share of its tokens."""
+        return {f"{self.baseline}@{share:g}": share for share in self.scaling}
+
+    def config(self, run: Run, tokens: float = 1.0, rate: float = 1.0) -> RunConfig:
         """Builds one run's config.
+
+        Args:
+          run: of an arm, or of one of the `scaling_arms`.
+          tokens: factor on the tokens of every stage, of its warm-up and of its decay.
+          rate: factor on the learning rates of every stage.
 
         Raises:
           UserError: an unknown field, or a value that the config refuses; names the arm.
         """
+        arm, share = run.arm, self.scaling_arms.get(run.arm)
+        if share is not None:
+            arm, tokens = self.baseline, tokens * share
         try:
-            return build(RunConfig, override({**self.base, "seed": run.seed}, self.arms[run.arm]))
+            values = override({**self.base, "seed": run.seed}, self.arms[arm])
+            config = build(RunConfig, values)
+            stages = tuple(_scaled(stage, tokens, rate) for stage in config.stages)
+            return dataclasses.replace(config, stages=stages)
         except UserError as error:
             raise UserError(f"arm {run.arm!r}: {error}") from error
 
     def runs(self, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Run]:
-        """Lists the runs of some arms and seeds (empty: all).
+        """Lists the runs of some arms and seeds (empty: all), those of `scaling_arms` last.
 
         Seeds are the outer loop: a sweep cut short still compares all arms on the seeds it has.
 
         Raises:
           UserError: an arm or a seed that the sweep does not have.
         """
+        known = [*self.arms, *self.scaling_arms]
         for arm in only:
-            require(arm in self.arms, "only", arm, suggest(arm, [*self.arms]))
+            require(arm in known, "only", arm, suggest(arm, known))
         for seed in seeds:
             require(seed in self.seeds, "seeds", seed, f"one of {', '.join(map(str, self.seeds))}")
         return [
             Run(arm, seed)
+            for group in (self.arms, self.scaling_arms)
             for seed in self.seeds
-            for arm in self.arms
+            for arm in group
             if (not seeds or seed in seeds) and (not only or arm in only)
         ]
+
+
+def _scaled(stage: StageConfig, tokens: float, rate: float) -> StageConfig:
+    """Returns a stage with its lengths times `tokens` and its learning rates times `rate`."""
+    length = max(round(stage.tokens * tokens), 1)
+    warmup = min(round(stage.warmup_tokens * tokens), length)
+    return dataclasses.replace(
+        stage,
+        tokens=length,
+        warmup_tokens=warmup,
+        decay_tokens=min(round(stage.decay_tokens * tokens), length - warmup),
+        learning_rate=stage.learning_rate * rate,
+        final_learning_rate=stage.final_learning_rate * rate,
+    )
 
 
 def build_sweep(values: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Sweep:
@@ -109,22 +233,23 @@ def build_sweep(values: Mapping[str, Any], changes: Mapping[str, Any] | None = N
     """
     require(hasattr(values, "items"), "get_sweep()", values, "a dict")
     fields = {key: overrides.plain(value) for key, value in values.items()}
-    known = {field.name: field.default for field in dataclasses.fields(Sweep)}
+    known = [field.name for field in dataclasses.fields(Sweep)]
     for key in fields:
         if key not in known:
-            raise UserError(f"unknown sweep field {key}: {suggest(key, [*known])}")
-    for key, default in known.items():
-        if key not in fields and default is dataclasses.MISSING:
+            raise UserError(f"unknown sweep field {key}: {suggest(key, known)}")
+    for key in ("question", "base", "baseline", "arms", "seeds"):
+        if key not in fields:
             raise UserError(f"sweep field {key} is missing")
-    for key in ("question", "baseline"):
-        require(isinstance(fields[key], str), key, fields[key], "text")
-    for key in ("base", "arms"):
-        require(isinstance(fields[key], dict), key, fields[key], "a mapping of names")
-    for arm, changed in fields["arms"].items():
-        right = 'what it changes, such as {"model.unit": "G"}'
-        require(isinstance(changed, dict), f"arms.{arm}", changed, right)
-    require(isinstance(fields["seeds"], list), "seeds", fields["seeds"], "a list of numbers")
-    fields["seeds"] = tuple(fields["seeds"])
+    for key, value in fields.items():
+        if key in _FORMS:
+            require(isinstance(value, _FORMS[key][0]), key, value, _FORMS[key][1])
+    for name, inner in _INNER.items():
+        for key, value in fields.get(name, {}).items():
+            require(inner[0].accepts(value), f"{name}.{key}", value, inner[1])
+    for key in ("seeds", "scaling"):
+        fields[key] = tuple(fields.get(key, ()))
+    if fields.get("search"):
+        fields["search"] = SEARCH | fields["search"]
     fields["base"] = override(fields["base"], changes or {}, prefix="--config.")
     return Sweep(**fields)
 
