@@ -14,7 +14,6 @@ def get_sweep() -> dict:
     config.model.moe.update(
         switch_weight=0.01, group_weight=0.0, partition_weight=0.0, bias_update_rate=0.0
     )
-    fields = ("num_experts", "expert_dim", "top_k", "max_experts")
     arms = {
         f"{4 * count}x{144 // count}_top{count}": {
             "model.moe.num_experts": 4 * count,
@@ -29,6 +28,6 @@ def get_sweep() -> dict:
         base=config,
         baseline="4x144_top1",
         arms=arms,
-        factors={"granularity": [f"model.moe.{field}" for field in fields]},
+        factors={"granularity": [*arms["4x144_top1"]]},
         seeds=(0, 1, 2, 3, 4),
     )

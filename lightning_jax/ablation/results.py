@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_jax import accounting
+from lightning_jax.ablation import training_cost
 from lightning_jax.config import ModelConfig, RunConfig, kinds
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import LARGEST_COUNT, require
@@ -99,22 +100,28 @@ def run_row(run: Run, folder: Path) -> dict[str, Any]:
     all bytes, their `tokens` and `bytes`, `domains` with the same by domain; `experts_per_token`
     (routed, mean over layers; None without); costs (see `costs`); `tokens_per_second` (median over
     logged windows, so that compilation does not count) and `seconds` of training, summed over
-    sessions.
+    sessions; `train_tokens`, and the `train_flops` that the model needed for them, with the experts
+    that tokens used in each stage (None if they are neither logged nor known).
 
     Raises:
       UserError: a file of the run is missing or damaged, or nothing finite was measured.
     """
     score = held_out(folder / "evaluation.json")
     path = folder / "config.json"
-    model = RunConfig.parse(read_json(path), path).model
-    speed, seconds = pace(read_rows(folder / "metrics.jsonl"))
+    config = RunConfig.parse(read_json(path), path)
+    path = folder / "metrics.jsonl"
+    steps = read_rows(path)
+    speed, seconds = pace(steps)
+    stages = training_cost.measured(steps, path)
     return {
         "arm": run.arm,
         "seed": run.seed,
         **score,
-        **costs(model, score["experts_per_token"]),
+        **costs(config.model, score["experts_per_token"]),
         "tokens_per_second": speed,
         "seconds": seconds,
+        "train_tokens": training_cost.tokens(config),
+        "train_flops": training_cost.training_flops(config, stages),
     }
 
 

@@ -168,7 +168,8 @@ class Sweep:
 
         Args:
           run: of an arm, or of one of the `scaling_arms`.
-          tokens: factor on the tokens of every stage, of its warm-up and of its decay.
+          tokens: factor on the tokens of every stage, of its warm-up and of its decay. Stages get
+            whole steps.
           rate: factor on the learning rates of every stage.
 
         Raises:
@@ -208,17 +209,22 @@ class Sweep:
 
 
 def _scaled(stage: StageConfig, tokens: float, rate: float) -> StageConfig:
-    """Returns a stage with its lengths times `tokens` and its learning rates times `rate`."""
-    length = max(round(stage.tokens * tokens), 1)
+    """Returns a stage with its lengths times `tokens` and its learning rates times `rate`.
+
+    A stage lasts whole steps: its own, rounded up, times `tokens`, are rounded to the nearest.
+    """
+    rates = {
+        "learning_rate": stage.learning_rate * rate,
+        "final_learning_rate": stage.final_learning_rate * rate,
+    }
+    if tokens == 1:
+        return dataclasses.replace(stage, **rates)
+    step = stage.batch_size * stage.seq_len
+    length = max(round(-(-stage.tokens // step) * tokens), 1) * step
     warmup = min(round(stage.warmup_tokens * tokens), length)
-    return dataclasses.replace(
-        stage,
-        tokens=length,
-        warmup_tokens=warmup,
-        decay_tokens=min(round(stage.decay_tokens * tokens), length - warmup),
-        learning_rate=stage.learning_rate * rate,
-        final_learning_rate=stage.final_learning_rate * rate,
-    )
+    decay = min(round(stage.decay_tokens * tokens), length - warmup)
+    lengths = {"tokens": length, "warmup_tokens": warmup, "decay_tokens": decay}
+    return dataclasses.replace(stage, **lengths, **rates)
 
 
 def build_sweep(values: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Sweep:
