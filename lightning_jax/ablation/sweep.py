@@ -9,6 +9,7 @@ text in the same order, so that their differences are paired.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import os
 import re
 import traceback
@@ -19,8 +20,8 @@ from typing import Any
 from lightning_jax.ablation import factors
 from lightning_jax.ablation.results import Run
 from lightning_jax.config import RunConfig, StageConfig, kinds, overrides
-from lightning_jax.config.errors import UserError, suggest
-from lightning_jax.config.fields import build, require, require_choice
+from lightning_jax.config.errors import UserError, did_you_mean, suggest
+from lightning_jax.config.fields import build, require, require_choice, to_dict
 from lightning_jax.runtime import shipped
 
 BUDGETS = ("tokens", "flops", "time")
@@ -99,9 +100,9 @@ class Sweep:
         require(is_share, "margin", self.margin, "a share of the baseline's score, in (0, 1)")
         require_choice("budget", self.budget, BUDGETS)
         self._check_scaling()
-        kinds.check(self.search, _SEARCH_KINDS, "search", required=())
         for key in self.search:
             require(key in SEARCH, "search", key, suggest(key, SEARCH))
+        kinds.check(self.search, _SEARCH_KINDS, "search", required=())
         if self.search:
             low, high = self.search["low"], self.search["high"]
             require(low < high, "search.high", high, f"above search.low = {low}")
@@ -139,6 +140,14 @@ class Sweep:
 
     def _check_factors(self, configs: Mapping[str, RunConfig]) -> None:
         """Refuses an arm that changes several factors without a word; gives each its own word."""
+        known = {
+            field for config in configs.values() for field in overrides.fields(to_dict(config))
+        }
+        for name, fields in self.factors.items():
+            for field in fields:
+                if not fnmatch.filter(known, field):
+                    hint = did_you_mean(field, known)
+                    raise UserError(f"factors.{name} = {field!r}: there is no such field{hint}")
         for arm in self.several:
             require(arm == "*" or arm in self.arms, "several", arm, suggest(arm, [*self.arms]))
         reasons = {}
@@ -221,8 +230,8 @@ def _scaled(stage: StageConfig, tokens: float, rate: float) -> StageConfig:
         return dataclasses.replace(stage, **rates)
     step = stage.batch_size * stage.seq_len
     length = max(round(-(-stage.tokens // step) * tokens), 1) * step
-    warmup = min(round(stage.warmup_tokens * tokens), length)
-    decay = min(round(stage.decay_tokens * tokens), length - warmup)
+    warmup = round(stage.warmup_tokens * length / stage.tokens)
+    decay = min(round(stage.decay_tokens * length / stage.tokens), length - warmup)
     lengths = {"tokens": length, "warmup_tokens": warmup, "decay_tokens": decay}
     return dataclasses.replace(stage, **lengths, **rates)
 

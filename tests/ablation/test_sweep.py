@@ -1,5 +1,7 @@
 """A sweep file is checked whole before anything runs."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from lightning_jax.ablation import sweep as sweeps
 from lightning_jax.ablation.results import Run
 from lightning_jax.config.errors import UserError
 from tests.ablation.fake_runs import small_sweep
+from tests.tiny import tiny_config
 
 SWEEPS = Path(__file__).resolve().parents[2] / "configs" / "sweeps"
 
@@ -34,6 +37,24 @@ SWEEPS = Path(__file__).resolve().parents[2] / "configs" / "sweeps"
         (dict(seeds=3), "seeds = 3: must be a list"),
         (dict(question=" "), "question = ' '"),
         (dict(bse={}), 'unknown sweep field bse: .*did you mean "base"'),
+        (dict(arms={"search": {}}, baseline="search"), "arms = 'search': must be another name"),
+        (dict(factors=["model.unit"]), "factors = .*: must be a mapping"),
+        (dict(factors={"pattern": "model.unit"}), "factors.pattern = 'model.unit': must be a list"),
+        (
+            dict(factors={"pattern": ["model.uni"]}),
+            "factors.pattern = 'model.uni': there is no such field",
+        ),
+        (dict(several={"hybird": "?"}), 'several = .hybird.: .*did you mean "hybrid"'),
+        (dict(several={"hybrid": 3}), "several.hybrid = 3: must be text"),
+        (dict(several={"hybrid": "?"}), "several.hybrid = '.': must be left out: .* in 1 factors"),
+        (dict(budget="flop"), 'budget = .flop.: .*did you mean "flops"'),
+        (dict(scaling=0.5), "scaling = 0.5: must be a list"),
+        (dict(scaling=[1.0]), r"scaling = \(1.0,\): must be shares of the tokens"),
+        (dict(scaling=[0]), r"scaling = \(0,\): must be shares"),
+        (dict(scaling=[2, 2.0]), r"scaling = \(2, 2.0\): must be different"),
+        (dict(search={"trails": 3}), 'search = .trails.: .*did you mean "trials"'),
+        (dict(search={"trials": 0}), "search: trials = 0: must be a whole number"),
+        (dict(search={"low": 4.0}), "search.high = 3.0: must be above search.low = 4.0"),
     ],
 )
 def test_a_bad_sweep_is_refused_with_one_line(changes, message):
@@ -108,3 +129,79 @@ def test_an_arm_adds_a_source_to_every_stage():
 def test_a_missing_sweep_file_suggests_one():
     with pytest.raises(UserError, match='did you mean ".*pattern.py"'):
         sweeps.load_sweep(SWEEPS / "patern.py")
+
+
+def test_an_arm_that_changes_two_factors_must_say_so():
+    two = {"model.unit": "LG", "model.attention.window": 4}
+    arms = {**small_sweep().arms, "both": two}
+    message = (
+        r"arm 'both': differs from the baseline 'full' in 2 factors, model.unit, "
+        r"model.attention.window: name those that are one in `factors`, or say why in "
+    )
+    with pytest.raises(UserError, match=message) as error:
+        small_sweep(arms=arms)
+    assert "\n" not in str(error.value)
+    assert small_sweep(arms=arms, several={"both": "why"}).several == {"both": "why"}
+    assert small_sweep(arms=arms, several={"*": "why"}).several == {"both": "why"}
+    assert not small_sweep(arms=arms, factors={"reach": [*two]}).several
+    # Against another baseline, one factor differs.
+    apart = {"hybrid": arms["hybrid"], "both": two}
+    assert not small_sweep(arms=apart, baseline="hybrid").several
+
+
+def test_the_baseline_is_trained_with_other_tokens_too():
+    sweep = small_sweep(scaling=[0.5, 2], seeds=(3, 4))
+    assert sweep.scaling_arms == {"full@0.5": 0.5, "full@2": 2}
+    assert [str(run) for run in sweep.runs()][-5:] == [
+        "hybrid seed 4",
+        "full@0.5 seed 3",
+        "full@2 seed 3",
+        "full@0.5 seed 4",
+        "full@2 seed 4",
+    ]
+    whole, half = (sweep.config(Run(arm, 3)) for arm in ("full", "full@0.5"))
+    assert half.model == whole.model and half.seed == 3
+    assert [stage.tokens for stage in half.stages] != [stage.tokens for stage in whole.stages]
+    only = sweep.runs(only=["full@2"], seeds=[4])
+    assert only == [Run("full@2", 4)]
+
+
+def test_tokens_and_rates_of_all_stages_follow_their_factors():
+    sweep = small_sweep()
+    stages = sweep.config(Run("full", 0)).stages
+    assert sweep.config(Run("full", 0), tokens=1.0, rate=1.0).stages == stages
+    for before, after in zip(stages, sweep.config(Run("full", 0), 0.5, 2.0).stages, strict=True):
+        step = before.batch_size * before.seq_len
+        assert after.tokens % step == 0
+        assert abs(after.tokens - before.tokens / 2) <= step
+        for name in ("warmup_tokens", "decay_tokens"):
+            share = getattr(before, name) / before.tokens
+            assert getattr(after, name) == pytest.approx(share * after.tokens, abs=1)
+        assert after.learning_rate == 2 * before.learning_rate
+    shortest = sweep.config(Run("full", 0), tokens=1e-9).stages
+    assert all(s.warmup_tokens + s.decay_tokens <= s.tokens for s in shortest)
+    # A stage without whole steps is first rounded up, as a run does it.
+    uneven = small_sweep(base=tiny_config(stages__stable__tokens=5000, stages__decay__tokens=1))
+    found = uneven.config(Run("full", 0), tokens=2.0).stages
+    assert [stage.tokens for stage in found] == [2 * 8192 // 2, 2 * 4096]
+
+
+def test_a_search_has_defaults():
+    assert small_sweep().search == {}
+    assert small_sweep(search={"trials": 4}).search == {
+        "trials": 4,
+        "low": 0.3,
+        "high": 3.0,
+        "tokens": 1.0,
+    }
+
+
+def test_a_sweep_is_its_json():
+    sweep = small_sweep(
+        factors={"pattern": ["model.unit"]},
+        budget="flops",
+        scaling=[0.5, 2.0],
+        search={"trials": 4},
+        margin=0.01,
+    )
+    assert sweeps.build_sweep(json.loads(json.dumps(dataclasses.asdict(sweep)))) == sweep
