@@ -118,6 +118,7 @@ def calibrations(sweep: Sweep, root: Path) -> dict[str, dict[str, Measured]]:
         kinds.check({arm: record}, {arm: kinds.OBJECT}, path, required=[arm])
         kinds.check(record, _RECORD, f"{path}: {arm}", required=_RECORD)
         for name, stage in record["stages"].items():
+            kinds.check({name: stage}, {name: kinds.OBJECT}, f"{path}: {arm}", required=[name])
             kinds.check(stage, _STAGE, f"{path}: {arm}.{name}", required=_STAGE)
         if arm in sweep.arms:
             _check_config(sweep, arm, record, root)

@@ -180,10 +180,11 @@ def test_tokens_and_rates_of_all_stages_follow_their_factors():
         assert after.learning_rate == 2 * before.learning_rate
     shortest = sweep.config(Run("full", 0), tokens=1e-9).stages
     assert all(s.warmup_tokens + s.decay_tokens <= s.tokens for s in shortest)
-    # A stage without whole steps is first rounded up, as a run does it.
-    uneven = small_sweep(base=tiny_config(stages__stable__tokens=5000, stages__decay__tokens=1))
-    found = uneven.config(Run("full", 0), tokens=2.0).stages
-    assert [stage.tokens for stage in found] == [2 * 8192 // 2, 2 * 4096]
+    # What is scaled are the whole steps that a run rounds a stage up to.
+    changes = dict(stages__stable__tokens=5000, stages__stable__warmup_tokens=0)
+    changes |= dict(stages__decay__tokens=1, stages__decay__decay_tokens=1)
+    uneven = small_sweep(base=tiny_config(**changes)).config(Run("full", 0), tokens=1.5).stages
+    assert [stage.tokens for stage in uneven] == [3 * 4096, 2 * 4096]
 
 
 def test_a_search_has_defaults():
