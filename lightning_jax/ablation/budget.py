@@ -116,10 +116,10 @@ def calibrations(sweep: Sweep, root: Path) -> dict[str, dict[str, Measured]]:
     found = {}
     for arm, record in read_json(path).items():
         kinds.check({arm: record}, {arm: kinds.OBJECT}, path, required=[arm])
-        kinds.check(record, _RECORD, f"{path}: {arm}", required=_RECORD)
+        kinds.check(record, _RECORD, f"{path}: {arm}", required=[*_RECORD])
         for name, stage in record["stages"].items():
             kinds.check({name: stage}, {name: kinds.OBJECT}, f"{path}: {arm}", required=[name])
-            kinds.check(stage, _STAGE, f"{path}: {arm}.{name}", required=_STAGE)
+            kinds.check(stage, _STAGE, f"{path}: {arm}.{name}", required=[*_STAGE])
         if arm in sweep.arms:
             _check_config(sweep, arm, record, root)
             found[arm] = {name: Measured(**stage) for name, stage in record["stages"].items()}
@@ -159,7 +159,7 @@ def calibrate(sweep: Sweep, root: Path, arms: Sequence[str], train: Train | None
         if train is None:
             raise UserError(
                 f"arm {arm!r}: budget = {sweep.budget!r} needs its calibration, which {root / FILE}"
-                " does not have: experiments.sweep makes it before the first run"
+                " does not have: experiments.sweep --prepare makes it"
             )
         if not is_finished(folder):
             try:

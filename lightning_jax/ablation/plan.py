@@ -9,14 +9,14 @@ from typing import Any
 
 from lightning_jax import accounting
 from lightning_jax.ablation import budget, training_cost
-from lightning_jax.ablation.results import COST_CONTEXT, Run, collect, costs
+from lightning_jax.ablation.results import COST_CONTEXT, Run, collect, costs, is_finished
 from lightning_jax.ablation.sweep import Sweep
 from lightning_jax.ablation.training_cost import Measured
 from lightning_jax.config import RunConfig
 from lightning_jax.runtime import tables
 from lightning_jax.runtime.files import read_json
 
-_LEFT = ("tokens", "train_flops", "seconds")
+_UNKNOWN = {"tokens": None, "train_flops": None, "seconds": None}
 _BUDGETS = {
     "tokens": "all arms train on the same tokens",
     "flops": "all arms train with the FLOPs of {baseline}",
@@ -49,11 +49,11 @@ def rows(sweep: Sweep, root: Path) -> list[dict[str, Any]]:
         model = sweep.baseline if arm in sweep.scaling_arms else arm
         like = [row for row in finished if row["arm"] == model]
         done = sum(row["arm"] == arm for row in finished)
-        is_searched = not sweep.search or arm != model or arm in searched
-        trials = 0 if is_searched else sweep.search["trials"]
+        is_searched = arm != model or arm in searched
+        trials = 0 if is_searched else _trials_left(sweep, root / "search" / arm)
         left = len(sweep.seeds) - done + trials * sweep.search.get("tokens", 0)
         size = costs(config.model, None)
-        one = dict.fromkeys(_LEFT) if scale is None else _one_run(config, like, known.get(model))
+        one = _UNKNOWN if scale is None else _one_run(config, like, known.get(model))
         planned.append(
             {
                 "arm": arm,
@@ -66,6 +66,11 @@ def rows(sweep: Sweep, root: Path) -> list[dict[str, Any]]:
             }
         )
     return planned
+
+
+def _trials_left(sweep: Sweep, folder: Path) -> int:
+    trials = range(sweep.search.get("trials", 0))
+    return sum(not is_finished(folder / f"trial_{number}") for number in trials)
 
 
 def _one_run(
@@ -111,7 +116,7 @@ def print_plan(sweep: Sweep, root: Path) -> list[dict[str, Any]]:
         ]
         for row in planned
     ]
-    sums = {name: _sum([row[f"{name}_left"] for row in planned]) for name in _LEFT}
+    sums = {name: _sum([row[f"{name}_left"] for row in planned]) for name in _UNKNOWN}
     runs, trials, done = (sum(row[n] for row in planned) for n in ("runs", "trials", "finished"))
     tables.print_table([header, *cells], sweep.question)
     lines = [

@@ -54,9 +54,12 @@ def test_trials_of_a_search_count_until_they_are_done(tmp_path):
     full = by_arm(sweep, tmp_path)["full"]
     assert full["trials"] == 4 and full["tokens_left"] == 4 * full["tokens"]
     (tmp_path / "search.json").write_text('{"full": {}}')
+    trial = tmp_path / "search" / "shared" / "trial_0"
+    trial.mkdir(parents=True)
+    (trial / "evaluation.json").write_text("{}")
     found = by_arm(sweep, tmp_path)
     assert found["full"]["trials"] == 0 and found["full"]["tokens_left"] == 2 * full["tokens"]
-    assert found["shared"]["trials"] == 4
+    assert found["shared"]["trials"] == 3 and found["hybrid"]["trials"] == 4
 
 
 def test_what_waits_for_a_calibration_is_unknown(tmp_path, capsys):
