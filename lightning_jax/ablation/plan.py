@@ -125,8 +125,11 @@ def print_plan(sweep: Sweep, root: Path) -> list[dict[str, Any]]:
         f"{_count(sums['tokens'])} tokens, {_count(sums['train_flops'])} FLOPs, "
         f"{_duration(sums['seconds'])} one after another.",
     ]
-    if any(row["tokens"] is None for row in planned):
-        lines.append("Tokens are unknown until the arms have been calibrated.")
+    if arms := budget.uncalibrated(sweep, root):
+        tokens = sum(training_cost.tokens(budget.calibration_config(sweep, arm)) for arm in arms)
+        lines.append(
+            f"First come calibrations of {', '.join(arms)}: {_count(tokens)} tokens together."
+        )
     if any(row["seconds_left"] is None for row in planned):
         lines.append("Hours are unknown until one run of each arm has finished.")
     for line in lines:

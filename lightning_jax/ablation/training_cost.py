@@ -35,9 +35,7 @@ class Measured:
     tokens_per_second: float
 
 
-def measured(
-    rows: Sequence[Mapping[str, Any]], where: object, *, skip: float = 0.0
-) -> dict[str, Measured]:
+def measured(rows: Sequence[Mapping[str, Any]], where: object) -> dict[str, Measured]:
     """Returns what the rows of a run's `metrics.jsonl` say of each stage that has any.
 
     Experts are weighted by the tokens since the row before.
@@ -45,7 +43,6 @@ def measured(
     Args:
       rows: of `train.metrics.read_rows`.
       where: the file, for errors.
-      skip: share of each stage's first rows that are left out.
 
     Raises:
       UserError: a row's experts are no list of numbers.
@@ -57,10 +54,7 @@ def measured(
             kinds.check(row, _ROW, where, required=["stage"])
             stages.setdefault(row["stage"], []).append((row["tokens"] - last, row))
             last = row["tokens"]
-    return {
-        stage: _of_stage(found[min(int(skip * len(found)), len(found) - 1) :])
-        for stage, found in stages.items()
-    }
+    return {stage: _of_stage(found) for stage, found in stages.items()}
 
 
 def _of_stage(found: Sequence[tuple[int, Mapping[str, Any]]]) -> Measured:

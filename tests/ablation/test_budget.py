@@ -27,8 +27,8 @@ def routed_sweep(**changes):
     shared = dict(model__moe__num_shared_experts=0)
     base = tiny_config(model__num_units=1, model__vocab_size=64, **shared, **STAGES)
     arms = {"held": {}, "wide": {"model.moe.expert_dim": 32}, "fixed": TOP_P}
-    values = dict(base=base, arms=arms, baseline="held", budget="flops")
-    return small_sweep(**values, factors={"p": [*TOP_P]}, **changes)
+    values = dict(base=base, arms=arms, baseline="held", budget="flops", factors={"p": [*TOP_P]})
+    return small_sweep(**{**values, **changes})
 
 
 def trainer(experts=4.0, speed=100.0, made=None):
@@ -116,16 +116,19 @@ def test_equal_time_is_measured_for_every_arm(tmp_path):
     assert made == ["slow", "fast"] and found == {"slow": 1.0, "fast": 2.0}
 
 
-def test_a_calibration_is_short_and_has_every_stage(tmp_path):
-    sweep = routed_sweep()
-    config = budget.calibration_config(sweep, "fixed")
+def test_a_calibration_of_speed_is_short_and_has_every_stage():
+    config = budget.calibration_config(routed_sweep(budget="time"), "wide")
     # 8 steps of the shorter stage.
     assert [stage.tokens for stage in config.stages] == [16 * 64, 8 * 64]
     assert config.seed == 0 and config.log_every == 1 and config.eval_every == 0
-    short = {**STAGES, "stages__stable__tokens": 64}
-    base = tiny_config(model__num_units=1, **short)
+    base = tiny_config(model__num_units=1, **{**STAGES, "stages__stable__tokens": 64})
     config = budget.calibration_config(small_sweep(base=base), "full")
     assert [stage.tokens for stage in config.stages] == [64, 3200]
+
+
+def test_a_calibration_of_experts_has_all_tokens():
+    config = budget.calibration_config(routed_sweep(), "fixed")
+    assert [stage.tokens for stage in config.stages] == [6400, 3200]
 
 
 def test_a_sweep_waits_for_its_calibration(tmp_path):
@@ -162,14 +165,7 @@ def test_a_calibration_that_fails_names_its_arm(tmp_path):
 
 def test_another_config_than_the_calibrated_one_is_refused(tmp_path):
     budget.scales(routed_sweep(), tmp_path, train=trainer())
-    values = dict(arms={"held": {}, "fixed": {**TOP_P, "model.moe.top_p": 0.3}})
-    sweep = small_sweep(
-        **values,
-        base=routed_sweep().base,
-        baseline="held",
-        budget="flops",
-        factors={"p": [*TOP_P]},
-    )
+    sweep = routed_sweep(arms={"held": {}, "fixed": {**TOP_P, "model.moe.top_p": 0.3}})
     with pytest.raises(UserError, match="arm 'fixed': .*calibration.json has measured another"):
         budget.scales(sweep, tmp_path, train=trainer())
 

@@ -69,7 +69,7 @@ def test_what_waits_for_a_calibration_is_unknown(tmp_path, capsys):
     assert found["wide"]["tokens"] < found["held"]["tokens"]
     plan.print_plan(sweep, tmp_path)
     words = capsys.readouterr().err
-    assert "unknown tokens" in words and "Tokens are unknown until the arms" in words
+    assert "unknown tokens" in words and "calibrations of fixed: 9.6 K tokens" in words
     budget.scales(sweep, tmp_path, train=trainer())
     found = by_arm(sweep, tmp_path)
     assert found["fixed"]["tokens"] < found["held"]["tokens"]

@@ -41,13 +41,6 @@ def test_experts_are_weighted_by_tokens_and_speed_is_a_median():
     assert found["decay"] == Measured(1.0, 30.0)
 
 
-def test_the_first_rows_of_each_stage_may_be_left_out():
-    found = training_cost.measured(ROWS, "here", skip=0.5)
-    assert found["stable"] == Measured((200 + 450) / 400, 60.0)
-    # One row is always left.
-    assert found["decay"] == Measured(1.0, 30.0)
-
-
 def test_a_capacity_drops_experts():
     found = training_cost.measured(
         [row(1, "s", 10, mean_experts=[2.0, 4.0], dropped_share=[0.5, 0.25])], "here"
