@@ -35,7 +35,7 @@ _FOLDER = "calibration"
 # Of a calibration that measures speed alone: its share of the tokens, and the least steps of each
 # stage. Experts need a whole run: under a fixed p of 0.5 their number fell from 3.4 to 1.4 and rose
 # to 2.3 in 196 steps, and a half of the tokens gave 5% fewer FLOPs, a quarter 2%.
-_SHARE, _STEPS = 0.05, 8
+_SHARE, _STEPS = 0.05, 16
 _WORDS = {
     "tokens": ("more tokens", "fewer tokens"),
     "flops": ("more FLOPs", "fewer FLOPs"),
@@ -64,7 +64,8 @@ def scales(sweep: Sweep, root: Path, *, train: Train | None = None) -> dict[str,
     Raises:
       UserError: a calibration failed, measured another config, or is missing without `train`.
     """
-    calibrate(sweep, root, uncalibrated(sweep, root), train)
+    for arm in uncalibrated(sweep, root):
+        _calibrate(sweep, root, arm, train)
     return {arm: scale for arm, scale in known_scales(sweep, root).items() if scale is not None}
 
 
@@ -136,47 +137,34 @@ def _check_config(sweep: Sweep, arm: str, record: Mapping[str, Any], root: Path)
         )
 
 
-def calibrate(sweep: Sweep, root: Path, arms: Sequence[str], train: Train | None) -> None:
-    """Makes the calibrations of some arms, one after another, and keeps what they measured.
-
-    Args:
-      sweep: the sweep.
-      root: its folder.
-      arms: those to calibrate; arms that have been calibrated are skipped.
-      train: trains a config in a folder; None refuses, unless nothing is missing.
-
-    Raises:
-      UserError: a calibration failed, or is missing without `train`; names the arm.
-    """
-    known = calibrations(sweep, root)
-    for arm in arms:
-        if arm in known:
-            continue
-        folder, config = root / _FOLDER / arm, calibration_config(sweep, arm)
-        if train is None:
-            raise UserError(
-                f"arm {arm!r}: budget = {sweep.budget!r} needs its calibration, which {root / FILE}"
-                " does not have: experiments.sweep --prepare makes it"
-            )
-        if not is_finished(folder):
-            try:
-                train(config, folder)
-            except UserError as error:
-                raise UserError(f"arm {arm!r}: its calibration failed: {error}") from error
-        path = folder / "metrics.jsonl"
-        stages = training_cost.measured(read_rows(path), path)
-        record = {
-            "config": _fingerprint(config),
-            "stages": {name: dataclasses.asdict(stage) for name, stage in stages.items()},
-        }
-        kept = read_json(root / FILE) if (root / FILE).exists() else {}
-        write_json(root / FILE, {**kept, arm: record})
+def _calibrate(sweep: Sweep, root: Path, arm: str, train: Train | None) -> None:
+    """Makes the calibration of an arm, and keeps what it measured."""
+    folder, config = root / _FOLDER / arm, calibration_config(sweep, arm)
+    if train is None:
+        raise UserError(
+            f"arm {arm!r}: budget = {sweep.budget!r} needs its calibration, which {root / FILE} "
+            "does not have: experiments.sweep --prepare makes it"
+        )
+    if not is_finished(folder):
+        try:
+            train(config, folder)
+        except UserError as error:
+            raise UserError(f"arm {arm!r}: its calibration failed: {error}") from error
+    path = folder / "metrics.jsonl"
+    stages = training_cost.measured(read_rows(path), path)
+    record = {
+        "config": _fingerprint(config),
+        "stages": {name: dataclasses.asdict(stage) for name, stage in stages.items()},
+    }
+    kept = read_json(root / FILE) if (root / FILE).exists() else {}
+    write_json(root / FILE, {**kept, arm: record})
 
 
 def calibration_config(sweep: Sweep, arm: str) -> RunConfig:
-    """Returns the config of an arm's calibration: the first seed, every step logged.
+    """Returns the config of an arm's calibration, with the first seed.
 
-    It has all tokens where experts must be measured, else few; stages are shortened alike.
+    It has all tokens where experts must be measured, else few; stages are shortened alike. Experts
+    are logged at every step; speed over several, as logging takes time too.
     """
     run = Run(arm, sweep.seeds[0])
     config = sweep.config(run)
@@ -186,7 +174,7 @@ def calibration_config(sweep: Sweep, arm: str) -> RunConfig:
     last = config.stages[-1]
     return dataclasses.replace(
         config,
-        log_every=1,
+        log_every=1 if sweep.budget == "flops" else min(config.log_every, _STEPS // 4),
         histogram_every=0,
         eval_every=0,
         final_eval_tokens=last.batch_size * last.seq_len,

@@ -1,15 +1,19 @@
 """Arms get the tokens that cost what the baseline's cost."""
 
+import dataclasses
 import json
 
 import pytest
 
-from lightning_jax.ablation import budget, training_cost
+from lightning_jax.ablation import budget, results, training_cost
 from lightning_jax.ablation.results import Run
+from lightning_jax.ablation.sweep import override
 from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import to_dict
+from lightning_jax.train import loop
 from lightning_jax.train.plan import Plan
 from tests.ablation.fake_runs import small_sweep
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_run, write_corpus
 
 # 100 steps of 64 tokens, then 50.
 STAGES = {
@@ -118,9 +122,9 @@ def test_equal_time_is_measured_for_every_arm(tmp_path):
 
 def test_a_calibration_of_speed_is_short_and_has_every_stage():
     config = budget.calibration_config(routed_sweep(budget="time"), "wide")
-    # 8 steps of the shorter stage.
-    assert [stage.tokens for stage in config.stages] == [16 * 64, 8 * 64]
-    assert config.seed == 0 and config.log_every == 1 and config.eval_every == 0
+    # 16 steps of the shorter stage.
+    assert [stage.tokens for stage in config.stages] == [32 * 64, 16 * 64]
+    assert config.seed == 0 and config.eval_every == 0
     base = tiny_config(model__num_units=1, **{**STAGES, "stages__stable__tokens": 64})
     config = budget.calibration_config(small_sweep(base=base), "full")
     assert [stage.tokens for stage in config.stages] == [64, 3200]
@@ -128,7 +132,7 @@ def test_a_calibration_of_speed_is_short_and_has_every_stage():
 
 def test_a_calibration_of_experts_has_all_tokens():
     config = budget.calibration_config(routed_sweep(), "fixed")
-    assert [stage.tokens for stage in config.stages] == [6400, 3200]
+    assert [stage.tokens for stage in config.stages] == [6400, 3200] and config.log_every == 1
 
 
 def test_a_sweep_waits_for_its_calibration(tmp_path):
@@ -212,3 +216,27 @@ def test_what_is_not_known_is_not_compared():
     assert not budget.mismatches(small_sweep(budget="flops"), rows)
     rows = rows_of(full=(1000, None, None), shared=(900, None, None))
     assert not budget.mismatches(small_sweep(budget="time"), rows)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_device")
+def test_a_real_run_measures_its_experts(tmp_path):
+    base = override(to_dict(tiny_run(write_corpus(tmp_path))), {"stages.decay": None})
+    arms = {"held": {}, "fixed": TOP_P}
+    sweep = small_sweep(
+        base=base, arms=arms, baseline="held", budget="flops", factors={"p": [*TOP_P]}
+    )
+    scale = budget.scales(sweep, tmp_path, train=loop.run)["fixed"]
+    found = budget.calibrations(sweep, tmp_path)["fixed"]
+    assert list(found) == ["stable"] and 1 <= found["stable"].experts_per_token <= 4
+    # Its cost at the scale, with the experts it measured, is the cost of the baseline's target.
+    [whole, scaled] = training_cost.with_vocabularies(
+        [sweep.config(Run("held", 0)), sweep.config(Run("fixed", 0), tokens=scale)]
+    )
+    spent = training_cost.training_flops(scaled, found) / training_cost.training_flops(whole, {})
+    assert spent == pytest.approx(1, abs=0.1)
+    row = results.run_row(Run("fixed", 0), tmp_path / "calibration" / "fixed")
+    assert row["train_flops"] == training_cost.training_flops(
+        dataclasses.replace(scaled, stages=sweep.config(Run("fixed", 0)).stages), found
+    )
+    assert row["train_tokens"] == 6 * 128
