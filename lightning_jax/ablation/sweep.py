@@ -33,24 +33,28 @@ _SEARCH_KINDS = {
     "tokens": kinds.number(0, 1, above=True),
 }
 _SCALES = kinds.number(0, 1000, above=True)
-# Of the fields of a sweep file, and of the values in those that are mappings.
-_MAPPING = (dict, "a mapping of names")
-_FORMS = {
-    "question": (str, "text"),
+_MAPPING = kinds.Kind("a mapping of names", lambda value: type(value) is dict)
+_LIST = kinds.Kind("a list of numbers", lambda value: type(value) is list)
+# Of the fields of a sweep file.
+_KINDS = {
+    "question": kinds.TEXT,
     "base": _MAPPING,
-    "baseline": (str, "text"),
+    "baseline": kinds.TEXT,
     "arms": _MAPPING,
-    "seeds": (list, "a list of numbers"),
+    "seeds": _LIST,
     "factors": _MAPPING,
     "several": _MAPPING,
-    "budget": (str, "text"),
-    "scaling": (list, "a list of shares of the tokens"),
+    "budget": kinds.TEXT,
+    "scaling": _LIST,
     "search": _MAPPING,
 }
-_INNER = {
-    "arms": (kinds.OBJECT, 'what it changes, such as {"model.unit": "G"}'),
-    "factors": (kinds.list_of(kinds.TEXT), 'a list of fields, such as ["model.unit"]'),
-    "several": (kinds.TEXT, "text that says why"),
+# Of the values in those that are mappings.
+_VALUES = {
+    "arms": kinds.Kind('what it changes, such as {"model.unit": "G"}', _MAPPING.accepts),
+    "factors": kinds.Kind(
+        'a list of fields, such as ["model.unit"]', kinds.list_of(kinds.TEXT).accepts
+    ),
+    "several": kinds.Kind("text that says why", kinds.TEXT.accepts),
 }
 # What a sweep's folder has besides the folders of its arms, in lower case.
 _OWN_FOLDERS = ("calibration", "search")
@@ -255,12 +259,12 @@ def build_sweep(values: Mapping[str, Any], changes: Mapping[str, Any] | None = N
     for key in ("question", "base", "baseline", "arms", "seeds"):
         if key not in fields:
             raise UserError(f"sweep field {key} is missing")
-    for key, value in fields.items():
-        if key in _FORMS:
-            require(isinstance(value, _FORMS[key][0]), key, value, _FORMS[key][1])
-    for name, inner in _INNER.items():
+    for key, kind in _KINDS.items():
+        if key in fields:
+            require(kind.accepts(fields[key]), key, fields[key], kind.right)
+    for name, kind in _VALUES.items():
         for key, value in fields.get(name, {}).items():
-            require(inner[0].accepts(value), f"{name}.{key}", value, inner[1])
+            require(kind.accepts(value), f"{name}.{key}", value, kind.right)
     for key in ("seeds", "scaling"):
         fields[key] = tuple(fields.get(key, ()))
     if fields.get("search"):

@@ -1,6 +1,5 @@
 """Arms get the tokens that cost what the baseline's cost."""
 
-import dataclasses
 import json
 
 import pytest
@@ -63,7 +62,7 @@ def trainer(experts=4.0, speed=100.0, made=None):
 
 def flops(sweep, arm, scale, experts=None):
     """Training FLOPs of an arm with so many experts in every stage."""
-    config = sweep.config(Run(arm, 0), tokens=scale)
+    [config] = training_cost.with_vocabularies([sweep.config(Run(arm, 0), tokens=scale)])
     measured = training_cost.Measured(experts, 1.0)
     return training_cost.training_flops(config, {s.name: measured for s in config.stages})
 
@@ -228,15 +227,12 @@ def test_a_real_run_measures_its_experts(tmp_path):
     )
     scale = budget.scales(sweep, tmp_path, train=loop.run)["fixed"]
     found = budget.calibrations(sweep, tmp_path)["fixed"]
-    assert list(found) == ["stable"] and 1 <= found["stable"].experts_per_token <= 4
-    # Its cost at the scale, with the experts it measured, is the cost of the baseline's target.
-    [whole, scaled] = training_cost.with_vocabularies(
-        [sweep.config(Run("held", 0)), sweep.config(Run("fixed", 0), tokens=scale)]
+    assert list(found) == ["stable"] and 1 <= (found["stable"].experts_per_token or 0) <= 4
+    # Its cost at the scale is that of the baseline, to half of a step of six.
+    used = found["stable"].experts_per_token
+    assert flops(sweep, "fixed", scale, used) == pytest.approx(
+        flops(sweep, "held", 1, 2.0), rel=0.1
     )
-    spent = training_cost.training_flops(scaled, found) / training_cost.training_flops(whole, {})
-    assert spent == pytest.approx(1, abs=0.1)
     row = results.run_row(Run("fixed", 0), tmp_path / "calibration" / "fixed")
-    assert row["train_flops"] == training_cost.training_flops(
-        dataclasses.replace(scaled, stages=sweep.config(Run("fixed", 0)).stages), found
-    )
+    assert row["train_flops"] == flops(sweep, "fixed", 1, used)
     assert row["train_tokens"] == 6 * 128

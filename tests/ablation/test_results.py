@@ -1,15 +1,17 @@
 """A run's row is what its folder says, pooled over domains."""
 
 import csv
+import dataclasses
 import json
 import math
 
 import pytest
 
+from lightning_jax import accounting
 from lightning_jax.ablation import results
 from lightning_jax.ablation.results import Run
 from lightning_jax.config.errors import UserError
-from tests.ablation.fake_runs import small_sweep, write_run
+from tests.ablation.fake_runs import VOCAB, small_sweep, write_run
 
 RUN = Run("shared", 1)
 
@@ -35,6 +37,15 @@ def test_speed_leaves_compilation_out_and_seconds_do_not(tmp_path):
     row = finished(tmp_path, steps=20)
     assert row["tokens_per_second"] == 100.0
     assert row["seconds"] == pytest.approx(100 / 10 + 19 * 100 / 100)
+
+
+def test_a_training_costs_what_its_config_says(tmp_path):
+    row = finished(tmp_path)
+    # 196 and 49 steps of 8 x 512 tokens.
+    assert row["train_tokens"] == 245 * 4096
+    model = dataclasses.replace(small_sweep().config(RUN).model, vocab_size=VOCAB)
+    one = accounting.flops_per_token(model, seq_len=512)
+    assert row["train_flops"] == pytest.approx(245 * 4096 * one)
 
 
 def test_a_run_without_logged_steps_has_no_speed(tmp_path):
