@@ -31,8 +31,10 @@ def rows(sweep: Sweep, root: Path) -> list[dict[str, Any]]:
     that are left; `params_total` and `kv_bytes_per_token` (see `results.costs`); `tokens`,
     `train_flops` and `seconds` (of training alone) of one run, and the same over all that is left,
     trials included, as `tokens_left`, `train_flops_left` and `seconds_left`. Tokens are None where
-    they wait for a calibration, FLOPs until the experts per token are known, and seconds until a
-    run or the calibration of the arm has measured its speed.
+    they wait for a calibration, and FLOPs until the experts per token are known. Seconds are those
+    of the arm's finished runs, or of its calibration; before there are any, an arm is taken to
+    compute as many FLOPs per second as the finished runs of other arms, and `is_guess` says so;
+    None until one run has finished.
 
     Raises:
       UserError: the text cannot be read, or a calibration measured another config.
@@ -43,6 +45,7 @@ def rows(sweep: Sweep, root: Path) -> list[dict[str, Any]]:
     configs = training_cost.with_vocabularies(
         sweep.config(Run(arm, sweep.seeds[0]), tokens=scale or 1.0) for arm, scale in scales.items()
     )
+    pace = _ratio(finished, "seconds", "train_flops")
     planned = []
     for (arm, scale), config in zip(scales.items(), configs, strict=True):
         # A run of a scaling arm is one of the baseline, with other tokens.
@@ -54,6 +57,9 @@ def rows(sweep: Sweep, root: Path) -> list[dict[str, Any]]:
         left = len(sweep.seeds) - done + trials * sweep.search.get("tokens", 0)
         size = costs(config.model, None)
         one = _UNKNOWN if scale is None else _one_run(config, like, known.get(model))
+        is_guess = one["seconds"] is None
+        if is_guess and one["train_flops"] and pace:
+            one = {**one, "seconds": one["train_flops"] * pace}
         planned.append(
             {
                 "arm": arm,
@@ -62,6 +68,7 @@ def rows(sweep: Sweep, root: Path) -> list[dict[str, Any]]:
                 "trials": trials,
                 **{name: size[name] for name in ("params_total", "kv_bytes_per_token")},
                 **one,
+                "is_guess": is_guess and one["seconds"] is not None,
                 **{f"{name}_left": None if n is None else n * left for name, n in one.items()},
             }
         )
@@ -81,14 +88,17 @@ def _one_run(
     flops = training_cost.training_flops(config, calibration or {})
     seconds = training_cost.training_seconds(config, calibration) if calibration else None
     if like:
-        flops, seconds = (_per_token(like, name, tokens) for name in ("train_flops", "seconds"))
+        per_token = [_ratio(like, name, "train_tokens") for name in ("train_flops", "seconds")]
+        flops, seconds = (None if ratio is None else ratio * tokens for ratio in per_token)
     return {"tokens": tokens, "train_flops": flops, "seconds": seconds}
 
 
-def _per_token(like: Sequence[Mapping[str, Any]], name: str, tokens: int) -> float | None:
-    known = [row for row in like if row[name] is not None]
-    trained = sum(row["train_tokens"] for row in known)
-    return sum(row[name] for row in known) / trained * tokens if trained else None
+def _ratio(found: Sequence[Mapping[str, Any]], above: str, below: str) -> float | None:
+    """The sum of one column over that of another, of the rows that have both; None without any."""
+    known = [row for row in found if row[above] and row[below]]
+    if not known:
+        return None
+    return sum(row[above] for row in known) / sum(row[below] for row in known)
 
 
 def print_plan(sweep: Sweep, root: Path) -> list[dict[str, Any]]:
@@ -112,7 +122,7 @@ def print_plan(sweep: Sweep, root: Path) -> list[dict[str, Any]]:
             str(row["finished"]),
             *(_count(row[n]) for n in ("tokens", "train_flops", "params_total")),
             _count(row["kv_bytes_per_token"]),
-            _duration(row["seconds_left"]),
+            "about " * row["is_guess"] + _duration(row["seconds_left"]),
         ]
         for row in planned
     ]
@@ -131,7 +141,9 @@ def print_plan(sweep: Sweep, root: Path) -> list[dict[str, Any]]:
             f"First come calibrations of {', '.join(arms)}: {_count(tokens)} tokens together."
         )
     if any(row["seconds_left"] is None for row in planned):
-        lines.append("Hours are unknown until one run of each arm has finished.")
+        lines.append("Hours are unknown until one run has finished.")
+    if any(row["is_guess"] for row in planned):
+        lines.append("About: an arm without a finished run, at the FLOPs per second of the others.")
     for line in lines:
         print(line, file=sys.stderr)
     return planned

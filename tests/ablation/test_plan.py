@@ -46,7 +46,11 @@ def test_finished_runs_tell_the_time_of_those_that_are_left(tmp_path):
     half = found["full@0.5"]
     assert half["tokens"] == (98 + 24) * 4096
     assert half["seconds_left"] == pytest.approx(2 * 29 * 122 / 245)
-    assert found["shared"]["seconds"] is None
+    assert not half["is_guess"]
+    # An arm without a run computes as fast as the others.
+    other = found["shared"]
+    share = other["train_flops"] / found["full"]["train_flops"]
+    assert other["is_guess"] and other["seconds_left"] == pytest.approx(2 * 29 * share)
 
 
 def test_trials_of_a_search_count_until_they_are_done(tmp_path):
