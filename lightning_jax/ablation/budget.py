@@ -111,11 +111,8 @@ def calibrations(sweep: Sweep, root: Path) -> dict[str, dict[str, Measured]]:
     Raises:
       UserError: the file is damaged, or measured another config of an arm.
     """
-    path = root / FILE
-    if not path.exists():
-        return {}
-    found = {}
-    for arm, record in read_json(path).items():
+    path, found = root / FILE, {}
+    for arm, record in read_json(path, missing_ok=True).items():
         kinds.check({arm: record}, {arm: kinds.OBJECT}, path, required=[arm])
         kinds.check(record, _RECORD, f"{path}: {arm}", required=[*_RECORD])
         for name, stage in record["stages"].items():
@@ -156,8 +153,7 @@ def _calibrate(sweep: Sweep, root: Path, arm: str, train: Train | None) -> None:
         "config": _fingerprint(config),
         "stages": {name: dataclasses.asdict(stage) for name, stage in stages.items()},
     }
-    kept = read_json(root / FILE) if (root / FILE).exists() else {}
-    write_json(root / FILE, {**kept, arm: record})
+    write_json(root / FILE, {**read_json(root / FILE, missing_ok=True), arm: record})
 
 
 def calibration_config(sweep: Sweep, arm: str) -> RunConfig:

@@ -41,7 +41,7 @@ def rows(sweep: Sweep, root: Path) -> list[dict[str, Any]]:
     """
     known, scales = budget.calibrations(sweep, root), budget.known_scales(sweep, root)
     finished = collect(sweep.runs(), root)
-    searched = read_json(root / "search.json") if (root / "search.json").exists() else {}
+    searched = read_json(root / "search.json", missing_ok=True)
     configs = training_cost.with_vocabularies(
         sweep.config(Run(arm, sweep.seeds[0]), tokens=scale or 1.0) for arm, scale in scales.items()
     )

@@ -78,7 +78,14 @@ def test_the_pattern_sweep_compares_equal_depth_and_changes_reach_every_arm():
     assert {config.model.num_layers for config in configs} == {8}
     assert {config.stages[0].tokens for config in configs} == {100_000}
     assert {config.seed for config in configs} == {1}
-    assert list(sweep.arms) == ["G", "Gg", "LLLG", "LLLGLLLg"]
+    # Both the pattern and the window, which full attention has not, differ from the baseline's.
+    assert [*sweep.several] == [arm for arm in sweep.arms if arm != "G"]
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_shipped_sweeps_change_one_factor_per_arm_or_say_why(path):
+    sweep = sweeps.load_sweep(path)
+    assert sweep.baseline not in sweep.several
 
 
 @pytest.mark.parametrize(
