@@ -89,7 +89,7 @@ def _costs(sweep: Sweep, known: Mapping[str, Mapping[str, Measured]]) -> dict[st
         }
     sized = training_cost.with_vocabularies(configs.values())
     return {
-        arm: training_cost.training_flops(config, known.get(arm, {}))
+        arm: training_cost.expected_flops(config, known.get(arm, {}))
         for arm, config in zip(configs, sized, strict=True)
     }
 

@@ -85,7 +85,7 @@ def _one_run(
 ) -> dict[str, float | None]:
     """Tokens, FLOPs and seconds of one run: as finished runs `like` it, or as calibrated."""
     tokens = training_cost.tokens(config)
-    flops = training_cost.training_flops(config, calibration or {})
+    flops = training_cost.expected_flops(config, calibration or {})
     seconds = training_cost.training_seconds(config, calibration) if calibration else None
     if like:
         per_token = [_ratio(like, name, "train_tokens") for name in ("train_flops", "seconds")]

@@ -114,6 +114,17 @@ def training_flops(config: RunConfig, stages: Mapping[str, Measured]) -> float |
     return total
 
 
+def expected_flops(config: RunConfig, calibration: Mapping[str, Measured]) -> float | None:
+    """Returns the `training_flops` of a run that is still to be trained.
+
+    Args:
+      config: with the vocabulary's size.
+      calibration: what the arm's calibration measured in each stage, if there was one. It is asked
+        only for what the config does not say: it may have been too short for a controller.
+    """
+    return training_flops(config, {} if is_known(config.model.moe) else calibration)
+
+
 def training_seconds(config: RunConfig, stages: Mapping[str, Measured]) -> float:
     """Returns the seconds of a training at the measured speed of each stage.
 

@@ -94,6 +94,14 @@ def test_what_a_fixed_p_and_a_capacity_use_must_be_measured(changes, known):
     assert (training_cost.training_flops(run, {}) is None) is not known
 
 
+def test_a_calibration_tells_only_what_the_config_does_not():
+    stages = {"stable": Measured(3.0, 1.0), "decay": Measured(1.0, 1.0)}
+    assert training_cost.expected_flops(RUN, stages) == training_cost.training_flops(RUN, {})
+    moe = dataclasses.replace(RUN.model.moe, target_experts=0.0)
+    run = dataclasses.replace(RUN, model=dataclasses.replace(RUN.model, moe=moe))
+    assert training_cost.expected_flops(run, stages) == training_cost.training_flops(run, stages)
+
+
 def test_seconds_follow_the_speed_of_each_stage():
     stages = {"stable": Measured(None, 100.0), "decay": Measured(None, 50.0)}
     assert training_cost.training_seconds(RUN, stages) == 6 * 128 / 100 + 4 * 128 / 50
