@@ -27,5 +27,11 @@ def get_sweep() -> dict:
             "top_p_controlled": {**top_p, "model.moe.target_experts": 3.0},
         },
         factors={"top-p": ["model.moe.*_routing", "model.moe.top_p", "model.moe.target_experts"]},
+        inference={
+            "top_2": {"routing": "top_k", "top_k": 2},
+            "top_3": {"routing": "top_k", "top_k": 3},
+            "top_p_0.3": {"routing": "top_p", "top_p": 0.3},
+            "top_p_0.5": {"routing": "top_p", "top_p": 0.5},
+        },
         seeds=(0, 1, 2, 3, 4),
     )

@@ -22,6 +22,7 @@ from lightning_jax.ablation.results import Run
 from lightning_jax.config import RunConfig, StageConfig, kinds, overrides
 from lightning_jax.config.errors import UserError, did_you_mean, suggest
 from lightning_jax.config.fields import build, require, require_choice, to_dict
+from lightning_jax.config.routing import EvalRouting
 from lightning_jax.runtime import shipped
 
 BUDGETS = ("tokens", "flops", "time")
@@ -47,6 +48,7 @@ _KINDS = {
     "budget": kinds.TEXT,
     "scaling": _LIST,
     "search": _MAPPING,
+    "inference": _MAPPING,
 }
 # Of the values in those that are mappings.
 _VALUES = {
@@ -55,6 +57,12 @@ _VALUES = {
         'a list of fields, such as ["model.unit"]', kinds.list_of(kinds.TEXT).accepts
     ),
     "several": kinds.Kind("text that says why", kinds.TEXT.accepts),
+    "inference": kinds.Kind('a routing, such as {"top_p": 0.3}', _MAPPING.accepts),
+}
+_ROUTING_KINDS = {
+    "routing": kinds.TEXT,
+    "top_k": kinds.integer(1),
+    "top_p": kinds.number(0, 1, above=True),
 }
 # What a sweep's folder has besides the folders of its arms, in lower case.
 _OWN_FOLDERS = ("calibration", "search")
@@ -80,6 +88,8 @@ class Sweep:
       search: of the learning rate of each arm, `SEARCH` with changes; empty: none. `trials` is
         their number per arm, `low` and `high` bound the factor on the rates of the config, and
         `tokens` is the share of the tokens that a trial has.
+      inference: by name, other routings under which finished runs with experts are evaluated too,
+        as fields of `EvalRouting`: `{"top_2": {"routing": "top_k", "top_k": 2}}`.
     """
 
     question: str
@@ -93,6 +103,7 @@ class Sweep:
     budget: str = "tokens"
     scaling: tuple[float, ...] = ()
     search: dict[str, Any] = dataclasses.field(default_factory=dict)
+    inference: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(bool(self.question.strip()), "question", self.question, "what the sweep asks")
@@ -110,17 +121,13 @@ class Sweep:
         if self.search:
             low, high = self.search["low"], self.search["high"]
             require(low < high, "search.high", high, f"above search.low = {low}")
+        self._check_inference()
         self._check_factors({arm: self.config(Run(arm, self.seeds[0])) for arm in self.arms})
 
     def _check_names(self) -> None:
         require(bool(self.arms), "arms", self.arms, "at least one arm by name")
         for name in self.arms:
-            require(
-                re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name) is not None,
-                "arms",
-                name,
-                "named with letters, digits and _.+- (the name is a folder's)",
-            )
+            _require_folder("arms", name)
             right = "another name: the sweep's folder has a folder of its own with it"
             require(name.lower() not in _OWN_FOLDERS, "arms", name, right)
         folders = [name.lower() for name in self.arms]
@@ -141,6 +148,16 @@ class Sweep:
             require(fits, "scaling", self.scaling, right)
         is_distinct = len(self.scaling_arms) == len(self.scaling)
         require(is_distinct, "scaling", self.scaling, "different numbers, in six digits")
+
+    def _check_inference(self) -> None:
+        for name, values in self.inference.items():
+            _require_folder("inference", name)
+            for key in values:
+                require(
+                    key in _ROUTING_KINDS, f"inference.{name}", key, suggest(key, _ROUTING_KINDS)
+                )
+            kinds.check(values, _ROUTING_KINDS, f"inference.{name}", required=())
+        _ = self.routings  # They are checked as they are made.
 
     def _check_factors(self, configs: Mapping[str, RunConfig]) -> None:
         """Refuses an arm that changes several factors without a word; gives each its own word."""
@@ -170,6 +187,11 @@ class Sweep:
                 right = f"left out: it differs from the baseline in {len(found)} factors"
                 require(False, f"several.{arm}", self.several[arm], right)
         object.__setattr__(self, "several", reasons)
+
+    @property
+    def routings(self) -> dict[str, EvalRouting]:
+        """The routings of `inference`."""
+        return {name: EvalRouting(**values) for name, values in self.inference.items()}
 
     @property
     def scaling_arms(self) -> dict[str, float]:
@@ -219,6 +241,11 @@ class Sweep:
             for arm in group
             if (not seeds or seed in seeds) and (not only or arm in only)
         ]
+
+
+def _require_folder(field: str, name: str) -> None:
+    fits = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name) is not None
+    require(fits, field, name, "named with letters, digits and _.+- (the name is a folder's)")
 
 
 def _scaled(stage: StageConfig, tokens: float, rate: float) -> StageConfig:

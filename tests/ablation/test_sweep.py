@@ -54,6 +54,11 @@ SWEEPS = Path(__file__).resolve().parents[2] / "configs" / "sweeps"
         (dict(scaling=[2, 2.0]), r"scaling = \(2, 2.0\): must be different"),
         (dict(search={"trails": 3}), 'search = .trails.: .*did you mean "trials"'),
         (dict(search={"trials": 0}), "search: trials = 0: must be a whole number"),
+        (dict(inference={"a/b": {}}), "inference = 'a/b': must be named with letters"),
+        (dict(inference={"a": 0.5}), r'inference.a = 0.5: must be a routing, such as {"top_p"'),
+        (dict(inference={"a": {"topk": 2}}), 'inference.a = .topk.: .*did you mean "top_k"'),
+        (dict(inference={"a": {"top_k": 0}}), "inference.a: top_k = 0: must be a whole number"),
+        (dict(inference={"a": {"routing": "top"}}), "eval.routing = 'top': must be one of top_k"),
         (dict(search={"low": 4.0}), "search.high = 3.0: must be above search.low = 4.0"),
     ],
 )
@@ -210,6 +215,7 @@ def test_a_sweep_is_its_json():
         budget="flops",
         scaling=[0.5, 2.0],
         search={"trials": 4},
+        inference={"few": {"routing": "top_p", "top_p": 0.3}},
         margin=0.01,
     )
     assert sweeps.build_sweep(json.loads(json.dumps(dataclasses.asdict(sweep)))) == sweep
