@@ -1,9 +1,9 @@
 """Where text comes from: random access to the documents of a run's sources, opened once.
 
 `path` is `stdlib:code` (the running Python's own modules), `stdlib:docs` (their docstrings, one
-document per module), or a path or glob (`**` recurses) of `.txt`, `.md` and `.py` files (one
-document per file), `.jsonl`, `.jsonl.gz`, `.parquet` and `.array_record` files (one per record). A
-folder is all files of these kinds below it.
+document per module), `recall:TASK` (synthetic, see `recall`), or a path or glob (`**` recurses) of
+`.txt`, `.md` and `.py` files (one document per file), `.jsonl`, `.jsonl.gz`, `.parquet` and
+`.array_record` files (one per record). A folder is all files of these kinds below it.
 
 Documents are in order of relative file name, then record. Each real file is read once, whatever
 links lead to it (see `globs`), and what any source of a run holds out is trained on by none (see
@@ -30,7 +30,7 @@ import numpy as np
 from lightning_jax.config import DataConfig, SourceConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require, suggest
-from lightning_jax.data import paths, stdlib
+from lightning_jax.data import paths, recall, stdlib
 from lightning_jax.data.cache import user_folder
 from lightning_jax.data.globs import shown_name
 from lightning_jax.data.held_out import HeldOut, choose, only_content, tail_start
@@ -345,6 +345,8 @@ def _readers(field: str, pattern: str, text_field: str, store: IndexStore) -> tu
         kinds = {"stdlib:code": stdlib.code, "stdlib:docs": stdlib.docs}
         require(pattern in kinds, field, pattern, suggest(pattern, [*kinds]))
         return (kinds[pattern](sysconfig.get_path("stdlib"), store),)
+    if pattern.startswith(recall.PREFIX):
+        return (recall.Documents(recall.Task.parse(field, pattern)),)
     found = paths.find(field, pattern)
     if found.left_out:
         logger.info(

@@ -6,6 +6,9 @@ Tokens are flattened inside the islands only, so `chunk` counts the tokens of on
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -61,17 +64,39 @@ def token_losses(
     hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, chunk: int
 ) -> jax.Array:
     """Returns the cross-entropy of each token, [B, T] in nats; see `ops.loss.token_losses`."""
+
+    def losses(*args: Any, **kwargs: Any) -> jax.Array:
+        return loss.token_losses(*args, **kwargs)[0]
+
+    return _of_tokens(losses, hidden_BTD, head_DV, targets_BT, chunk)
+
+
+def target_ranks(
+    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, chunk: int
+) -> jax.Array:
+    """Returns the rank of each target among all ids, int32 [B, T]; see `ops.loss.target_ranks`."""
+    return _of_tokens(loss.target_ranks, hidden_BTD, head_DV, targets_BT, chunk)
+
+
+def _of_tokens(
+    function: Callable[..., jax.Array],
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    chunk: int,
+) -> jax.Array:
+    """One number of each token, by a function of `ops.loss`."""
     vocab_axes = sharding.axes("vocab")
 
     def local(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        nll_M, _ = loss.token_losses(
+        found_M = function(
             hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
             head_DV,
             targets_BT.reshape(-1),
             chunk=chunk,
             vocab_axes=vocab_axes,
         )
-        return nll_M.reshape(targets_BT.shape)
+        return found_M.reshape(targets_BT.shape)
 
     names = TOKENS, (None, "vocab"), TOKENS
     return sharding.island(local, inputs=names, outputs=TOKENS)(hidden_BTD, head_DV, targets_BT)

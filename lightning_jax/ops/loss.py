@@ -60,6 +60,37 @@ def token_losses(
     return _scan_chunks(one_chunk, None, (hidden_MD, targets_M), chunk)[1]
 
 
+def target_ranks(
+    hidden_MD: jax.Array,
+    head_DV: jax.Array,
+    targets_M: jax.Array,
+    *,
+    chunk: int,
+    vocab_axes: tuple[str, ...] = (),
+) -> jax.Array:
+    """Counts the ids whose logit is no smaller than the target's, of every token.
+
+    1 is the target that greedy decoding gives; one of several equal logits is no such target. See
+    `token_losses` for the arguments, dtypes and errors.
+
+    Returns:
+      `rank_M`, int32 from 1 to V; the same on the devices that share the columns.
+    """
+    dtype = hidden_MD.dtype
+    head = narrow.operand(head_DV, dtype)
+
+    def one_chunk(_, tokens):
+        hidden, targets = tokens
+        logits = _product("MD,DV->MV", narrow.operand(hidden, dtype), head)
+        is_target = _is_target(_columns(head, vocab_axes), targets)
+        # Only one device has the target; the others add 0 to its logit.
+        target = collectives.total(jnp.sum(jnp.where(is_target, logits, 0), axis=-1), vocab_axes)
+        rank = jnp.sum(logits >= target[:, None], axis=-1, dtype=jnp.int32)
+        return _, collectives.total(rank, vocab_axes)
+
+    return _scan_chunks(one_chunk, None, (hidden_MD, targets_M), chunk)[1]
+
+
 def cross_entropy(
     hidden_MD: jax.Array,
     head_DV: jax.Array,

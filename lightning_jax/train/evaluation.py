@@ -27,6 +27,7 @@ from lightning_jax.data.sources import Sources
 from lightning_jax.data.tokenizer import Tokenizer, resolve_tokenizer
 from lightning_jax.runtime import compiler
 from lightning_jax.runtime.phases import phase
+from lightning_jax.train import recall_evaluation
 from lightning_jax.train import step as steps
 from lightning_jax.train.placement import put_whole
 from lightning_jax.train.plan import Plan
@@ -131,6 +132,7 @@ class Evaluator:
         self._config, self._sources, self._tokenizer, self._mesh = config, sources, tokenizer, mesh
         self._batches: dict[tuple[int, int, int], dict[str, EvalBatches]] = {}
         self._step = make_eval_step(config, mesh)
+        self._greedy_step = recall_evaluation.make_greedy_step(config, mesh)
 
     def __call__(
         self,
@@ -142,14 +144,17 @@ class Evaluator:
         rope_base_global: float,
         weights: str,
         max_tokens: int = 0,
+        recall: bool = False,
         before_document: Callable[[], None] = lambda: None,
         before_batch: Callable[[], None] = lambda: None,
     ) -> dict[str, dict[str, Any]]:
         """Returns `evaluate_batches` of each source, over `max_tokens` of its tokens (0: all).
 
-        Each result names its `weights`: "params", or "ema" if `params` are their average.
-        `before_document` is called before a document is tokenized, once for each shape of batch,
-        and `before_batch` before each batch; what they raise ends the evaluation.
+        With `recall` a source that is a recall task also has `recall`, what `evaluate_recall`
+        finds in `max_tokens` of its examples. Each result names its `weights`: "params", or "ema"
+        if `params` are their average. `before_document` is called before a document is tokenized,
+        once for each shape of batch, and `before_batch` before each batch; what they raise ends the
+        evaluation.
         """
         shape = (seq_len, batch_size, max_tokens)
         if shape not in self._batches:
@@ -167,7 +172,7 @@ class Evaluator:
                 }
         base = np.float32(rope_base_global)
         eval_step = lambda batch: self._step(params, router, batch, base)  # noqa: E731
-        return {
+        results: dict[str, dict[str, Any]] = {
             name: {
                 "weights": weights,
                 **evaluate_batches(
@@ -176,6 +181,20 @@ class Evaluator:
             }
             for name, batches in self._batches[shape].items()
         }
+        greedy_step = lambda batch: self._greedy_step(params, router, batch, base)  # noqa: E731
+        for name, source in self._sources.eval.items() if recall else ():
+            if documents := recall_evaluation.task_of(source):
+                results[name]["recall"] = recall_evaluation.evaluate_recall(
+                    greedy_step,
+                    documents,
+                    self._tokenizer,
+                    self._mesh,
+                    window=self._config.model.attention.window,
+                    batch_tokens=seq_len * batch_size,
+                    max_tokens=max_tokens,
+                    before_batch=before_batch,
+                )
+        return results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +259,7 @@ def evaluate_run(workdir: str, options: EvalOptions) -> dict[str, Any]:
         rope_base_global=loaded.model.attention.rope_base_global,
         weights=loaded.weights,
         max_tokens=limit,
+        recall=True,
     )
     require_finite(domains)
     moe = config.model.moe

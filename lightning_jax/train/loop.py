@@ -98,7 +98,8 @@ def _run(start: Start, path: Path, mesh: Mesh, **options: Any) -> dict[str, Any]
         state = _train(session)
         session.finish_saving()
         try:
-            results = session.evaluate(plan.segments[-1], state, config.final_eval_tokens)
+            limit = config.final_eval_tokens
+            results = session.evaluate(plan.segments[-1], state, limit, recall=True)
         except Interrupted as ended:
             session.leave(plan.total_steps, ended)
         session.writer.last_evaluation(results, plan.total_steps)

@@ -176,8 +176,12 @@ class Session:
             "--workdir with a lower learning_rate"
         )
 
-    def evaluate(self, segment: Segment, state: TrainState, max_tokens: int) -> dict[str, Any]:
+    def evaluate(
+        self, segment: Segment, state: TrainState, max_tokens: int, *, recall: bool = False
+    ) -> dict[str, Any]:
         """Returns the held-out loss by source, of the averaged weights if any; writes a sample.
+
+        With `recall`, exact matches of recall tasks too.
 
         Each result says its `weights` ("ema" or "params") and the run's `skipped_steps` so far.
 
@@ -193,6 +197,7 @@ class Session:
             rope_base_global=segment.rope_base_global,
             weights="ema" if state.ema else "params",
             max_tokens=max_tokens,
+            recall=recall,
             before_document=self.watch.look,
             before_batch=self.watch.agree,
         )

@@ -266,7 +266,33 @@ def eval_step(
     rope_base_global: float | jax.Array,
 ) -> dict[str, Any]:
     """Returns the cross-entropy of each position in nats, and statistics under `eval_routing`."""
-    output = lm.LightningLM(config.model).apply(
+    output = _evaluated(config, params, router, batch, rope_base_global)
+    nll_BT = vocabulary.token_losses(
+        output.hidden_BTD, output.head_DV, batch.targets, chunk=config.model.head_chunk
+    )
+    return {"nll_BT": nll_BT * batch.loss_mask, "stats": output.stats}
+
+
+def greedy_step(
+    config: RunConfig,
+    params: Any,
+    router: lm.Router,
+    batch: Batch,
+    rope_base_global: float | jax.Array,
+) -> jax.Array:
+    """Returns whether each target is the most probable id after the tokens before it, bool [B, T].
+
+    If all tokens of an answer are, greedy decoding gives that answer.
+    """
+    output = _evaluated(config, params, router, batch, rope_base_global)
+    rank_BT = vocabulary.target_ranks(
+        output.hidden_BTD, output.head_DV, batch.targets, chunk=config.model.head_chunk
+    )
+    return rank_BT == 1
+
+
+def _evaluated(config, params, router, batch, rope_base_global) -> lm.Output:
+    return lm.LightningLM(config.model).apply(
         {"params": params},
         batch.tokens,
         batch.positions,
@@ -274,7 +300,3 @@ def eval_step(
         router=router,
         rope_base_global=rope_base_global,
     )
-    nll_BT = vocabulary.token_losses(
-        output.hidden_BTD, output.head_DV, batch.targets, chunk=config.model.head_chunk
-    )
-    return {"nll_BT": nll_BT * batch.loss_mask, "stats": output.stats}
