@@ -84,11 +84,13 @@ def target_ranks(
         logits = _product("MD,DV->MV", narrow.operand(hidden, dtype), head)
         is_target = _is_target(_columns(head, vocab_axes), targets)
         # Only one device has the target; the others add 0 to its logit.
-        target = collectives.total(jnp.sum(jnp.where(is_target, logits, 0), axis=-1), vocab_axes)
-        rank = jnp.sum(logits >= target[:, None], axis=-1, dtype=jnp.int32)
-        return _, collectives.total(rank, vocab_axes)
+        own_M = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+        target_M: Any = collectives.total(own_M, vocab_axes)
+        rank_M = jnp.sum(logits >= target_M[:, None], axis=-1, dtype=jnp.int32)
+        return _, collectives.total(rank_M, vocab_axes)
 
-    return _scan_chunks(one_chunk, None, (hidden_MD, targets_M), chunk)[1]
+    found: Any = _scan_chunks(one_chunk, None, (hidden_MD, targets_M), chunk)
+    return found[1]
 
 
 def cross_entropy(
