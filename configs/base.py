@@ -41,7 +41,7 @@ def source(path: str, eval_path: str = "", weight: float = 1.0) -> ConfigDict:
     Of the tokens of a stage without a mixture, it gets `weight` over the sum of all weights.
     """
     return named(
-        path=path,  # a file, a folder or a glob (`**` recurses), stdlib:code or stdlib:docs
+        path=path,  # a file, folder or glob (`**` recurses), stdlib:code, stdlib:docs, recall:TASK
         eval_path=eval_path,  # the same, held out whole; "": a part of `path`, see eval_fraction
         weight=weight,  # its share, over the sum of all, of stages without a mixture
     )

@@ -4,7 +4,8 @@
 
 Prints JSON on stdout: which weights were measured (ema, where the run keeps an average, or params)
 on which text, and by domain the loss (nats per token), perplexity, bits per byte, number of tokens,
-loss by position in the document, and the mean number of experts per token.
+loss by position in the document, and the mean number of experts per token; of recall tasks
+(--data=recall:passkey) also exact matches by length and depth.
 """
 
 from absl import flags
@@ -13,7 +14,9 @@ from lightning_jax.runtime import program
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _DATA = flags.DEFINE_string(
-    "data", None, "File, folder or glob, evaluated whole; default: what the run holds out."
+    "data",
+    None,
+    "File, folder, glob or recall:TASK, evaluated whole; default: what the run holds out.",
 )
 _STEP = program.define_step()
 _SEQ_LEN = flags.DEFINE_integer("eval.seq_len", None, "Tokens per row; default: the stage's.")

@@ -8,7 +8,7 @@ from lightning_jax.pages import table
 from lightning_jax.plots.attention import attention_heads, attention_map
 from lightning_jax.plots.common import png
 from lightning_jax.plots.model import costs, layers, masks, slopes, slots
-from lightning_jax.plots.recall import grid
+from lightning_jax.plots.recall import grid as recall_grid
 from lightning_jax.plots.routing import (
     expert_counts,
     expert_load,
@@ -32,12 +32,12 @@ __all__ = [
     "experts_by_kind",
     "experts_by_position",
     "experts_in_text",
-    "grid",
     "layers",
     "loss",
     "losses",
     "masks",
     "png",
+    "recall_grid",
     "slopes",
     "slots",
     "smooth_loss",

@@ -69,7 +69,12 @@ def test_the_next_seed_gives_another_text_and_the_same_seed_the_same():
 # Seeded by words, so that no machine and no Python draws others.
 @pytest.mark.parametrize(
     ("name", "digest"),
-    [("passkey", "560d1ebb9117137d"), ("mqar", "598993e4f055ca44"), ("induction", "8a4ec358c641600a"), ("copy", "cc031580f51e9322")],
+    [
+        ("passkey", "560d1ebb9117137d"),
+        ("mqar", "598993e4f055ca44"),
+        ("induction", "8a4ec358c641600a"),
+        ("copy", "cc031580f51e9322"),
+    ],
 )
 def test_documents_are_those_of_every_machine(name, digest):
     documents = (task(f"recall:{name}").document(number) for number in range(20))

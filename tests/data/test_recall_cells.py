@@ -1,5 +1,7 @@
 """Cells have texts of their length, none of the source's, whose answers are found in the tokens."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ def task(path):
     return recall.Task.parse("path", path)
 
 
+@functools.cache
 def documents(path):
     return recall.Documents(task(path))
 

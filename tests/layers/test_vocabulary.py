@@ -33,7 +33,8 @@ def tied_losses(dtype):
         given = hidden_BTD, table_VD.T, targets_BT
         sums = vocabulary.cross_entropy(*given, weights_BT, z_weight=jnp.float32(0.01), chunk=5)
         nll_BT = vocabulary.token_losses(*given, chunk=5)
-        return -3 * sums[0], (sums, nll_BT, hidden_BTD)
+        rank_BT = vocabulary.target_ranks(*given, chunk=5)
+        return -3 * sums[0], (sums, nll_BT, rank_BT, hidden_BTD)
 
     return jax.value_and_grad(losses, has_aux=True), jnp.asarray(rng.normal(size=(V, D)))
 

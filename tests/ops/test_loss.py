@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from lightning_jax.ops.collectives import total
-from lightning_jax.ops.loss import cross_entropy, token_losses
+from lightning_jax.ops.loss import cross_entropy, target_ranks, token_losses
 
 M, D, V = 23, 8, 40
 Z_WEIGHT = 1e-2
@@ -210,3 +210,32 @@ def test_losses_of_split_columns_and_their_gradient_are_those_of_one_device():
         found,
         (expected, pullback(expected)),
     )
+
+
+def test_ranks_count_the_logits_that_are_no_smaller():
+    hidden_MD, head_DV, targets_M, _ = inputs()
+    logits = np.asarray(hidden_MD, np.float64) @ np.asarray(head_DV, np.float64)
+    expected = (logits >= logits[np.arange(M), targets_M][:, None]).sum(1)
+    for chunk in (1, 5, M):
+        ranks = jax.jit(functools.partial(target_ranks, chunk=chunk))(hidden_MD, head_DV, targets_M)
+        np.testing.assert_array_equal(ranks, expected)
+    best = jnp.asarray(logits.argmax(1))
+    assert (target_ranks(hidden_MD, head_DV, best, chunk=4) == 1).all()
+    # Equal logits say nothing about what comes next.
+    ranks = target_ranks(jnp.zeros((M, D)), head_DV, targets_M, chunk=4)
+    np.testing.assert_array_equal(ranks, V)
+
+
+@pytest.mark.usefixtures("compile_afresh")
+def test_ranks_of_split_columns_are_those_of_one_device():
+    hidden_MD, head_DV, targets_M, _ = inputs()
+    mesh = jax.make_mesh((8,), ("vocab",), axis_types=(AUTO,))
+    with jax.set_mesh(mesh):
+        run = jax.shard_map(
+            functools.partial(target_ranks, targets_M=targets_M, chunk=7, vocab_axes=("vocab",)),
+            in_specs=(P(), P(None, "vocab")),
+            out_specs=P(),
+            check_vma=False,
+        )
+        found = jax.device_get(jax.jit(run)(hidden_MD, head_DV))
+    np.testing.assert_array_equal(found, target_ranks(hidden_MD, head_DV, targets_M, chunk=M))
