@@ -12,8 +12,8 @@ seed. Options follow the task, such as `recall:passkey,longest=2000,digits=3`:
     first time follows it every time (Olsson et al. 2022, arXiv 2209.11895).
   copy: symbols, then the same symbols again (Jelassi et al. 2024, arXiv 2402.01032).
 
-  longest: characters of the longest document. Half of the documents are longer than half of it,
-    a quarter is half as long, and so on, down to `longest / 16`.
+  longest: characters of the longest document. A fifth of the documents is longer than half of it, a
+    fifth has between a quarter and half of it, and so on, so that short ones teach a model first.
   digits: of the number (passkey).
   symbols: how many different ones there are (the others). They are syllables after a space, " ba",
     which most tokenizers know as one token.
@@ -36,7 +36,7 @@ from lightning_jax.data.index import keys_of
 
 PREFIX = "recall:"
 DOCUMENTS = 10_000
-# Lengths of training documents are drawn from so many octaves, the longest first.
+# Lengths of documents are drawn from so many octaves, the longest first.
 _OCTAVES = 5
 _CONSONANTS, _VOWELS = "bdfghjklmnprstvwz", "aeiou"
 _SENTENCES = (
@@ -52,7 +52,7 @@ SYLLABLES = (*_OPEN, *(part + end for end in _CONSONANTS for part in _OPEN))
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text with answers: `answers` are ranges of its characters, in order."""
+    """A text with answers: `answers` are ranges of its characters, without the space before."""
 
     text: str
     answers: tuple[tuple[int, int], ...]
@@ -86,7 +86,7 @@ def _passkey(draws: Draws, size: int, depth: float, digits: int) -> Text:
     sentences = [_SENTENCES[(first + i) % len(_SENTENCES)] for i in range(size)]
     sentences.insert(round(depth * size), f"The pass key is {number}.")
     text = " ".join([*sentences, f"The pass key is {number}"])
-    return Text(text, ((len(text) - digits - 1, len(text)),))
+    return Text(text, ((len(text) - digits, len(text)),))
 
 
 def _mqar(draws: Draws, size: int, depth: float, symbols: int) -> Text:
@@ -97,8 +97,9 @@ def _mqar(draws: Draws, size: int, depth: float, symbols: int) -> Text:
     text, answers = f"Pairs:{pairs}\nAsked:", []
     for key in asked:
         text += _words(key)
-        answers.append((len(text), len(text) + len(_words(values[key]))))
+        start = len(text) + 1
         text += _words(values[key])
+        answers.append((start, len(text)))
     return Text(text, tuple(answers))
 
 
@@ -113,14 +114,15 @@ def _induction(draws: Draws, size: int, depth: float, symbols: int) -> Text:
         key = asked if i == place else other + (other >= asked)
         values.setdefault(key, keys + draws.below(symbols - keys))
         words.append(_words(key, values[key]))
-    text, answer = "Pairs:" + "".join(words) + _words(asked), _words(values[asked])
-    return Text(text + answer, ((len(text), len(text) + len(answer)),))
+    question = "Pairs:" + "".join(words) + _words(asked)
+    text = question + _words(values[asked])
+    return Text(text, ((len(question) + 1, len(text)),))
 
 
 def _copy(draws: Draws, size: int, depth: float, symbols: int) -> Text:
     words = _words(*(draws.below(symbols) for _ in range(size)))
-    text = f"Text:{words}\nCopy:"
-    return Text(text + words, ((len(text), len(text) + len(words)),))
+    text = f"Text:{words}\nCopy:{words}"
+    return Text(text, ((len(text) - len(words) + 1, len(text)),))
 
 
 def _words(*symbols: int) -> str:
@@ -151,7 +153,7 @@ def _width(symbols: int) -> int:
     return 1 + len(SYLLABLES[symbols - 1])
 
 
-_DIGITS = ("digits", 5, 1, 50)
+_DIGITS = ("digits", 5, 2, 50)
 _SYMBOLS = ("symbols", 64, 4, len(SYLLABLES))
 _KINDS = {
     "passkey": _Kind(_passkey, *_DIGITS, lambda digits: (2 * digits + 32, 22), by_depth=True),

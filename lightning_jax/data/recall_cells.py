@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -15,8 +13,10 @@ from lightning_jax.data.tokenizer import Tokenizer
 # Lengths of texts in windows of the model's local layers, and depths of a passkey in its text.
 WINDOWS = (0.5, 1, 2, 4, 8, 16)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-# Texts of each cell: at most, where tokens allow, and the fewest that are worth a longer length.
+# Texts of each cell: at most, where tokens allow, and the fewest that are worth a cell.
 EXAMPLES, _FEWEST = 32, 4
+# Draws for each text that is wanted: most texts of few symbols are documents.
+_DRAWS = 50
 # A text that fills less of a length than this is of no such length.
 _FILLED = 0.75
 # Draws that a size must fit, so that few are drawn in vain.
@@ -60,7 +60,8 @@ def make_cells(
 ) -> list[Cell]:
     """Returns the cells of a task in order of length, then depth.
 
-    Lengths too short for any text of the task, or too long for its keys, have none.
+    Lengths too short for any text of the task, or too long for its keys, have none; nor have those
+    whose few texts are all documents.
 
     Args:
       documents: of the source, whose texts are left out.
@@ -82,17 +83,18 @@ def make_cells(
             break
         each.pop()
     keys = set(documents.key.tolist())
-    return [
+    cells = [
         Cell(
             length=maker.length,
             windows=windows,
             depth=depth,
             size=maker.size,
-            examples=tuple(itertools.islice(maker.examples(depth or 0.0, keys), most)),
+            examples=tuple(maker.examples(depth or 0.0, most, keys)),
         )
         for windows, maker in makers[: len(each)]
         for depth in depths
     ]
+    return [cell for cell in cells if len(cell.examples) >= _FEWEST]
 
 
 class _Maker:
@@ -107,14 +109,19 @@ class _Maker:
         self._task, self._tokenizer, self.length = documents.task, tokenizer, length
         self.size = self._largest()
 
-    def examples(self, depth: float, keys: set[int]) -> Iterator[Example]:
-        """Yields examples without end, of texts whose keys are none of `keys`."""
-        for number in itertools.count():
+    def examples(self, depth: float, most: int, keys: set[int]) -> list[Example]:
+        """Returns `most` examples, or fewer; of different texts whose keys are none of `keys`."""
+        found: dict[int, Example] = {}
+        for number in range(_DRAWS * most):
             text = self._draw(self.size, depth, number)
+            key = int(key_of(text.text.encode()))
             ids = self._tokenizer.encode(text.text)
-            if len(ids) <= self.length and int(key_of(text.text.encode())) not in keys:
+            if len(ids) <= self.length and key not in keys and key not in found:
                 tokens = np.array([self._tokenizer.bos_id, *ids], np.int32)
-                yield Example(tokens, _in_tokens(text, ids, self._tokenizer))
+                found[key] = Example(tokens, _in_tokens(text, ids, self._tokenizer))
+            if len(found) == most:
+                break
+        return [*found.values()]
 
     def _draw(self, size: int, depth: float, number: int) -> Text:
         return self._task.draw(size, depth, "cell", self.length, depth, number)

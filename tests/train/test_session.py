@@ -176,16 +176,16 @@ def test_evaluation_takes_the_average_and_the_segment_and_writes_a_sample():
     [(params, how)] = evaluations
     assert params is STATE.params and how.pop("before_document") and how.pop("before_batch")
     shape = dict(seq_len=32, batch_size=2, rope_base_global=50_000.0)
-    assert how == dict(**shape, weights="params", max_tokens=64)
+    assert how == dict(**shape, weights="params", max_tokens=64, recall=False)
     assert asked == [(STATE.params, "tokenizer", 50_000.0)]
     assert session.writer.of("sample") == [("a text", 9)]
     skipped = "1 of 9 steps skipped: their loss or gradient was not finite"
     assert session.progress.of("note") == [("held out: a 1.500 bits/byte",), (skipped,)]
 
     averaged = dataclasses.replace(STATE, ema={"w": jnp.zeros(2)})
-    session.evaluate(decay, averaged, max_tokens=64)
+    session.evaluate(decay, averaged, max_tokens=64, recall=True)
     assert evaluations[1][0] is averaged.ema and asked[1][0] is averaged.ema
-    assert evaluations[1][1]["weights"] == "ema"
+    assert evaluations[1][1]["weights"] == "ema" and evaluations[1][1]["recall"]
 
 
 def test_no_sample_without_its_length():
