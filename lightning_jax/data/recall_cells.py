@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from lightning_jax.data.index import key_of
-from lightning_jax.data.recall import Documents, Text
+from lightning_jax.data.recall import Documents, Task, Text
 from lightning_jax.data.tokenizer import Tokenizer
 
 # Lengths of texts in windows of the model's local layers, and depths of a passkey in its text.
@@ -71,17 +71,17 @@ def make_cells(
         the longest lengths are left out, but not the shortest that has a text.
     """
     depths = DEPTHS if documents.task.by_depth else (None,)
-    makers = []
-    for windows in WINDOWS:
-        maker = _Maker(documents, tokenizer, round(windows * window))
-        if maker.size:
-            makers.append((windows, maker))
-    each, most = [maker.length * len(depths) for _, maker in makers], EXAMPLES
-    while max_tokens and each and (most := min(EXAMPLES, max_tokens // sum(each))) < _FEWEST:
-        if len(each) == 1:
-            most = _FEWEST
+    makers = [
+        (windows, _Maker(documents.task, tokenizer, round(windows * window))) for windows in WINDOWS
+    ]
+    makers = [(windows, maker) for windows, maker in makers if maker.size]
+    most = EXAMPLES
+    while max_tokens and makers:
+        each = len(depths) * sum(maker.length for _, maker in makers)
+        most = min(EXAMPLES, max_tokens // each)
+        if most >= _FEWEST or len(makers) == 1:
             break
-        each.pop()
+        makers.pop()
     keys = set(documents.key.tolist())
     cells = [
         Cell(
@@ -89,9 +89,9 @@ def make_cells(
             windows=windows,
             depth=depth,
             size=maker.size,
-            examples=tuple(maker.examples(depth or 0.0, most, keys)),
+            examples=tuple(maker.examples(depth or 0.0, max(most, _FEWEST), keys)),
         )
-        for windows, maker in makers[: len(each)]
+        for windows, maker in makers
         for depth in depths
     ]
     return [cell for cell in cells if len(cell.examples) >= _FEWEST]
@@ -105,8 +105,8 @@ class _Maker:
       size: the largest whose texts are not longer; 0 if there is none.
     """
 
-    def __init__(self, documents: Documents, tokenizer: Tokenizer, length: int) -> None:
-        self._task, self._tokenizer, self.length = documents.task, tokenizer, length
+    def __init__(self, task: Task, tokenizer: Tokenizer, length: int) -> None:
+        self._task, self._tokenizer, self.length = task, tokenizer, length
         self.size = self._largest()
 
     def examples(self, depth: float, most: int, keys: set[int]) -> list[Example]:
