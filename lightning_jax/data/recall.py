@@ -12,8 +12,9 @@ seed. Options follow the task, such as `recall:passkey,longest=2000,digits=3`:
     first time follows it every time (Olsson et al. 2022, arXiv 2209.11895).
   copy: symbols, then the same symbols again (Jelassi et al. 2024, arXiv 2402.01032).
 
-  longest: characters of the longest document. A fifth of the documents is longer than half of it, a
-    fifth has between a quarter and half of it, and so on, so that short ones teach a model first.
+  longest: characters of the longest document (a task's shortest text may have more). A fifth of the
+    documents is longer than half of it, a fifth has between a quarter and half of it, and so on, so
+    that short ones teach a model first.
   digits: of the number (passkey).
   symbols: how many different ones there are (the others). They are syllables after a space, " ba",
     which most tokenizers know as one token.
@@ -28,14 +29,16 @@ import hashlib
 import random
 from array import array
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from lightning_jax.config.fields import require, suggest
-from lightning_jax.data.index import keys_of
+from lightning_jax.data.index import IndexStore, kept_name, keys_of
 
 PREFIX = "recall:"
 DOCUMENTS = 10_000
+_LARGEST = 10**6
 # Lengths of documents are drawn from so many octaves, the longest first.
 _OCTAVES = 5
 _CONSONANTS, _VOWELS = "bdfghjklmnprstvwz", "aeiou"
@@ -134,7 +137,7 @@ class _Kind:
     """A task without its options.
 
     Attributes:
-      draw: makes a text of (draws, size, depth, the third option).
+      draw: makes a text of (draws, size, depth, its own option).
       option, default, low, high: its option besides `longest`.
       characters: of a text, (those of any, and those for each step of its size), at the most.
       by_depth: whether it is measured by the depth of the answer.
@@ -163,7 +166,7 @@ _KINDS = {
     ),
     "copy": _Kind(_copy, *_SYMBOLS, lambda symbols: (11, 2 * _width(symbols))),
 }
-_LONGEST = ("longest", 1000, 100, 10**6)
+_LONGEST = (1000, 100, 100_000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +193,7 @@ class Task:
         name, *parts = path.removeprefix(PREFIX).split(",")
         require(name in _KINDS, field, path, f"recall: and {suggest(name, _KINDS)}")
         kind = _KINDS[name]
-        limits = {"longest": _LONGEST[1:], kind.option: (kind.default, kind.low, kind.high)}
+        limits = {"longest": _LONGEST, kind.option: (kind.default, kind.low, kind.high)}
         values = {option: default for option, (default, _, _) in limits.items()}
         for part in parts:
             option, _, value = part.partition("=")
@@ -214,8 +217,8 @@ class Task:
 
     @property
     def largest(self) -> int:
-        """The largest size that a text can have: each key of mqar stands once."""
-        return self.option // 2 if self.name == "mqar" else _LONGEST[-1]
+        """The largest size that a text can have: mqar has each key once, and others no limit."""
+        return self.option // 2 if self.name == "mqar" else _LARGEST
 
     def chance(self, size: int) -> float:
         """The chance of a blind guess at an answer, of those that the task can have."""
@@ -251,21 +254,21 @@ class Task:
 
 
 class Documents:
-    """The documents of a task, as a file of records; see `files` for the attributes."""
+    """The documents of a task, as a file of records; see `files` for the attributes.
 
-    def __init__(self, task: Task) -> None:
+    Sizes and keys of long ones take seconds to compute, so they are kept in the store.
+    """
+
+    def __init__(self, task: Task, store: IndexStore | None = None) -> None:
         self.task = task
-        size, keys, digest = array("q"), bytearray(), hashlib.sha256(task.path.encode())
-        for number in range(DOCUMENTS):
-            text = task.document(number).encode()
-            content = hashlib.sha256(text).digest()
-            size.append(len(text))
-            keys += content[:8]
-            digest.update(content)
-        self.size = np.frombuffer(size, np.int64)
-        self.key = self.side = keys_of(keys)
+        store = store or IndexStore(None)
+        this = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        name = kept_name("recall", this, task.path)
+        arrays = store.load(name) or store.keep(name, _index(task))
+        self.size, self.key = arrays["size"], arrays["key"]
+        self.side = self.key
         self.has_text = np.ones(DOCUMENTS, bool)
-        self.digest = digest.digest()
+        self.digest = arrays["digest"].tobytes()
 
     def __len__(self) -> int:
         return DOCUMENTS
@@ -275,3 +278,19 @@ class Documents:
 
     def read(self, record: int) -> str:
         return self.task.document(int(record))
+
+
+def _index(task: Task) -> dict[str, np.ndarray]:
+    """Sizes and keys of the documents of a task, and a digest of all."""
+    size, keys, digest = array("q"), bytearray(), hashlib.sha256(task.path.encode())
+    for number in range(DOCUMENTS):
+        text = task.document(number).encode()
+        content = hashlib.sha256(text).digest()
+        size.append(len(text))
+        keys += content[:8]
+        digest.update(content)
+    return {
+        "size": np.frombuffer(size, np.int64),
+        "key": keys_of(keys),
+        "digest": np.frombuffer(digest.digest(), np.uint8),
+    }

@@ -346,7 +346,7 @@ def _readers(field: str, pattern: str, text_field: str, store: IndexStore) -> tu
         require(pattern in kinds, field, pattern, suggest(pattern, [*kinds]))
         return (kinds[pattern](sysconfig.get_path("stdlib"), store),)
     if pattern.startswith(recall.PREFIX):
-        return (recall.Documents(recall.Task.parse(field, pattern)),)
+        return (recall.Documents(recall.Task.parse(field, pattern), store),)
     found = paths.find(field, pattern)
     if found.left_out:
         logger.info(
