@@ -246,7 +246,7 @@ class Task:
         characters = high // 2 + draws.below(high // 2 + 1)
         fixed, each = self._kind.characters(self.option)
         size = min(max(1, (characters - fixed) // each), self.largest)
-        return self.draw(size, draws.below(101) / 100, "document", number).text
+        return self._kind.draw(draws, size, draws.below(101) / 100, self.option).text
 
     @property
     def _kind(self) -> _Kind:

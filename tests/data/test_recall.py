@@ -80,10 +80,10 @@ def test_documents_are_hashed_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "digest"),
     [
-        ("passkey", "560d1ebb9117137d"),
-        ("mqar", "598993e4f055ca44"),
-        ("induction", "8a4ec358c641600a"),
-        ("copy", "cc031580f51e9322"),
+        ("passkey", "f5d88004beb4a726"),
+        ("mqar", "7de452a4cc502374"),
+        ("induction", "ec8987ec4619d77d"),
+        ("copy", "e39acff5fa96f49b"),
     ],
 )
 def test_documents_are_those_of_every_machine(name, digest):
@@ -97,6 +97,17 @@ def test_documents_fit_their_longest_and_most_are_shorter(name):
     sizes = [len(made.document(number)) for number in range(300)]
     assert max(sizes) <= 400 and max(sizes) > 300 and np.median(sizes) < 200
     assert min(sizes) < 70
+
+
+def test_nothing_but_an_earlier_place_says_the_answer():
+    made = task("recall:passkey,longest=200,digits=2")
+    found = [made.document(number).split(". ") for number in range(3000)]
+    keys = np.array([int(text[-1].split()[-1]) for text in found])
+    places = [[s.startswith("The pass") for s in text].index(True) for text in found]
+    # Numbers of long and short texts, and early and late in them, are alike.
+    for known in ([len(text) for text in found], places):
+        for digit in (keys // 10, keys % 10):
+            assert abs(np.corrcoef(known, digit)[0, 1]) < 0.06
 
 
 @pytest.mark.parametrize("symbols", [4, len(recall.SYLLABLES)])

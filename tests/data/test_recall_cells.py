@@ -37,7 +37,8 @@ def test_a_passkey_is_hidden_at_every_length_and_depth():
     assert [(c.length, c.depth) for c in cells] == [(n, d) for n in lengths for d in DEPTHS]
     assert [cell.windows for cell in cells[::5]] == [1, 2, 4, 8, 16]
     for cell in cells:
-        assert len(cell.examples) == EXAMPLES
+        # Of the shortest texts, some are documents.
+        assert EXAMPLES - 4 * (cell.windows == 1) <= len(cell.examples) <= EXAMPLES
         for example in cell.examples:
             text = BYTES.decode(example.tokens[1:].tolist())
             assert 0.7 * cell.length < len(text) <= cell.length
@@ -78,13 +79,13 @@ def test_lengths_beyond_what_the_keys_fill_are_left_out(bpe):
 
 def test_no_example_is_a_document_that_may_be_trained_on():
     # Of so short texts of so few symbols, most are documents.
-    source = documents("recall:copy,symbols=4,longest=100")
+    source = documents("recall:copy,symbols=8,longest=100")
     cell, *_ = make_cells(source, BYTES, window=68)
     made = [BYTES.decode(example.tokens[1:].tolist()) for example in cell.examples]
     assert cell.size == 3 and 4 <= len(set(made)) == len(made)
     assert not np.isin([key_of(text.encode()) for text in made], source.key).any()
     # Of shorter texts all are.
-    assert make_cells(source, BYTES, window=40)[0].windows > 0.5
+    assert make_cells(source, BYTES, window=36)[0].windows > 0.5
 
 
 def test_examples_are_those_of_every_model_with_this_tokenizer():
