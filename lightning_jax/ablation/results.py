@@ -28,6 +28,7 @@ _DOMAIN = {
     "bytes": kinds.integer(1, LARGEST_COUNT),
     "experts_per_token": kinds.number(0, 1e6),
     "no_bits_per_byte": kinds.TEXT,
+    "recall": kinds.OBJECT,
 }
 _KEYS = ("loss", METRIC, "tokens", "bytes")
 # Why a run failed, in one line; below it the traceback of what was no bad input.
@@ -129,17 +130,19 @@ def held_out(path: Path) -> dict[str, Any]:
     """Reads an evaluation of all domains of a run.
 
     Returns `bits_per_byte`, `loss`, `tokens`, `bytes`, `domains` and `experts_per_token`, see
-    `run_row`.
+    `run_row`. Recall tasks count in `domains` alone, unless there is nothing else: most of their
+    text is random.
 
     Raises:
       UserError: the file is missing or damaged, or nothing finite was measured.
     """
-    domains = _domains(path)
+    every = _domains(path)
+    domains = {name: row for name, row in every.items() if "recall" not in row} or every
     tokens = sum(domain["tokens"] for domain in domains.values())
     size = sum(domain["bytes"] for domain in domains.values())
     nats = sum(domain["loss"] * domain["tokens"] for domain in domains.values())
     bits = sum(domain[METRIC] * domain["bytes"] for domain in domains.values())
-    by_domain = {name: {key: row[key] for key in _KEYS} for name, row in domains.items()}
+    by_domain = {name: {key: row[key] for key in _KEYS} for name, row in every.items()}
     used = [
         row["experts_per_token"] * row["tokens"]
         for row in domains.values()

@@ -11,7 +11,7 @@ from lightning_jax import accounting
 from lightning_jax.ablation import results
 from lightning_jax.ablation.results import Run
 from lightning_jax.config.errors import UserError
-from tests.ablation.fake_runs import VOCAB, small_sweep, write_run
+from tests.ablation.fake_runs import VOCAB, domain, small_sweep, write_run
 
 RUN = Run("shared", 1)
 
@@ -103,3 +103,14 @@ def test_a_run_without_config_is_named(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="config.json: no such file"):
         results.run_row(RUN, tmp_path)
+
+
+def test_recall_tasks_are_no_part_of_the_whole(tmp_path):
+    text, task = domain(2.0, 900, 3000, None), {**domain(5.0, 100, 300, None), "recall": {}}
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps({"code": text, "copy": task}))
+    both = results.held_out(path)
+    assert both["bits_per_byte"] == pytest.approx(2.0) and both["bytes"] == 3000
+    assert list(both["domains"]) == ["code", "copy"]
+    path.write_text(json.dumps({"copy": task}))
+    assert results.held_out(path)["bits_per_byte"] == pytest.approx(5.0)
