@@ -1,185 +1,327 @@
-"""The figure of a sweep's report, and the page that holds everything in one file."""
+"""The page of a sweep's report: one file, the answer first."""
 
 from __future__ import annotations
 
-import contextlib
+import datetime
 import html
-import io
-from collections.abc import Sequence
-from pathlib import Path
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from lightning_jax import pages
-from lightning_jax.ablation.results import METRIC, Run
-from lightning_jax.config.errors import UserError
-from lightning_jax.runtime.invocation import recorded
-from lightning_jax.train.metrics import read_rows
-from lightning_jax.train.record import Record
+from lightning_jax.ablation import cells, figures, recall_scores
+from lightning_jax.ablation.pictures import Picture
+from lightning_jax.runtime import shipped
 
-_CURVE_POINTS = 40
-# Okabe and Ito's palette: told apart with any colour vision.
-_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
-_MARKERS = "osD^vPX*"
-
-
-def curves(runs: Sequence[Run], workdir: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Training loss by arm: (tokens `[points]`, loss `[seeds, points]`), averaged over windows.
-
-    Windows divide the tokens evenly, and a curve ends where the shortest of its seeds does.
-    """
-    result = {}
-    for arm in dict.fromkeys(run.arm for run in runs):
-        folders = [run.folder(workdir) for run in runs if run.arm == arm]
-        logs = [read_rows(folder / "metrics.jsonl") for folder in folders]
-        pairs = [
-            np.array([(r["tokens"], r["loss"]) for r in log if r.get("loss") is not None], float)
-            for log in logs
-        ]
-        pairs = [pair for pair in pairs if len(pair)]
-        if not pairs:
-            continue
-        end = min(pair[-1, 0] for pair in pairs)
-        rows = min(int((pair[:, 0] <= end).sum()) for pair in pairs)
-        points = min(_CURVE_POINTS, max(1, rows // 2))
-        edges = np.linspace(0, end, points + 1)
-        centres = (edges[1:] + edges[:-1]) / 2
-        result[arm] = centres, np.stack([_window_means(pair, edges, centres) for pair in pairs])
-    return result
-
-
-def _window_means(pair: np.ndarray, edges: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    tokens, loss = pair[pair[:, 0] <= edges[-1]].T
-    window = np.clip(np.searchsorted(edges, tokens, side="left") - 1, 0, len(centres) - 1)
-    count = np.bincount(window, minlength=len(centres))
-    total = np.bincount(window, weights=loss, minlength=len(centres))
-    filled = count > 0
-    return np.interp(centres, centres[filled], total[filled] / count[filled])
-
-
-def plot(report: dict[str, Any], curve: dict[str, tuple[np.ndarray, np.ndarray]]) -> bytes:
-    """Draws bits per byte against KV cache, and learning curves; returns a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    done = [arm for arm in report["arms"] if METRIC in arm]
-    looks = {
-        arm["arm"]: {"color": _COLORS[i % len(_COLORS)], "marker": _MARKERS[i // len(_COLORS) % 8]}
-        for i, arm in enumerate(report["arms"])
-    }
-    _plot_scores(left, done, looks, report["context"])
-    for arm, (tokens, losses) in curve.items():
-        color = looks[arm]["color"]
-        right.plot(tokens, losses.mean(axis=0), color=color, label=arm, linewidth=1.5)
-        right.fill_between(tokens, losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.15)
-    right.set(xlabel="training tokens", ylabel="training loss (nats per token)")
-    right.set_title("Learning curves: mean and range over seeds")
-    right.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if curve:
-        # The first fall is the same for all arms and would flatten their differences.
-        shown = [losses[:, losses.shape[1] // 10 :] for _, losses in curve.values()]
-        low, high = min(map(np.min, shown)), max(map(np.max, shown))
-        right.set_ylim(low - 0.05 * (high - low) - 1e-6, high + 1e-6)
-        right.legend(title="arm", frameon=False)
-    for axes in (left, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=130)
-    return image.getvalue()
-
-
-def _plot_scores(
-    axes: Any, arms: list[dict[str, Any]], looks: dict[str, Any], context: int
-) -> None:
-    cost = [arm["costs"]["kv_bytes_per_token"] for arm in arms]
-    by_cost = len(set(cost)) > 1
-    for index, arm in enumerate(arms):
-        # Arms of equal cost stand side by side; where all are equal, each has its own place.
-        twins = cost[:index].count(cost[index])
-        x = cost[index] * 1.06**twins if by_cost else float(index)
-        score, look = arm[METRIC], looks[arm["arm"]]
-        reach = [[score["mean"] - score["min"]], [score["max"] - score["mean"]]]
-        axes.errorbar(x, score["mean"], reach, capsize=5, markersize=8, **look)
-        seeds = [x] * len(arm["seeds"])
-        axes.plot(seeds, score["by_seed"], "o", color=look["color"], markersize=4, alpha=0.5)
-        axes.annotate(
-            arm["arm"],
-            (x, score["mean"]),
-            xytext=(9, 6 + 11 * (twins % 3)),
-            textcoords="offset points",
-            color=look["color"],
-        )
-    if by_cost:
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.set_xlabel(f"KV cache, bytes per token at a context of {context // 1024}K")
-    else:
-        axes.set_xticks(range(len(arms)), [arm["arm"] for arm in arms])
-        axes.set_xlabel("arm (all have the same KV cache)")
-    axes.margins(x=0.2, y=0.15)
-    axes.set_ylabel("held-out bits per byte (lower is better)")
-    axes.set_title("Quality against memory: mean, range and seeds")
+_STYLE = """
+body { max-width: 60rem; } .lead { font-size: 1.15rem; } h2 { margin-top: 2.2rem; }
+table { margin: .8rem 0; } ul.answers { padding-left: 1.1rem; } ul.answers li { margin: .35rem 0; }
+.box { border-left: .3rem solid #C04A00; background: #FBF1EA; padding: .5rem .9rem; }
+table.left td, table.left th { text-align: left; }
+td.any { white-space: normal; overflow-wrap: anywhere; }
+.grey { color: #999; } .note { color: #555; font-size: .9rem; }
+figure { margin: 1rem 0; } figure img { width: 100%; max-width: 38rem; }
+figcaption { color: #555; font-size: .9rem; max-width: 38rem; }
+figcaption code { font-size: .8rem; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr));
+  gap: 0 1.5rem; }
+td.verdict { font-weight: bold; }
+@media (max-width: 40rem) {
+  h1 { font-size: 1.5rem; }
+  table.cards, .cards tbody, .cards tr { display: block; } .cards th { display: none; }
+  .cards tr { border-bottom: 1px solid #ccc; padding: .3rem 0; }
+  .cards tr:first-child { display: none; }
+  .cards td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: 0; }
+  .cards td:first-child { font-weight: bold; }
+  .cards td:not(:first-child)::before { content: attr(data-name); color: #555; }
+}
+@media print { figure, tr { break-inside: avoid; } .pair { grid-template-columns: 1fr 1fr; } }
+""" + "\n".join(f".{word} {{ color: {color}; }}" for word, color in figures.VERDICTS.items())
+_TRADES = (
+    "Quality against cost: bars are the intervals of the verdicts, grey is the margin, and the "
+    "dotted line joins the arms that no other arm beats in both, by their means."
+)
 
 
 def build(
-    report: dict[str, Any],
-    header: list[str],
-    rows: list[list[str]],
-    gaps: list[str],
-    image: bytes,
-    origin: str,
+    report: Mapping[str, Any], pictures: Sequence[Picture], routers: Mapping[str, str]
 ) -> str:
-    """Returns the page: question, table, gaps, figure, arms, how to reproduce.
+    """Returns the page.
 
     Args:
-      report: result of `report.summarize`.
-      header: names of the table's columns.
-      rows: its cells.
-      gaps: notes and missing runs, one per line.
-      image: the figure, a PNG.
-      origin: commands, commits and versions of the runs.
+      report: result of `summary.summarize`, and `command`, which makes the page.
+      pictures: all that there are.
+      routers: HTML by arm, below the pictures of its router.
     """
-    domains = list(dict.fromkeys(d for arm in report["arms"] for d in arm.get("domains", {})))
-    detail = [
-        [
-            arm["arm"],
-            ", ".join(f"{field} = {value}" for field, value in arm["changes"].items()) or "nothing",
-            *[_score(arm.get("domains", {}).get(domain)) for domain in domains],
-        ]
-        for arm in report["arms"]
+    shown: dict[str, list[Picture]] = {}
+    for picture in pictures:
+        shown.setdefault(picture.section, []).append(picture)
+    command = report["command"]
+    parts = [
+        *_answer(report),
+        _table(cells.quality_rows(report), verdicts=True),
+        *_figures(shown.get("quality", []), command),
+        *_section("Caveats", _notes(report)),
+        *_method(report),
+        *_costs(report, shown.get("cost", [])),
+        *_gain(report, shown.get("gain", [])),
+        *_section("Learning curves", _figures(shown.get("learning", []), command)),
+        *_domains(report),
+        *_recall(report, shown.get("recall", [])),
+        *_routers(report, shown, routers),
+        *_arms(report),
+        *_missing(report),
+        *_origin(report),
     ]
-    items = "".join(f"<li>{html.escape(line)}</li>" for line in gaps)
-    columns = ["arm", "changes", *[f"bits/byte on {domain}" for domain in domains]]
-    body = f"""{pages.table([header, *rows])}
-{f"<ul>{items}</ul>" if gaps else ""}
-<p>Held-out bits per byte over all domains: mean ± sample standard deviation over seeds. Differences
-are paired by seed; the interval is Student's t at 95%.</p>
-{pages.picture(image, "Bits per byte against KV cache, and learning curves")}
-<h2>Arms</h2>
-{pages.table([columns, *detail])}
-<h2>How to reproduce</h2>
-{pages.listing(origin)}
-<p>Seeds {", ".join(map(str, report["seeds"]))}; every field is in sweep.json.</p>"""
-    return pages.document(report["question"], body)
+    return pages.document(report["question"], "\n".join(parts), _STYLE)
 
 
-def origin(runs: Sequence[Run], workdir: Path) -> str:
-    """Commands, commits and versions of the runs, one per line, from what `run.json` they have."""
-    made: list[dict[str, Any]] = []
-    for run in runs:
-        with contextlib.suppress(UserError):
-            made += Record.read(run.folder(workdir)).sessions
-    commands = [recorded(run["command"]) for run in made]
-    commits = [f"commit {run['git_commit'] or run.get('git_commit_unknown')}" for run in made]
-    versions = [", ".join(map(" ".join, run["versions"].items())) for run in made]
-    return "\n".join(dict.fromkeys([*commands, *commits, *versions]))
+def _table(
+    rows: Sequence[Sequence[str]],
+    *,
+    verdicts: bool = False,
+    grey: Sequence[int] = (),
+    is_text: bool = False,
+) -> str:
+    """Returns rows, header first, as a table.
+
+    Args:
+      rows: plain text.
+      verdicts: the last column holds verdicts, in their colours.
+      grey: columns that are not to be read.
+      is_text: the last column is text, to be broken into lines.
+    """
+    header, last = rows[0], len(rows[0]) - 1
+    # On a phone every row of a table with many columns becomes a list.
+    kind = "left" if is_text else "cards" if last > 3 else ""
+    lines = [f'<table class="{kind}">' if kind else "<table>"]
+    for number, row in enumerate(rows):
+        tag, line = ("td" if number else "th"), ""
+        for column, cell in enumerate(row):
+            names = ["grey"] * (column in grey)
+            names += ["verdict", cell] * (verdicts and column == last and number > 0)
+            names += ["any"] * (is_text and column == last)
+            attributes = f' class="{html.escape(" ".join(names))}"' if names else ""
+            if kind == "cards" and number:
+                attributes += f' data-name="{html.escape(header[column])}"'
+            line += f"<{tag}{attributes}>{_cell(cell, column)}</{tag}>"
+        lines.append(f"<tr>{line}</tr>")
+    return "\n".join([*lines, "</table>"])
 
 
-def _score(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _cell(text: str, column: int) -> str:
+    """Escapes a cell; names break at their joints, intervals do not."""
+    shown = html.escape(text)
+    if column == 0:
+        return re.sub(r"([_+@-])", r"\1<wbr>", shown)
+    return re.sub(r"\[([^\]]*)\]", lambda found: found[0].replace(" ", "&nbsp;"), shown)
+
+
+def _figures(pictures: Sequence[Picture], command: str) -> list[str]:
+    """Returns pictures, several in two columns, with their files and the command they are of."""
+    lines = []
+    for picture in pictures:
+        image = pages.picture(picture.png, picture.caption).removeprefix("<p>").removesuffix("</p>")
+        source = f"report_{picture.name}.png" + f", by {command}" * (len(pictures) == 1)
+        caption = f"{html.escape(picture.caption)} <code>{html.escape(source)}</code>"
+        lines.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+    if len(pictures) < 2:
+        return lines
+    made = f'<p class="note">Figures by <code>{html.escape(command)}</code></p>'
+    return ['<div class="pair">', *lines, "</div>", made]
+
+
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    return [f"<h2>{html.escape(title)}</h2>", *lines] if lines else []
+
+
+def _paragraph(text: str, kind: str = "") -> str:
+    cls = f' class="{kind}"' if kind else ""
+    return f"<p{cls}>{html.escape(text)}</p>"
+
+
+def _answer(report: Mapping[str, Any]) -> list[str]:
+    lines = [_paragraph(report["headline"], "lead")]
+    if report["missing"]:
+        lines.append(_paragraph(report["notes"][0] + " See “What is missing”.", "box"))
+    items = [f"<li>{html.escape(arm['sentence'])}</li>" for arm in report["arms"]]
+    return [*lines, '<ul class="answers">', *items, "</ul>"]
+
+
+def _notes(report: Mapping[str, Any]) -> list[str]:
+    notes = [f"<li>{html.escape(note)}</li>" for note in report["notes"]]
+    return ["<ul>", *notes, "</ul>"] if notes else []
+
+
+def _method(report: Mapping[str, Any]) -> list[str]:
+    margin = report["margin"]
+    absolute = margin.get("bits_per_byte")
+    size = f" ({absolute:.4f} bits per byte)" if absolute else ""
+    words = [
+        f"Better or worse: the interval excludes zero. Equivalent: it lies within the margin of "
+        f"{margin['share']:.2%} of {report['baseline']}{size}. Undecided: neither; that is no "
+        "evidence of equality.",
+        _about_text(report),
+        report["method"] or "",
+        report["budget"]["sentence"],
+    ]
+    return [
+        "<h2>How the verdicts are made</h2>",
+        *[_paragraph(text) for text in words if text],
+        _table(cells.evidence_rows(report)),
+        _paragraph(
+            "Seeds needed: so many seeds of every arm would decide an undecided arm in 80% of such "
+            "sweeps, were the true difference the one measured.",
+            "note",
+        ),
+    ]
+
+
+def _about_text(report: Mapping[str, Any]) -> str:
+    text = "Bits per byte are of the UTF-8 bytes of all held-out text, the same for every arm"
+    sizes = [f"{name} {domain['bytes']:,}" for name, domain in report["domains"].items()]
+    return f"{text}: {', '.join(sizes)}." if sizes else f"{text}."
+
+
+def _costs(report: Mapping[str, Any], shown: Sequence[Picture]) -> list[str]:
+    context = report["context"] // 1024
+    decoded = " --decode" * any(picture.name == "trade_decode" for picture in shown)
+    return [
+        "<h2>What the arms cost</h2>",
+        _table(cells.cost_rows(report)),
+        _paragraph(
+            f"Per token. KV cache in 16 bit and attention FLOPs (scores and weighted values, mean "
+            f"over a prefill) at a context of {context}K; experts as measured on held-out text. In "
+            f"brackets: times {report['baseline']}.",
+            "note",
+        ),
+        _table(cells.training_rows(report)),
+        _table(cells.time_rows(report)),
+        _paragraph(_about_time(report), "note"),
+        _paragraph(_TRADES) if shown else "",
+        *_figures(shown, report["command"] + decoded),
+    ]
+
+
+def _about_time(report: Mapping[str, Any]) -> str:
+    text = "Of one run, mean over seeds; speed and time as measured on the sweep's machine."
+    if any(arm.get("search") for arm in report["arms"]):
+        text += " Search: all trials of an arm; rate: the factor on the learning rates it found."
+    for decode in [arm["decode"] for arm in report["arms"] if arm.get("decode")][:1]:
+        text += (
+            f" Decoding: one sequence after a prompt of {decode['context']:,} tokens, median of "
+            f"{decode['rounds']} rounds on {decode['device']}."
+        )
+    return text
+
+
+def _gain(report: Mapping[str, Any], shown: Sequence[Picture]) -> list[str]:
+    trend = report["scaling"]
+    if not trend:
+        return []
+    return [
+        "<h2>Compute-equivalent gain</h2>",
+        _paragraph(
+            f"How many times the training FLOPs of the arm {report['baseline']} would need for the "
+            f"same bits per byte; above 1 the arm saves compute. {trend['sentence']}"
+        ),
+        _table(cells.gain_rows(report)),
+        *_figures(shown, report["command"]),
+    ]
+
+
+def _domains(report: Mapping[str, Any]) -> list[str]:
+    domains = report["domains"]
+    if not domains:
+        return []
+    grey = [1 + index for index, name in enumerate(domains) if not domains[name]["is_shown"]]
+    note = (
+        "Bits per byte; in brackets the difference to the baseline and its verdict, with intervals "
+        "that hold for all arms of a domain, not for all domains. Signal to noise: the deviation "
+        "over arms, in deviations of one run over seeds, or over its last evaluations."
+    )
+    if grey:
+        note += " Grey: below the threshold; the domain does not tell these arms apart."
+    return [
+        "<h2>By domain</h2>",
+        _table(cells.domain_rows(report), grey=grey),
+        _paragraph(note, "note"),
+    ]
+
+
+def _recall(report: Mapping[str, Any], shown: Sequence[Picture]) -> list[str]:
+    tasks = report["recall"]
+    if not tasks:
+        return []
+    grey = [1 + index for index, name in enumerate(tasks) if not tasks[name]["is_shown"]]
+    common = ", ".join(f"{name} {task['common']}" for name, task in tasks.items())
+    note = (
+        f"Answers that are right to the last token, mean over the cells that all arms have "
+        f"({common}); in brackets points more than {report['baseline']}, and the verdict with a "
+        f"margin of {100 * recall_scores.MARGIN:g} points."
+    )
+    if grey:
+        note += " Grey: below the signal-to-noise threshold."
+    return [
+        "<h2>Recall</h2>",
+        _table(cells.recall_rows(report), grey=grey),
+        _paragraph(note, "note"),
+        *_figures(shown, report["command"]),
+    ]
+
+
+def _routers(
+    report: Mapping[str, Any], shown: Mapping[str, Sequence[Picture]], texts: Mapping[str, str]
+) -> list[str]:
+    lines = []
+    for arm, text in texts.items():
+        drawn = _figures(shown.get(f"router {arm}", []), report["command"])
+        lines += [f"<h3>{html.escape(arm)}</h3>", *drawn, text]
+    if lines:
+        lines.insert(0, _paragraph("Of the first seed of each arm, on held-out text."))
+    return _section("Routers", lines)
+
+
+def _arms(report: Mapping[str, Any]) -> list[str]:
+    return ["<h2>Arms</h2>", _table(cells.arm_rows(report), is_text=True)]
+
+
+def _missing(report: Mapping[str, Any]) -> list[str]:
+    if not report["missing"]:
+        return []
+    return [
+        "<h2>What is missing</h2>",
+        _table(cells.missing_rows(report), is_text=True),
+        _paragraph("The command of the sweep, given again, goes on with these runs."),
+    ]
+
+
+def _origin(report: Mapping[str, Any]) -> list[str]:
+    origin = report["provenance"]
+    listed = []
+    for number, made in enumerate(origin["environments"], 1):
+        versions = ", ".join(" ".join(pair) for pair in made["versions"].items())
+        listed.append(f"[{number}] {made['command']}\n    commit {made['commit']}\n    {versions}")
+    texts: list[str] = []
+    rows = [["run", "begun", "made by", "text"]]
+    for run in origin["runs"]:
+        digests = {**run["data"], "tokenizer": run["tokenizer"] or "?"}
+        text = ", ".join(f"{name} {digest[:16]}" for name, digest in digests.items())
+        if text not in texts:
+            texts.append(text)
+        made_by = " ".join(f"[{index + 1}]" for index in run["environments"])
+        begun = run["begun"][:16].replace("T", " ")
+        name = f"{run['arm']} seed {run['seed']}"
+        rows.append([name, begun, made_by, f"text {texts.index(text) + 1}"])
+    listed += [f"text {number}, sha256: {text}" for number, text in enumerate(texts, 1)]
+    today = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return [
+        "<h2>Where it comes from</h2>",
+        pages.listing("\n".join(listed)),
+        _table(rows, is_text=True),
+        _paragraph(
+            f"Times are UTC. Page made {today} by lightning_jax {shipped.version()}: "
+            f"{report['command']}. Every config field is in sweep.json, every number of this page "
+            "in report.json, and one row for each arm in report.csv."
+        ),
+    ]

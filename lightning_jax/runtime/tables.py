@@ -26,7 +26,7 @@ def print_table(
         console = Console(file=file or sys.stderr, width=WIDE)
     table = Table(title=escape(title), title_justify="left")
     for index, name in enumerate(rows[0]):
-        table.add_column(escape(str(name)), justify="right" if index else "left")
+        table.add_column(escape(str(name)), justify="right" if index else "left", overflow="fold")
     for row in rows[1:]:
         table.add_row(*(escape(str(cell)) for cell in row))
     console.print(table)

@@ -1,87 +1,76 @@
-"""Curves are window means; the page is one file and escapes what it is given."""
+"""The page is one file, begins with the answer, and escapes what it is given."""
 
 import base64
-import json
 import re
 
-import numpy as np
 import pytest
 
 from lightning_jax.ablation import page
-from lightning_jax.ablation.results import Run
-from tests.ablation.fake_runs import small_sweep, write_rows, write_run
+from lightning_jax.ablation.pictures import Picture
+from lightning_jax.ablation.summary import summarize
+from tests.ablation.fake_runs import SCORES, write_sweep
+
+PICTURES = [
+    Picture("intervals", "quality", "Intervals.", b"png"),
+    Picture("router_full_load", "router full", "Load.", b"other"),
+    Picture("router_full_wide_load", "router full_wide", "Not here.", b"other"),
+]
 
 
-def log(folder, losses):
-    folder.mkdir(parents=True)
-    rows = [{"step": i, "tokens": 10 * i, "loss": loss} for i, loss in enumerate(losses, 1)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sweep")
+    sweep = write_sweep(root, scores={**SCORES, "shared": (2.01, None, 1.95)})
+    return {**summarize(sweep, root), "command": "python -m experiments.report '<x>'"}
 
 
-def test_curves_are_means_of_even_windows(tmp_path):
-    runs = [Run("a", 0), Run("a", 1)]
-    log(runs[0].folder(tmp_path), np.arange(80.0))
-    log(runs[1].folder(tmp_path), np.arange(80.0) + 2)
-    tokens, losses = page.curves(runs, tmp_path)["a"]
-    assert losses.shape == (2, 40)
-    np.testing.assert_allclose(tokens, np.arange(10, 800, 20))
-    np.testing.assert_allclose(losses[0], np.arange(0.5, 80, 2))
-    np.testing.assert_allclose(losses[1] - losses[0], 2)
-
-
-def test_a_curve_ends_with_its_shortest_seed_and_gaps_are_bridged(tmp_path):
-    runs = [Run("a", 0), Run("a", 1), Run("b", 0)]
-    log(runs[0].folder(tmp_path), [4.0, 3.0, 2.0, 1.0])
-    log(runs[1].folder(tmp_path), [4.0, None])
-    found = page.curves(runs, tmp_path)
-    assert list(found) == ["a"]
-    tokens, losses = found["a"]
-    assert tokens.tolist() == [5.0] and losses.tolist() == [[4.0], [4.0]]
-
-
-@pytest.mark.parametrize("costs", [(4096, 2048), (4096, 4096)])
-def test_plot_is_a_png_whatever_the_costs_and_seeds(costs):
-    arms = [
-        {
-            "arm": f"arm{i}",
-            "seeds": [0],
-            "bits_per_byte": {"mean": 2.0, "std": None, "min": 2.0, "max": 2.0, "by_seed": [2.0]},
-            "costs": {"kv_bytes_per_token": cost},
-        }
-        for i, cost in enumerate(costs)
+def test_the_answer_comes_first_and_nothing_from_elsewhere(report):
+    text = page.build(report, PICTURES, {"full": "<b>"})
+    places = [
+        text.index(part)
+        for part in (
+            "<h1>Is sharing &lt;free&gt;?</h1>",
+            "Against full, hybrid is better",
+            "Incomplete: 1 of 9 runs",
+            "hybrid needs ",
+            '<td class="verdict better">better</td>',
+            "report_intervals.png, by python -m experiments.report &#x27;&lt;x&gt;&#x27;",
+            "How the verdicts are made",
+            "What the arms cost",
+            "By domain",
+            "<h3>full</h3>",
+            "Load.",
+            "model.unit = Gg",
+            "shared seed 1",
+            "commit abc",
+        )
     ]
-    arms.append({"arm": "lost", "seeds": []})
-    image = page.plot({"arms": arms, "context": 65536}, {})
-    assert image.startswith(b"\x89PNG")
+    assert places == sorted(places)
+    assert "Not here." not in text
+    assert base64.b64decode(re.findall(r"base64,([^\"]*)", text)[0]) == b"png"
+    assert not re.search(r"(src|href)=\"(?!data:)", text) and "<script" not in text
 
 
-def test_the_page_holds_everything_and_escapes_it(tmp_path):
-    report = {
-        "question": "Is <b> cheaper & better?",
-        "seeds": [0, 1],
-        "arms": [
-            {"arm": "a", "changes": {"model.unit": "<G>"}, "domains": {"code": 1.25}},
-            {"arm": "lost", "changes": {}},
-        ],
-    }
-    text = page.build(
-        report, ["arm", "x"], [["a", "<1"]], ["lost & found"], b"png", "python -m <x>"
-    )
-    for part in ("Is &lt;b&gt; cheaper &amp; better?", "<td>&lt;1</td>", "model.unit = &lt;G&gt;"):
-        assert part in text
-    for part in ("lost &amp; found", "<td>1.2500</td>", "python -m &lt;x&gt;", "<td>nothing</td>"):
-        assert part in text
-    assert base64.b64decode(re.search(r"base64,([^\"]*)", text)[1]) == b"png"
-    assert not re.search(r"(src|href)=\"(?!data:)", text)
+def test_sentences_are_those_of_the_summary(report):
+    text = page.build(report, [], {})
+    assert all(arm["sentence"] in text for arm in report["arms"])
 
 
-def test_origin_names_each_command_commit_and_version_once(tmp_path):
-    sweep = small_sweep()
-    for run in sweep.runs()[:2]:
-        write_run(sweep.config(run), run.folder(tmp_path))
-    write_rows(sweep.runs()[2].folder(tmp_path), 1)
-    assert page.origin(sweep.runs(), tmp_path).splitlines() == [
-        "python -m experiments.sweep '--sweep=a b.py'",
-        "commit abc",
-        "jax 0.10",
-    ]
+def test_wide_tables_become_lists_on_a_phone(report):
+    text = page.build(report, [], {})
+    assert '<table class="cards">' in text and '<td data-name="seeds">3</td>' in text
+
+
+def test_withheld_verdicts_are_said_first(report):
+    arms = [{**arm, "difference": None} for arm in report["arms"]]
+    withheld = {"withheld": "why", "headline": "Verdicts are withheld: why.", "domains": {}}
+    text = page.build({**report, **withheld, "arms": arms, "method": None}, [], {})
+    assert text.index("Verdicts are withheld: why.") < text.index("<table")
+    assert '<td class="verdict withheld">withheld</td>' in text
+
+
+def test_a_metric_of_mostly_noise_is_grey(report):
+    domains = {name: {**domain, "is_shown": name == "code"}
+               for name, domain in report["domains"].items()}  # fmt: skip
+    text = page.build({**report, "domains": domains}, [], {})
+    assert '<th class="grey">docs</th>' in text and "<th>code</th>" in text

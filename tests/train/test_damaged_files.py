@@ -8,7 +8,8 @@ import subprocess
 
 import pytest
 
-from lightning_jax.ablation import page
+from lightning_jax.ablation.curves import curves
+from lightning_jax.ablation.provenance import provenance
 from lightning_jax.ablation.results import Run, run_row
 from lightning_jax.checkpoint import (
     Checkpointer,
@@ -117,12 +118,12 @@ def test_a_damaged_file_is_one_line_or_finite(root, train, name, count):
             lambda: describe(workdir),
             lambda: run_row(RUN, workdir),
         ],
-        "run.json": [train, lambda: page.origin([RUN], root)],
+        "run.json": [train, lambda: provenance([RUN], root)],
         "metrics.jsonl": [
             lambda: read_rows(workdir / name),
             lambda: MetricsWriter(workdir, resume_step=3).__exit__(),
             lambda: run_row(RUN, workdir),
-            lambda: page.curves([RUN], root),
+            lambda: curves([RUN], root),
         ],
         "evaluation.json": [lambda: run_row(RUN, workdir)],
     }
