@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_jax.ablation import inference
 from lightning_jax.ablation.results import METRIC
 from lightning_jax.accounting import count_text
 
@@ -204,6 +205,23 @@ def _in_task(task: Mapping[str, Any], arm: str) -> str:
     if difference is None or difference["mean"] is None:
         return text
     return f"{text} ({100 * difference['mean']:+.1f}, {difference['verdict']})"
+
+
+def inference_rows(report: Mapping[str, Any]) -> Rows:
+    """Rows, header first: arms inferred with other routings, against their own."""
+    rows = [["arm", "inferred with", "experts", "bits/byte", "difference [95%]"]]
+    for row in report["inference"]:
+        own = row["way"] == inference.OWN
+        rows.append(
+            [
+                row["arm"],
+                row["way"],
+                f"{row['experts_per_token']:.2f}",
+                f"{row[METRIC]:.4f}",
+                _NONE if own else percent(row["percent"]),
+            ]
+        )
+    return rows
 
 
 def gain_rows(report: Mapping[str, Any]) -> Rows:

@@ -68,6 +68,7 @@ def build(
         *_section("Learning curves", _figures(shown.get("learning", []), command)),
         *_domains(report),
         *_recall(report, shown.get("recall", [])),
+        *_inference(report),
         *_routers(report, shown, routers),
         *_arms(report),
         *_missing(report),
@@ -268,6 +269,17 @@ def _recall(report: Mapping[str, Any], shown: Sequence[Picture]) -> list[str]:
         _paragraph(note, "note"),
         *_figures(shown, report["command"]),
     ]
+
+
+def _inference(report: Mapping[str, Any]) -> list[str]:
+    if not report["inference"]:
+        return []
+    note = (
+        "The same weights with experts chosen in other ways: the paired difference to the arm's "
+        "own routing, with a 95% interval of Student's t for each row by itself."
+    )
+    rows = _table(cells.inference_rows(report))
+    return ["<h2>Inferred with another routing</h2>", rows, _paragraph(note, "note")]
 
 
 def _routers(

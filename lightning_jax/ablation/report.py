@@ -88,6 +88,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     tables.print_table(cells.cost_rows(report), f"Cost per token at {report['context'] // 1024}K")
     tables.print_table(cells.training_rows(report), "Training, of one run")
     tables.print_table(cells.time_rows(report), "Time")
+    if report["inference"]:
+        tables.print_table(cells.inference_rows(report), "Inferred with another routing")
     for line in gaps(report):
         print(line, file=sys.stderr)
 

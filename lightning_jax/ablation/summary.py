@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-from lightning_jax.ablation import budget, decode_speed, domains, gain, recall_scores
+from lightning_jax.ablation import budget, decode_speed, domains, gain, inference, recall_scores
 from lightning_jax.ablation.provenance import changed_text, provenance
-from lightning_jax.ablation.results import COST_CONTEXT, METRIC, outcome
+from lightning_jax.ablation.results import COST_CONTEXT, METRIC, Run, outcome
 from lightning_jax.ablation.sweep import Sweep
 from lightning_jax.ablation.verdicts import (
     Rows,
@@ -60,6 +61,8 @@ def summarize(sweep: Sweep, root: Path) -> dict[str, Any]:
       `degrees`, `homogeneity_p`: of the differences;
     - `withheld`: why there are no differences, or None;
     - `domains`: by name, see `domains.summarize`; `recall`, see `recall_scores.summarize`;
+    - `inference`: rows of `inference.table`, with `percent`, the paired difference to the arm's own
+      routing (`mean`, and `low` and `high` of a 95% interval of Student's t);
     - `scaling`: of the baseline, see `gain.summarize`; None without;
     - `budget`: what arms have in common (`matched`, `sentence`);
     - `missing`: the runs without a result and why; `notes`; `provenance`.
@@ -103,6 +106,7 @@ def summarize(sweep: Sweep, root: Path) -> dict[str, Any]:
         "domains": {} if withheld else domains.summarize(sweep, compared, root),
         "recall": recall_scores.summarize(sweep, compared, root),
         "scaling": trend,
+        "inference": _inference(sweep, compared, root),
         "budget": {"matched": sweep.budget, "sentence": _budget(sweep, compared)},
         "missing": missing,
         "notes": [
@@ -229,6 +233,30 @@ def _edges(sweep: Sweep, search: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for arm in sweep.arms
         if search.get(arm, {}).get("edge")
     ]
+
+
+def _inference(sweep: Sweep, rows: Rows, root: Path) -> list[dict[str, Any]]:
+    """Rows of arms whose runs were inferred with other routings, as far as they were."""
+    runs = [Run(arm, seed) for arm in sweep.arms for seed in rows[arm]]
+    found = [path for run in runs for path in run.folder(root).glob("inference/*.json")]
+    ways = sorted({path.stem for path in found})
+    if not ways:
+        return []
+    table = inference.table(runs, root, ways)
+    for row in table:
+        own = row[METRIC] - float(np.mean(row["more"]))
+        interval = zip(("mean", "low", "high"), _paired(row["more"]), strict=True)
+        row["percent"] = {key: None if x is None else 100 * x / own for key, x in interval}
+    return table
+
+
+def _paired(differences: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """Mean, and the 95% interval of Student's t; no interval for fewer than two."""
+    mean, count = float(np.mean(differences)), len(differences)
+    if count < 2:
+        return mean, None, None
+    half = float(stats.t.ppf(0.975, count - 1) * np.std(differences, ddof=1) / count**0.5)
+    return mean, mean - half, mean + half
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -140,3 +140,22 @@ def test_costs_are_those_of_the_arms(tmp_path):
     assert summary["budget"]["sentence"].startswith(
         "Arms are matched by training tokens. All had the same training tokens"
     )
+
+
+def test_other_routings_are_set_against_the_arms_own(tmp_path):
+    sweep = write_sweep(tmp_path, experts=2.0)
+    for seed, more in enumerate((0.1, 0.2, 0.3)):
+        folder = tmp_path / "shared" / f"seed_{seed}"
+        rows = json.loads((folder / "evaluation.json").read_text())
+        for domain in rows.values():
+            domain["bits_per_byte"] += more
+            domain["experts_per_token"] = 1.0
+        (folder / "inference").mkdir()
+        (folder / "inference" / "top_1.json").write_text(json.dumps(rows))
+    own, other = [r for r in summarize(sweep, tmp_path)["inference"] if r["arm"] == "shared"]
+    assert (own["way"], other["way"], other["experts_per_token"]) == ("as trained", "top_1", 1.0)
+    whole = np.mean([pooled(code) for code in SCORES["shared"]])
+    assert other["percent"]["mean"] == pytest.approx(100 * 0.2 / whole)
+    # s = 0.1, t(0.975, 2) = 4.302653
+    reach = 4.302653 * 0.1 / 3**0.5
+    assert other["percent"]["high"] == pytest.approx(100 * (0.2 + reach) / whole, rel=1e-6)
