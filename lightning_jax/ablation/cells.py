@@ -180,7 +180,7 @@ def _ratios(name: str, metrics: Mapping[str, Any], key: str) -> list[str]:
 def _in_domain(domain: Mapping[str, Any], arm: str) -> str:
     mean, difference = domain["arms"].get(arm), domain["differences"].get(arm)
     text = _NONE if mean is None else f"{mean:.4f}"
-    if difference is None:
+    if difference is None or difference["mean"] is None:
         return text
     return f"{text} ({difference['percent']['mean']:+.2f}%, {difference['verdict']})"
 

@@ -43,6 +43,8 @@ _BUDGETS = {
     "flops": ("train_flops", "training FLOPs"),
     "time": ("seconds", "seconds of training"),
 }
+# Of a comparison.
+_METHOD = ("method", "homogeneity_p", "deviation", "degrees")
 # Ratios of budgets that differ by less are called the same.
 _SAME = 0.005
 
@@ -116,9 +118,6 @@ def summarize(sweep: Sweep, root: Path) -> dict[str, Any]:
         ],
         "provenance": origin,
     }
-
-
-_METHOD = ("method", "homogeneity_p", "deviation", "degrees")
 
 
 def _outcomes(
@@ -208,7 +207,7 @@ def _notes(
     if changed:
         notes.append(f"The training text differs between runs: {', '.join(changed)}.")
     for arm, why in sweep.several.items():
-        notes.append(f"{arm} changes several factors: {why}")
+        notes.append(f"{arm} changes several factors: {why.rstrip('.')}.")
     found = [row for arm in sweep.arms for row in rows[arm].values()]
     if found:
         seen = max(row["train_tokens"] for row in found)

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from lightning_jax.ablation import cells, figures
 from lightning_jax.ablation.summary import summarize
 from tests.ablation.fake_runs import SCORES, pooled, small_sweep, write_rows, write_sweep
 
@@ -82,6 +83,17 @@ def test_differences_use_common_seeds_and_gaps_are_named(tmp_path):
         ("hybrid", 2): "not started",
     }
     assert summary["notes"][0] == "Incomplete: 4 of 9 runs have no result."
+
+
+def test_an_arm_without_a_common_seed_is_undecided(tmp_path):
+    scores = {"full": (2.0, 2.1), "shared": (2.1, 2.2), "hybrid": (None, None, 2.0)}
+    sweep = write_sweep(tmp_path, scores=scores)
+    summary = summarize(sweep, tmp_path)
+    got = by_arm(summary)["hybrid"]
+    assert got["difference"]["mean"] is None and got["difference"]["verdict"] == "undecided"
+    assert "no seed" in got["sentence"] and "Arms have different seeds" in "".join(summary["notes"])
+    assert cells.domain_rows(summary)[3][1] == "2.0000"
+    assert [text.get_text() for text in figures.intervals(summary).axes[0].texts] == ["worse"]
 
 
 def test_a_missing_baseline_leaves_no_differences(tmp_path):
