@@ -36,15 +36,18 @@ def main() -> None:
         from lightning_jax.config import RunConfig, build
         from lightning_jax.runtime import compiler
 
-    compiler.cache_for_user()
     if card.is_run(_WORKDIR.value):
+        compiler.cache_for_user()
         facts = card.read(_WORKDIR.value, base=build(RunConfig, base.get_config()))
         program.emit_json({"card": str(card.write(facts))} | facts.summary())
         return
+    sweep = report.read_sweep(_WORKDIR.value)
+    routers = _ROUTERS.value and report.has_routers(sweep)
+    if routers or _DECODE.value:  # All else leaves the accelerator to the sweep.
+        compiler.cache_for_user()
     if _DECODE.value:
-        sweep = report.read_sweep(_WORKDIR.value)
         decode_speed.measure(sweep, Path(_WORKDIR.value).absolute(), context=_CONTEXT.value)
-    result = report.write_report(_WORKDIR.value, routers=_ROUTERS.value)
+    result = report.write_report(_WORKDIR.value, routers=routers)
     report.print_report(result)
     program.emit_json(result)
 

@@ -58,6 +58,6 @@ def _sentence(fitted: scaling.Fit, shares: list[float]) -> str:
     floor = f" above a floor of {fitted.floor:.3f}" if fitted.floor else ""
     return (
         f"A power law of the baseline at {', '.join(f'{share:g}' for share in shares)} times its "
-        f"tokens, fitted to {seeds} seed{'' if seeds == 1 else 's'} one by one: bits per byte"
+        f"tokens, fitted to {'1 seed' if seeds == 1 else f'each of {seeds} seeds'}: bits per byte"
         f"{floor} fall with FLOPs to the power of {-slope:.3f}. Intervals are Fieller's over seeds."
     )

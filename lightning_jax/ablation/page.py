@@ -159,9 +159,9 @@ def _method(report: Mapping[str, Any]) -> list[str]:
     absolute = margin.get("bits_per_byte")
     size = f" ({absolute:.4f} bits per byte)" if absolute else ""
     words = [
-        f"Better or worse: the interval excludes zero. Equivalent: it lies within the margin of "
-        f"{margin['share']:.2%} of {report['baseline']}{size}. Undecided: neither; that is no "
-        "evidence of equality.",
+        f"Equivalent: the interval lies within the margin of {100 * margin['share']:g}% of "
+        f"{report['baseline']}{size}, even where it excludes zero. Better or worse: it excludes "
+        "zero. Undecided: neither; that is no evidence of equality.",
         _about_text(report),
         report["method"] or "",
         report["budget"]["sentence"],
@@ -223,8 +223,8 @@ def _gain(report: Mapping[str, Any], shown: Sequence[Picture]) -> list[str]:
     return [
         "<h2>Compute-equivalent gain</h2>",
         _paragraph(
-            f"How many times the training FLOPs of the arm {report['baseline']} would need for the "
-            f"same bits per byte; above 1 the arm saves compute. {trend['sentence']}"
+            f"At what factor on an arm's training FLOPs {report['baseline']} reaches its bits "
+            f"per byte; above 1 the arm saves compute. {trend['sentence']}"
         ),
         _table(cells.gain_rows(report)),
         *_figures(shown, report["command"]),

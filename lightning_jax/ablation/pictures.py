@@ -24,7 +24,7 @@ _DPI = 150
 _INTERVALS = (
     "Mean difference of each arm to the baseline of the same seed, with the interval that its "
     "verdict is read from: all of them hold together with 95%. Small dots are seeds. An interval "
-    "inside the grey margin says equivalent, one on one side of zero better or worse."
+    "inside the grey margin says equivalent; else one that excludes zero says better or worse."
 )
 _TRADES = {
     "kv": "Quality against the KV cache.",

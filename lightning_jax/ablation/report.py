@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_jax.ablation import cells, page, pictures
+from lightning_jax.ablation.results import Run
 from lightning_jax.ablation.summary import summarize
 from lightning_jax.ablation.sweep import Sweep, build_sweep
 from lightning_jax.config.errors import UserError
@@ -31,6 +32,11 @@ def read_sweep(workdir: str | os.PathLike[str]) -> Sweep:
     if not path.exists():
         raise UserError(f"workdir = {str(workdir)!r}: must be a folder that experiments.sweep made")
     return build_sweep(read_json(path))
+
+
+def has_routers(sweep: Sweep) -> bool:
+    """Whether any arm has experts."""
+    return any(sweep.config(Run(arm, sweep.seeds[0])).model.moe.num_experts for arm in sweep.arms)
 
 
 def write_report(workdir: str | os.PathLike[str], *, routers: bool = True) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def test_an_arm_that_needs_half_the_compute_gains_two():
     got = found["gains"]["shared"]
     assert got["value"] == pytest.approx(2.0, rel=0.02) and not got["extrapolated"]
     assert got["seeds"] == [0, 1] and got["flops"] == 2.0
-    assert "at 0.25, 1, 4 times its tokens, fitted to 2 seeds" in found["sentence"]
+    assert "at 0.25, 1, 4 times its tokens, fitted to each of 2 seeds" in found["sentence"]
 
 
 @pytest.mark.parametrize("smaller", [{}, {7: {"train_flops": 1.0, "bits_per_byte": 3.0}}])
