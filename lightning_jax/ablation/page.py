@@ -150,7 +150,9 @@ def _answer(report: Mapping[str, Any]) -> list[str]:
 
 
 def _notes(report: Mapping[str, Any]) -> list[str]:
-    notes = [f"<li>{html.escape(note)}</li>" for note in report["notes"]]
+    # The first note of an incomplete sweep stands above the answer.
+    left = report["notes"][1 if report["missing"] else 0 :]
+    notes = [f"<li>{html.escape(note)}</li>" for note in left]
     return ["<ul>", *notes, "</ul>"] if notes else []
 
 
@@ -171,8 +173,8 @@ def _method(report: Mapping[str, Any]) -> list[str]:
         *[_paragraph(text) for text in words if text],
         _table(cells.evidence_rows(report)),
         _paragraph(
-            "Seeds needed: so many seeds of every arm would decide an undecided arm in 80% of such "
-            "sweeps, were the true difference the one measured.",
+            "Seeds needed, of an undecided arm: with so many seeds of every arm, 80% of such "
+            "sweeps would decide it, if the true difference were the measured one.",
             "note",
         ),
     ]
@@ -333,7 +335,7 @@ def _origin(report: Mapping[str, Any]) -> list[str]:
         _table(rows, is_text=True),
         _paragraph(
             f"Times are UTC. Page made {today} by lightning_jax {shipped.version()}: "
-            f"{report['command']}. Every config field is in sweep.json, every number of this page "
-            "in report.json, and one row for each arm in report.csv."
+            f"{report['command']}. Every config field is in sweep.json, the numbers of the tables "
+            "are in report.json, and one row for each arm in report.csv."
         ),
     ]

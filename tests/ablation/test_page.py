@@ -46,7 +46,7 @@ def test_the_answer_comes_first_and_nothing_from_elsewhere(report):
         )
     ]
     assert places == sorted(places)
-    assert "Not here." not in text
+    assert "Not here." not in text and text.count("Incomplete: ") == 1
     assert base64.b64decode(re.findall(r"base64,([^\"]*)", text)[0]) == b"png"
     assert not re.search(r"(src|href)=\"(?!data:)", text) and "<script" not in text
 
