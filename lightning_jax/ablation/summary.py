@@ -235,13 +235,13 @@ def _edges(sweep: Sweep, search: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _inference(sweep: Sweep, rows: Rows, root: Path) -> list[dict[str, Any]]:
-    """Rows of arms whose runs were inferred with other routings, as far as they were."""
-    runs = [Run(arm, seed) for arm in sweep.arms for seed in rows[arm]]
-    found = [path for run in runs for path in run.folder(root).glob("inference/*.json")]
-    ways = sorted({path.stem for path in found})
-    if not ways:
+    """Rows of `inference.table` with `percent`; none before any run was inferred otherwise."""
+    if not sweep.inference:
         return []
-    table = inference.table(runs, root, ways)
+    runs = [Run(arm, seed) for arm in sweep.arms for seed in rows[arm]]
+    table = inference.table(runs, root, [*sweep.inference])
+    if all(row["way"] == inference.OWN for row in table):
+        return []
     for row in table:
         own = row[METRIC] - float(np.mean(row["more"]))
         interval = zip(("mean", "low", "high"), _paired(row["more"]), strict=True)

@@ -155,7 +155,9 @@ def test_costs_are_those_of_the_arms(tmp_path):
 
 
 def test_other_routings_are_set_against_the_arms_own(tmp_path):
-    sweep = write_sweep(tmp_path, experts=2.0)
+    ways = {"top_1": {"routing": "top_k", "top_k": 1}}
+    sweep = write_sweep(tmp_path, small_sweep(inference=ways), experts=2.0)
+    assert summarize(sweep, tmp_path)["inference"] == []
     for seed, more in enumerate((0.1, 0.2, 0.3)):
         folder = tmp_path / "shared" / f"seed_{seed}"
         rows = json.loads((folder / "evaluation.json").read_text())
