@@ -188,7 +188,8 @@ def _in_domain(domain: Mapping[str, Any], arm: str) -> str:
 def recall_rows(report: Mapping[str, Any]) -> Rows:
     """Rows, header first: exact matches by task, in percent, and the difference to the baseline.
 
-    Differences are in points of a hundred. The last row has each task's signal-to-noise ratio.
+    Differences are in points of a hundred; a task that does not tell arms apart has no verdicts.
+    The last row has each task's signal-to-noise ratio.
     """
     tasks = report["recall"]
     rows = [["arm", *tasks]]
@@ -204,7 +205,9 @@ def _in_task(task: Mapping[str, Any], arm: str) -> str:
     text = _NONE if score is None else f"{100 * score['mean']:.1f}%"
     if difference is None or difference["mean"] is None:
         return text
-    return f"{text} ({100 * difference['mean']:+.1f}, {difference['verdict']})"
+    # Where all recall nothing, or everything, the task is no test: they are not "equivalent".
+    verdict = f", {difference['verdict']}" if task["is_shown"] else ""
+    return f"{text} ({100 * difference['mean']:+.1f}{verdict})"
 
 
 def inference_rows(report: Mapping[str, Any]) -> Rows:

@@ -264,7 +264,7 @@ def _recall(report: Mapping[str, Any], shown: Sequence[Picture]) -> list[str]:
         f"margin of {100 * recall_scores.MARGIN:g} points."
     )
     if grey:
-        note += " Grey: below the signal-to-noise threshold."
+        note += " Grey: below the signal-to-noise threshold, so without verdicts."
     return [
         "<h2>Recall</h2>",
         _table(cells.recall_rows(report), grey=grey),

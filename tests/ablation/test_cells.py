@@ -77,3 +77,18 @@ def test_the_csv_has_a_row_for_each_arm(report):
 
 def test_changes_are_those_of_the_arm(report):
     assert cells.arm_rows(report)[2] == ["shared", "model.unit = Gg"]
+
+
+@pytest.mark.parametrize(
+    ("is_shown", "text"), [(True, "40.0% (-5.0, worse)"), (False, "40.0% (-5.0)")]
+)
+def test_a_task_that_does_not_tell_arms_apart_has_no_verdicts(report, is_shown, text):
+    task = {
+        "arms": {"full": {"mean": 0.45}, "shared": {"mean": 0.4}},
+        "differences": {"shared": {"mean": -0.05, "verdict": "worse"}},
+        "signal_to_noise": 2.0,
+        "is_shown": is_shown,
+    }
+    header, full, shared, *_, ratios = cells.recall_rows({**report, "recall": {"passkey": task}})
+    assert header == ["arm", "passkey"] and ratios == ["signal/noise", "2.0"]
+    assert full[1] == "45.0%" and shared[1] == text
