@@ -182,8 +182,11 @@ def _method(report: Mapping[str, Any]) -> list[str]:
 
 def _about_text(report: Mapping[str, Any]) -> str:
     text = "Bits per byte are of the UTF-8 bytes of all held-out text, the same for every arm"
-    sizes = [f"{name} {domain['bytes']:,}" for name, domain in report["domains"].items()]
-    return f"{text}: {', '.join(sizes)}." if sizes else f"{text}."
+    tasks = report["recall"]
+    domains = {name: d for name, d in report["domains"].items() if name not in tasks}
+    sizes = [f"{name} {domain['bytes']:,}" for name, domain in domains.items()]
+    listed = f": {', '.join(sizes)}" * bool(sizes)
+    return f"{text}{listed}{'; recall tasks count by themselves' if tasks else ''}."
 
 
 def _costs(report: Mapping[str, Any], shown: Sequence[Picture]) -> list[str]:

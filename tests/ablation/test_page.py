@@ -56,6 +56,10 @@ def test_sentences_are_those_of_the_summary(report):
     assert all(arm["sentence"] in text for arm in report["arms"])
 
 
+def test_the_text_that_arms_are_judged_on_is_named(report):
+    assert "the same for every arm: code 3,000, docs 500." in page.build(report, [], {})
+
+
 def test_wide_tables_become_lists_on_a_phone(report):
     text = page.build(report, [], {})
     assert '<table class="cards">' in text and '<td data-name="seeds">3</td>' in text
