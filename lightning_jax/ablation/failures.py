@@ -1,22 +1,29 @@
-"""Why a run of a sweep failed: its `failure.txt`, also of one that took its process with it."""
+"""Why a run of a sweep failed: its `failure.txt`, also of one whose process was killed."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+import signal
 from pathlib import Path
 
-from lightning_jax.ablation.results import FAILURE, Run, is_finished
+from lightning_jax.ablation.results import FAILURE
 from lightning_jax.config.errors import UserError
 from lightning_jax.runtime.files import write_file
 from lightning_jax.runtime.program import user_message
 
 logger = logging.getLogger(__name__)
 
-# Names the run that is being trained: where it is left behind, the process was killed.
-_RUNNING = "running.txt"
 _LONGEST = 300
+# Signals that ask a run to stop, see `train.signals`.
+_ORDERS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 
 
 def reason(error: BaseException) -> str:
@@ -24,6 +31,32 @@ def reason(error: BaseException) -> str:
     known = user_message(error)
     words = " ".join(str(error).split())[:_LONGEST]
     return known or f"{type(error).__name__}: {words or 'no reason given'}"
+
+
+def of_status(status: int) -> str:
+    """One line: why a process ended that left nothing but a status, negative for a signal."""
+    if status == -signal.SIGKILL:
+        return "its process was killed: out of memory?"
+    if is_order(status):
+        return f"stopped by {_name(status)}; the same command resumes it"
+    if status < 0:
+        return f"its process was ended by {_name(status)}"
+    return f"its process ended with status {status}"
+
+
+def is_order(status: int) -> bool:
+    """Whether a process with this status was asked to stop, and has perhaps saved its state."""
+    return _number(status) in _ORDERS
+
+
+def _number(status: int) -> int:
+    return -status if status < 0 else status - 128
+
+
+def _name(status: int) -> str:
+    with contextlib.suppress(ValueError):
+        return signal.Signals(_number(status)).name
+    return f"signal {_number(status)}"
 
 
 def keep(folder: Path, text: str) -> None:
@@ -35,21 +68,7 @@ def keep(folder: Path, text: str) -> None:
         logger.warning("%s: is not kept: %s", folder / FAILURE, error)
 
 
-@contextlib.contextmanager
-def marked(root: Path, run: Run) -> Iterator[None]:
-    """While the block runs, the sweep's folder names the run that is being trained."""
-    write_file(root / _RUNNING, str(run))
-    try:
-        yield
-    finally:
-        (root / _RUNNING).unlink(missing_ok=True)
-
-
-def note_killed(runs: Sequence[Run], root: Path) -> None:
-    """Records as failed the run during which the process of an earlier sweep was killed."""
+def forget(folder: Path) -> None:
+    """Removes the `failure.txt` of a run that has finished, if that is possible."""
     with contextlib.suppress(OSError):
-        name = (root / _RUNNING).read_text(encoding="utf-8", errors="replace")
-        (root / _RUNNING).unlink()
-        for run in runs:
-            if str(run) == name and not is_finished(run.folder(root)):
-                keep(run.folder(root), "its process was killed: out of memory?\n")
+        (folder / FAILURE).unlink(missing_ok=True)

@@ -1,31 +1,29 @@
-"""Runs of a sweep, one after another: what is finished is skipped, what fails is a row."""
+"""Runs of a sweep: what is finished is skipped, what is half done resumes, what fails is a row."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
+import functools
 import logging
 import os
-import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from lightning_jax.ablation import failures
-from lightning_jax.ablation.results import FAILURE, Run, collect, read, run_row, write_results
+from lightning_jax.ablation import budget, failures, same, search
+from lightning_jax.ablation.pool import Pool
+from lightning_jax.ablation.results import FAILURE, METRIC, Run, collect, read, write_results
 from lightning_jax.ablation.sweep import Sweep
+from lightning_jax.ablation.tasks import Task
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
-from lightning_jax.config.fields import build, first_change, to_dict
-from lightning_jax.runtime.files import read_json, write_json
-from lightning_jax.train import loop
+from lightning_jax.config.fields import require
+from lightning_jax.runtime.files import write_json
 from lightning_jax.train.workdir import claim
 
 logger = logging.getLogger(__name__)
+
+_COMPILED = "compiled"
 
 
 def run_sweep(
@@ -34,21 +32,23 @@ def run_sweep(
     *,
     only: Sequence[str] = (),
     seeds: Sequence[int] = (),
+    jobs: int = 1,
     allow_changed_data: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Trains the unfinished runs in `workdir/<arm>/seed_<n>`, and collects the results.
 
-    Finished runs are skipped and half-done ones resume; those that failed before come last. After
-    each run `results.jsonl` and `results.csv` have one row for each finished run of the folder (see
-    `collect`). Whatever a run raises becomes its `failure.txt`, with a traceback if it was no bad
-    input, and the next run begins; so does a run whose process was killed, in the next sweep. All
-    runs share this process: one that takes more memory than there is may end it.
+    What runs depend on comes first, see `configs`. Finished runs are skipped and half-done ones
+    resume; those that failed before come last. After each run `results.jsonl` and `results.csv`
+    have one row for each finished run of the folder (see `collect`). Each run is a process of its
+    own (see `pool`): what it raises or is killed by becomes its `failure.txt`, with a traceback if
+    it was no bad input, and the next run begins.
 
     Args:
       sweep: what to run.
       workdir: folder of the sweep; gets `sweep.json`.
       only: arms to run; empty: all.
       seeds: seeds to run; empty: all.
+      jobs: runs at once; they divide the cores among them.
       allow_changed_data: see `train.loop.run`.
 
     Returns:
@@ -56,41 +56,116 @@ def run_sweep(
       or a folder which cannot be used.
 
     Raises:
-      UserError: the folder holds runs of another sweep (names the field), or is in use.
-      session.Stopped: a signal; the state has been saved.
+      UserError: the folder holds runs of another sweep (names the field), or is in use; see
+        `configs`.
+      Stopped: a signal; the states of the runs have been saved.
     """
+    require(jobs >= 1, "jobs", jobs, "1 or more")
     runs = sweep.runs(only, seeds)
     with claim(workdir) as claimed:
-        return _run_all(sweep, claimed.path, runs, allow_changed_data)
+        root = claimed.path
+        pool = Pool(root / _COMPILED, jobs, allow_changed_data)
+        return _train(sweep, root, runs, configs(sweep, root, runs, pool), pool)
 
 
-def _run_all(
-    sweep: Sweep, root: Path, runs: Sequence[Run], allow_changed_data: bool
+def run_task(
+    sweep: Sweep, workdir: str | os.PathLike[str], task: int, *, allow_changed_data: bool = False
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    _check_same(sweep, root)
-    write_json(root / "sweep.json", {**dataclasses.asdict(sweep), "seeds": list(sweep.seeds)})
-    failures.note_killed(sweep.runs(), root)
-    failed: dict[str, str] = {}
-    left = _unfinished(runs, root, failed)
-    for number, run in enumerate(left, 1):
-        title = f"run {number} of {len(left)}: {run}"
-        logger.info("%s", title)
-        with failures.marked(root, run):
-            failure = _train(sweep, run, root, title, allow_changed_data)
-        # Each run compiles programs of its own; kept, they would add up over a long sweep.
-        jax.clear_caches()
+    """Trains one run of a sweep, as `run_sweep` does, but locks no more than the run's folder.
+
+    So any scheduler can train the runs of a sweep, in any order and at the same time.
+
+    Args:
+      sweep: what to run.
+      workdir: folder of the sweep.
+      task: the run's number in `sweep.runs()`.
+      allow_changed_data: see `train.loop.run`.
+
+    Raises:
+      UserError: there is no such run, the folder holds runs of another sweep, or what runs depend
+        on is missing (see `prepare`).
+      Stopped: a signal; the state has been saved.
+    """
+    runs = sweep.runs()
+    right = f"the number of a run, from 0 to {len(runs) - 1}"
+    require(0 <= task < len(runs), "task", task, right)
+    root = Path(os.path.abspath(workdir))
+    pool = Pool(root / _COMPILED, 1, allow_changed_data)
+    return _train(sweep, root, [runs[task]], configs(sweep, root, runs, None), pool)
+
+
+def prepare(
+    sweep: Sweep,
+    workdir: str | os.PathLike[str],
+    *,
+    jobs: int = 1,
+    allow_changed_data: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Trains what runs depend on, see `configs`, and no run; `run_task` needs it.
+
+    Returns:
+      By arm, the factors on `tokens` and `learning_rate` of its config.
+    """
+    require(jobs >= 1, "jobs", jobs, "1 or more")
+    with claim(workdir) as claimed:
+        root = claimed.path
+        pool = Pool(root / _COMPILED, jobs, allow_changed_data)
+        configs(sweep, root, sweep.runs(), pool)
+        _write(sweep, root)
+        scales = budget.scales(sweep, root)
+        rates = search.factors(sweep, root, (), scales, None)
+        return {
+            arm: {"tokens": scales[arm], "learning_rate": rate} for arm, rate in rates.items()
+        }
+
+
+def configs(
+    sweep: Sweep, root: Path, runs: Sequence[Run], pool: Pool | None
+) -> dict[Run, RunConfig]:
+    """Returns the configs of a sweep's runs, with the tokens and learning rates of their arms.
+
+    What these depend on is trained first where the folder does not have it: calibrations of budgets
+    (`budget.scales`), then searches of learning rates (`search.factors`).
+
+    Args:
+      sweep: the sweep.
+      root: its folder.
+      runs: those that will be trained, whose learning rates must be known.
+      pool: trains what is missing; None refuses it.
+
+    Returns:
+      By run, but for those whose arm was not searched, or all of whose trials failed.
+
+    Raises:
+      UserError: the folder holds runs of another sweep (names the field); a calibration failed; or
+        something is missing without a `pool`.
+      Stopped: a signal; the states of what is trained have been saved.
+    """
+    same.check_runs(sweep, root)
+    train = None if pool is None else functools.partial(_calibrate, pool)
+    scales = budget.scales(sweep, root, train=train)
+    # A run that measures the baseline's scaling has its learning rate.
+    models = {arm: arm for arm in sweep.arms} | dict.fromkeys(sweep.scaling_arms, sweep.baseline)
+    needed = dict.fromkeys(models[run.arm] for run in runs)
+    rates = search.factors(sweep, root, [*needed], scales, pool)
+    found = {
+        run: sweep.config(run, tokens=scales[run.arm], rate=rates[models[run.arm]])
+        for run in sweep.runs()
+        if models[run.arm] in rates
+    }
+    same.check_configs(found, root)
+    return found
+
+
+def _calibrate(pool: Pool, config: RunConfig, folder: Path) -> None:
+    for _, failure in pool.train([Task(f"calibration of {folder.name}", config, folder)]):
         if failure:
-            failed[str(run)] = failure
-            gc.collect()  # An exception and the arrays of its frames may form a circle.
-        write_results(root, collect(sweep.runs(), root))
-    rows = collect(sweep.runs(), root)
-    write_results(root, rows)
-    return rows, failed
+            raise UserError(failure)
 
 
-def _unfinished(runs: Sequence[Run], root: Path, failed: dict[str, str]) -> list[Run]:
-    """Returns the runs to train; the reasons of those that cannot be used go to `failed`."""
-    found = []
+def unfinished(runs: Iterable[Run], root: Path) -> tuple[list[Run], dict[str, str]]:
+    """Returns the runs to train, those that failed before last, and why others cannot be used."""
+    left, failed = [], {}
     for run in runs:
         try:
             row = read(run, run.folder(root))
@@ -99,63 +174,59 @@ def _unfinished(runs: Sequence[Run], root: Path, failed: dict[str, str]) -> list
             logger.error("%s: %s", run, error)
         else:
             if row is None:
-                found.append(run)
+                left.append(run)
             else:
                 logger.info("%s: finished before", run)
-    return sorted(found, key=lambda run: (run.folder(root) / FAILURE).exists())
+    return sorted(left, key=lambda run: (run.folder(root) / FAILURE).exists()), failed
 
 
-def _train(sweep: Sweep, run: Run, root: Path, title: str, allow_changed_data: bool) -> str | None:
-    """Trains a run; returns the reason, in one line, if it failed, and keeps it in its folder."""
-    folder, begun = run.folder(root), time.perf_counter()
+def _train(
+    sweep: Sweep, root: Path, runs: Sequence[Run], known: Mapping[Run, RunConfig], pool: Pool
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Trains what is left of some runs, whose configs are `known`; see `run_sweep`."""
+    _write(sweep, root)
+    left, failed = unfinished(runs, root)
+    tasks = {}
+    for run in left:
+        if run in known:
+            tasks[Task(str(run), known[run], run.folder(root))] = run
+        else:
+            failed[str(run)] = "every trial of its learning rate failed"
+            failures.keep(run.folder(root), failed[str(run)] + "\n")
+    for task, failure in pool.train([*tasks]):
+        if failure := failure or _judge(tasks[task], task.folder):
+            failed[task.name] = failure
+        _collect(sweep, root)
+    return _collect(sweep, root), failed
+
+
+def _judge(run: Run, folder: Path) -> str | None:
+    """Reads the result of a run that has ended well; returns why it cannot be used, if so."""
     try:
-        loop.run(sweep.config(run), folder, allow_changed_data=allow_changed_data)
-        row = run_row(run, folder)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # an extension's panic is no Exception
-        if isinstance(error, SystemExit) and type(error.code) is int and error.code > 128:
-            raise
-        reason = failures.reason(error)
-        trace = "" if isinstance(error, UserError) else "\n" + traceback.format_exc()
-        failures.keep(folder, f"{reason}\n{trace}")
-        logger.error("%s failed: %s%s", title, reason, trace and f" (more in {folder / FAILURE})")
+        row = read(run, folder)
+        reason = "it ended without an evaluation" if row is None else None
+    except UserError as error:
+        row, reason = None, str(error)
+    if row is None:
+        failures.keep(folder, f"{reason}\n")
         return reason
-    with contextlib.suppress(OSError):
-        (folder / FAILURE).unlink(missing_ok=True)
-    seconds = time.perf_counter() - begun
-    logger.info("%s: %.4f bits per byte, %.0f s", title, row["bits_per_byte"], seconds)
+    failures.forget(folder)
+    logger.info("%s: %.4f bits per byte", run, row[METRIC])
     return None
 
 
-def _check_same(sweep: Sweep, root: Path) -> None:
-    """Raises UserError where the folder holds a run that this sweep would not make.
+def _write(sweep: Sweep, root: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    write_json(root / "sweep.json", dataclasses.asdict(sweep))
 
-    A run whose config cannot be read is left to `results.read`.
+
+def _collect(sweep: Sweep, root: Path) -> list[dict[str, Any]]:
+    """Writes and returns the rows of all runs that have finished, whoever trained them.
+
+    Of several processes that do this at once, the last to write has read what all others left.
     """
-    if (root / "config.json").exists():
-        raise UserError(f"workdir = {str(root)!r}: is a run's folder; a sweep needs one of its own")
-    wanted = {str(run.folder(root)): run for run in sweep.runs()}
-    for path in sorted(root.glob("*/seed_*/config.json")):
-        run = wanted.get(str(path.parent))
-        if run is None:
-            where = path.parent.relative_to(root)
-            known = path.parent.parent.name in sweep.arms
-            field, value = ("seeds", sweep.seeds) if known else ("arms", [*sweep.arms])
-            raise UserError(
-                f"{field} = {value!r}: this workdir has a run {str(where)!r}, which is not in it"
-            )
-        try:
-            before, now = to_dict(build(RunConfig, read_json(path))), to_dict(sweep.config(run))
-        except UserError:
-            continue
-        if now["model"]["vocab_size"] == 0:
-            # 0 means "the tokenizer's"; a run records the actual size.
-            now["model"]["vocab_size"] = before["model"]["vocab_size"]
-        changed = first_change(before, now)
-        if changed:
-            field, old, new = changed
-            raise UserError(
-                f"{field} = {new!r}: {run} in this workdir has {old!r}; use another --workdir "
-                "or the sweep as it was"
-            )
+    rows, written = collect(sweep.runs(), root), None
+    while rows != written:
+        write_results(root, rows)
+        rows, written = collect(sweep.runs(), root), rows
+    return rows

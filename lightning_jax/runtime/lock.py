@@ -31,6 +31,10 @@ _WRITING_SECONDS = 0.1
 _LONGEST_COMMAND, _LONGEST_NOTE = 200, 4096
 
 
+class InUse(UserError):
+    """Another process, or another block of this one, holds the lock."""
+
+
 @contextlib.contextmanager
 def hold(path: Path, what: str) -> Iterator[None]:
     """Holds the lock file `path` inside the block, and removes it afterwards.
@@ -38,7 +42,7 @@ def hold(path: Path, what: str) -> Iterator[None]:
     The file names its holder. On a disk without locks the block runs after a warning.
 
     Raises:
-      UserError: `what` is in use by another process (or by another block of this one).
+      InUse: `what` is in use by another process (or by another block of this one).
       OSError: the file cannot be written.
     """
     descriptor = _acquire(path, what)
@@ -63,7 +67,7 @@ def _acquire(path: Path, what: str) -> int:
             time.sleep(_WRITING_SECONDS)
             holder = _holder(descriptor)
             os.close(descriptor)
-            raise UserError(f"{what}: in use by {holder}") from error
+            raise InUse(f"{what}: in use by {holder}") from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 os.close(descriptor)
