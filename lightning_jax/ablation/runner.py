@@ -114,9 +114,7 @@ def prepare(
         _write(sweep, root)
         scales = budget.scales(sweep, root)
         rates = search.factors(sweep, root, (), scales, None)
-        return {
-            arm: {"tokens": scales[arm], "learning_rate": rate} for arm, rate in rates.items()
-        }
+        return {arm: {"tokens": scales[arm], "learning_rate": rate} for arm, rate in rates.items()}
 
 
 def configs(

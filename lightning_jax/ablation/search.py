@@ -103,9 +103,10 @@ def _search(
     # The grid is trained at once, then one trial of each arm at a time.
     for numbers in [range(len(grid)), *([number] for number in range(len(grid), count))]:
         tasks = {}
-        for arm, number in itertools.product(scales, numbers):
-            factor = grid[number] if number < len(grid) else ask(results[arm], number)
-            tasks[arm, factor] = _task(sweep, root, arm, number, scales[arm], factor)
+        for arm, scale in scales.items():
+            for number in numbers:
+                factor = grid[number] if number < len(grid) else ask(results[arm], number)
+                tasks[arm, factor] = _task(sweep, root, arm, number, scale, factor)
         failed = _train(tasks.values(), pool)
         for (arm, factor), task in tasks.items():
             results[arm].append(_result(task, factor, failed.get(task)))
@@ -170,8 +171,10 @@ class _Estimator:
             install = invocation.install("search")
             raise UserError(f"search: needs optuna, which is not installed: {install}") from error
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._optuna = optuna
-        self._space = {"factor": optuna.distributions.FloatDistribution(low, high, log=True)}
+        self._optuna: Any = optuna
+        self._space: dict[str, Any] = {
+            "factor": optuna.distributions.FloatDistribution(low, high, log=True)
+        }
 
     def __call__(self, before: Sequence[Mapping[str, Any]], seed: int) -> float:
         """Returns the next factor; it depends on nothing but the arguments."""

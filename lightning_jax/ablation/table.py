@@ -1,6 +1,6 @@
 """The runs that are being trained, as a live table on standard error.
 
-Without a terminal it is a line for each of them whenever nothing was printed for some seconds.
+Without a terminal it is a line for each of them whenever nothing was said for some seconds.
 """
 
 from __future__ import annotations
@@ -67,10 +67,7 @@ class Screen:
             self._live.update(self._table(), refresh=True)
         elif not self._has_table and output.seconds_since_a_line() > _LINE_SECONDS:
             for task in self._begun:
-                progress = Progress.of(task)
-                step, loss, speed, left = _cells(progress)
-                about = f"step {step}  loss {loss}  {speed} tok/s  {left} left"
-                output.say(f"{task.name}: {about if progress.step else 'starting'}")
+                output.say(f"{task.name}: {_text(Progress.of(task))}")
 
     def _table(self) -> Table:
         found = {task: Progress.of(task) for task in self._begun}
@@ -92,6 +89,14 @@ class Screen:
         waiting = self._total - ended - len(self._begun)
         left = each * waiting + sum(each if p.left is None else p.left for p in running)
         return f"{text}, about {duration(left / self._jobs)} left" if left else text
+
+
+def _text(progress: Progress) -> str:
+    if not progress.step:
+        return "starting"
+    step, loss, speed, left = _cells(progress)
+    then = "evaluating" if progress.step == progress.steps else f"{left} left"
+    return f"step {step}  loss {loss}  {speed} tok/s  {then}"
 
 
 def _cells(progress: Progress) -> list[str]:
