@@ -3,9 +3,7 @@
 import pytest
 
 from lightning_jax.ablation import failures
-from lightning_jax.ablation.results import FAILURE
 from lightning_jax.config.errors import UserError
-from tests.ablation.fake_runs import small_sweep, write_run
 
 
 # Case F4
@@ -31,14 +29,25 @@ def test_a_failure_that_cannot_be_kept_is_no_failure_of_the_sweep(tmp_path, capl
     assert "is not kept" in caplog.text
 
 
-# Case F4
-def test_only_an_unfinished_run_is_recorded_as_killed(tmp_path):
-    sweep = small_sweep()
-    finished, killed = sweep.runs()[:2]
-    write_run(sweep.config(finished), finished.folder(tmp_path))
-    for name in (str(finished), str(killed), "of another sweep", ""):
-        (tmp_path / "running.txt").write_text(name)
-        failures.note_killed(sweep.runs(), tmp_path)
-        assert not (tmp_path / "running.txt").exists()
-    failures.note_killed(sweep.runs(), tmp_path)
-    assert [path.parent for path in tmp_path.glob(f"*/*/{FAILURE}")] == [killed.folder(tmp_path)]
+@pytest.mark.parametrize(
+    ("status", "words", "is_order"),
+    [
+        (-9, "its process was killed: out of memory?", False),
+        (-11, "its process was ended by SIGSEGV", False),
+        (-15, "stopped by SIGTERM; the same command resumes it", True),
+        (138, "stopped by SIGUSR1; the same command resumes it", True),
+        (130, "stopped by SIGINT; the same command resumes it", True),
+        (1, "its process ended with status 1", False),
+        (-200, "its process was ended by signal 200", False),
+    ],
+)
+def test_a_status_becomes_a_line(status, words, is_order):
+    assert failures.of_status(status) == words
+    assert failures.is_order(status) is is_order
+
+
+def test_what_is_forgotten_need_not_be_there(tmp_path):
+    failures.keep(tmp_path, "a reason\n")
+    for _ in range(2):
+        failures.forget(tmp_path)
+        assert not list(tmp_path.iterdir())
