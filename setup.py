@@ -13,6 +13,9 @@ INTEROP = ["jinja2>=3.1.6", "safetensors"]
 NOTEBOOKS = ["jupyterlab", "nbclient", "nbformat"]
 DOCS = ["mkdocs-material"]
 TYPES = ["pyright"]
+# Of sweeps: a search of learning rates, and jobs of a scheduler.
+SEARCH = ["optuna"]
+SLURM = ["submitit"]
 
 
 class BuildWithPrograms(build_py):
@@ -72,6 +75,8 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.11"],
         "data": DATA,
         "interop": INTEROP,
+        "search": SEARCH,
+        "slurm": SLURM,
         "lm-eval": ["lm_eval>=0.4.13", *INTEROP],
         # Writers beside TensorBoard.
         "wandb": ["wandb"],
@@ -91,6 +96,8 @@ setup(
             *DATA,
             *INTEROP,
             *NOTEBOOKS,
+            *SEARCH,
+            *SLURM,
         ],
         "dev": ["pre-commit", *DOCS],
     },

@@ -56,7 +56,9 @@ def test_each_task_has_its_own_end(tmp_path, tasks, jobs):
 def test_several_run_at_once_and_have_cores_of_their_own(tmp_path, tasks, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
     assert train(tmp_path, tasks("meet_a", "meet_b"), jobs=2) == {"meet_a": None, "meet_b": None}
-    requests = [read_json(tmp_path / "runs" / name / "request.json") for name in ("meet_a", "meet_b")]
+    requests = [
+        read_json(tmp_path / "runs" / name / "request.json") for name in ("meet_a", "meet_b")
+    ]
     assert [request["cores"] for request in requests] == [[0, 1], [2, 3]]
     assert {request["compiled"] for request in requests} == {str(tmp_path / "compiled")}
 

@@ -9,7 +9,6 @@ import pytest
 from lightning_jax.ablation import child, report, runner
 from lightning_jax.ablation import sweep as sweeps
 from lightning_jax.config.errors import UserError
-from lightning_jax.config.fields import to_dict
 from lightning_jax.train.workdir import claim
 from tests.ablation.fake_runs import small_sweep, write_rows, write_run
 
@@ -284,5 +283,3 @@ def test_sweep_json_gives_the_same_sweep_back(tmp_path, trained):
     assert list(again.base["stages"]) == ["stable", "decay"] and list(again.arms) == list(
         sweep.arms
     )
-
-

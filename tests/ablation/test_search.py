@@ -21,7 +21,7 @@ BEST = {"GG": 1.2, "Gg": 0.5, "LG": 9.0}
 
 @pytest.fixture
 def pool():
-    """Trains at once: bits per byte are least at `BEST`. `trained` has the tasks, `broken` faults."""
+    """Trains without work: arms are best at `BEST`; has `trained` and `broken` tasks."""
     sweep, trained, broken = searched(), [], {}
 
     def train(tasks):
