@@ -19,7 +19,13 @@ BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 GENERATED = ("api", "config")
 PAGES = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.stem not in GENERATED]
 # Files that the reader of a page makes.
-READERS_FILES = {"configs/mine.py", "configs/sweeps/mine.py", "train.sbatch", "train.yaml"}
+READERS_FILES = {
+    "configs/mine.py",
+    "configs/sweeps/mine.py",
+    "train.sbatch",
+    "sweep.sbatch",
+    "train.yaml",
+}
 PROGRAMS = sorted((ROOT / "experiments").glob("*.py"))
 
 BASE = {"config", "runtime", "sharding"}

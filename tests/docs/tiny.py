@@ -41,7 +41,11 @@ _SMALL = {
     "step": "2",
     "vocab_size": "300",
     "seeds": "0",
+    "jobs": "2",
+    "task": "0",
 }
+# Of sweeps: flags that do not change what is in its folder at the end.
+_HOW = {"sweep", "workdir", "jobs", "plan", "prepare", "task"}
 # Sizes of a config that a command may ask for.
 _SIZES = (
     (r"stages\.\w+\.tokens", "256"),
@@ -194,7 +198,8 @@ def _argument(argument: str, home: Path) -> str:
 def _workdir(program: str, call: Call, home: Path) -> str:
     if program in _READERS:
         return f"{home}/{_READERS[program]}"
-    if program == "sweep" and len(call.flags) == 2:  # the one that all share
+    names = {flag.removeprefix("--").partition("=")[0] for flag in call.flags}
+    if program == "sweep" and names <= _HOW:  # the one that all share
         return f"{home}/sweep"
     if program == "convert" and "--to=hf" in call.flags:
         return f"{home}/run"
