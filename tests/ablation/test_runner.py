@@ -21,11 +21,11 @@ def trained(monkeypatch):
     calls, faults = [], {}
 
     def fake(config, workdir, **_):
-        name = f"{workdir.parent.name} seed {config.seed}"
+        name = f"{workdir.parent.name} {workdir.name.replace('_', ' ')}"
         calls.append(name)
         if name in faults:
             raise faults[name]
-        return write_run(config, workdir, code=2 + config.seed / 10)
+        return write_run(config, workdir, code=2 + config.seed % 10 / 10)
 
     def train_here(_, tasks):
         for task in tasks:
@@ -283,3 +283,96 @@ def test_sweep_json_gives_the_same_sweep_back(tmp_path, trained):
     assert list(again.base["stages"]) == ["stable", "decay"] and list(again.arms) == list(
         sweep.arms
     )
+
+
+def test_a_task_is_one_run_and_locks_no_more_than_its_folder(tmp_path, trained):
+    sweep, root = small_sweep(), tmp_path / "s"
+    with claim(root):
+        rows, failures = runner.run_task(sweep, root, 4)
+        assert [(row["arm"], row["seed"]) for row in rows] == [("shared", 1)] and not failures
+    assert trained[0] == ["shared seed 1"]
+    assert len(lines(root / "results.jsonl")) == 1
+    assert runner.run_task(sweep, root, 4)[0] == rows and len(trained[0]) == 1
+    assert runner.run_sweep(sweep, root)[1] == {} and len(trained[0]) == 9
+
+
+@pytest.mark.parametrize("task", [-1, 9])
+def test_a_task_that_is_no_run_is_refused(tmp_path, trained, task):
+    with pytest.raises(UserError, match=f"task = {task}: must be the number of a run, from 0 to 8"):
+        runner.run_task(small_sweep(), tmp_path / "s", task)
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_have_the_rows_of_all_who_finish_at_the_same_time(tmp_path, trained, monkeypatch):
+    sweep = small_sweep()
+    other, write = sweep.runs()[3], runner.write_results
+
+    def write_late(root, rows):
+        if not (other.folder(root) / "evaluation.json").exists():
+            # Another process finishes now, and writes before this one does.
+            write_run(sweep.config(other), other.folder(root))
+            write(root, runner.collect(sweep.runs(), root))
+        write(root, rows)
+
+    monkeypatch.setattr(runner, "write_results", write_late)
+    runner.run_task(sweep, tmp_path, 0)
+    assert [(row["arm"], row["seed"]) for row in lines(tmp_path / "results.jsonl")] == [
+        ("full", 0),
+        ("full", 1),
+    ]
+
+
+# What runs depend on: calibrations and searches.
+
+
+def test_a_search_comes_first_and_its_factors_reach_the_runs(tmp_path, trained):
+    pytest.importorskip("optuna")
+    sweep = small_sweep(search={"trials": 3}, scaling=[0.5])
+    with pytest.raises(UserError, match="arm 'full': its learning rate has not been searched"):
+        runner.run_task(sweep, tmp_path / "s", 0)
+    assert not list(tmp_path.iterdir())
+    rows, failures = runner.run_sweep(sweep, tmp_path, seeds=[0])
+    assert not failures and len(trained[0]) == 9 + 4
+    factors = {
+        arm: record["factor"]
+        for arm, record in json.loads((tmp_path / "search.json").read_text()).items()
+    }
+    assert [row["arm"] for row in rows] == ["full", "shared", "hybrid", "full@0.5"]
+    factors["full@0.5"] = factors["full"]
+    before = sweep.base["stages"]["stable"]["learning_rate"]
+    for row in rows:
+        config = json.loads((tmp_path / row["arm"] / "seed_0" / "config.json").read_text())
+        rate = config["stages"]["stable"]["learning_rate"]
+        assert rate == pytest.approx(before * factors[row["arm"]])
+    # Other seeds need no other search.
+    assert runner.prepare(sweep, tmp_path)["full"] == {
+        "tokens": 1.0,
+        "learning_rate": factors["full"],
+    }
+    assert len(runner.run_task(sweep, tmp_path, 3)[0]) == 5 and len(trained[0]) == 14
+
+
+def test_an_arm_all_of_whose_trials_failed_is_rows_with_that_reason(tmp_path, trained):
+    pytest.importorskip("optuna")
+    calls, faults = trained
+    faults.update({f"shared trial {k}": UserError("loss is not finite") for k in range(3)})
+    sweep = small_sweep(search={"trials": 3})
+    rows, failures = runner.run_sweep(sweep, tmp_path)
+    assert set(failures.values()) == {"every trial of its learning rate failed"}
+    assert list(failures) == [f"shared seed {seed}" for seed in range(3)] and len(rows) == 6
+    missing = report.summarize(sweep, tmp_path)["missing"]
+    assert {run["reason"] for run in missing} == {f"failed: {failures['shared seed 0']}"}
+    faults.clear()
+    rows, failures = runner.run_sweep(sweep, tmp_path)
+    assert len(rows) == 9 and not failures
+
+
+def test_preparing_trains_no_run(tmp_path, trained):
+    sweep = small_sweep(budget="flops")
+    found = runner.prepare(sweep, tmp_path)
+    assert found["full"] == {"tokens": 1.0, "learning_rate": 1.0}
+    assert found["hybrid"]["tokens"] > 1.0 and not trained[0]
+    runner.run_task(sweep, tmp_path, 2)
+    config = json.loads((tmp_path / "hybrid" / "seed_0" / "config.json").read_text())
+    tokens = sweep.base["stages"]["stable"]["tokens"]
+    assert config["stages"]["stable"]["tokens"] > tokens
