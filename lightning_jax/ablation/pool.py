@@ -24,6 +24,7 @@ from lightning_jax.ablation import child, failures
 from lightning_jax.ablation.table import Screen
 from lightning_jax.ablation.tasks import Task
 from lightning_jax.config.fields import to_dict
+from lightning_jax.runtime import output
 from lightning_jax.train.interruption import Stopped
 from lightning_jax.train.signals import StopRequest
 
@@ -56,7 +57,7 @@ class Pool:
           Stopped: a signal to this process; the states of all tasks have been saved.
         """
         waiting, running = collections.deque(tasks), dict[int, _Process]()
-        cores = divide_cores(self.jobs)
+        cores, stopped = divide_cores(self.jobs), 0
         with StopRequest() as stop, Screen(tasks, self.jobs) as screen:
             stop.has_work = True
             try:
@@ -72,6 +73,7 @@ class Pool:
                         if not process.is_alive():
                             del running[slot]
                             has_ended, failure = process.result()
+                            stopped += not has_ended
                             if has_ended:
                                 screen.end(process.task, failure)
                                 yield process.task, failure
@@ -83,6 +85,8 @@ class Pool:
                 for process in running.values():
                     process.wait()
             if stop.signal:
+                saved = f"{stopped} runs are saved" if stopped else "nothing was running"
+                output.say(f"{stop.signal.name}: {saved}; the same command resumes")
                 raise Stopped(stop.signal)
 
 

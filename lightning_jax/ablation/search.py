@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 FILE = "search.json"
 _FOLDER = "search"
 _FIRST_SEED = 10_000
+# Factors whose logarithms differ by less than this are as good as equal.
+_EDGE = 0.1
 _RECORD = {
     "factor": kinds.number(0, 1e6, above=True),
     "trials": kinds.list_of(kinds.OBJECT),
@@ -154,11 +156,15 @@ def _record(trials: Sequence[dict[str, Any]], edges: Mapping[str, float]) -> dic
     best = min(finished, key=lambda trial: trial[METRIC])["factor"]
     return {
         "factor": best,
-        "edge": next((name for name, edge in edges.items() if best == edge), None),
+        "edge": next((name for name, edge in edges.items() if _is_near(best, edge)), None),
         "trials": trials,
         "seconds": sum(trial["seconds"] for trial in trials),
         "train_flops": sum(trial["train_flops"] or 0.0 for trial in trials),
     }
+
+
+def _is_near(factor: float, edge: float) -> bool:
+    return abs(math.log(factor / edge)) < _EDGE
 
 
 class _Estimator:
