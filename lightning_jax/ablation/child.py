@@ -14,12 +14,16 @@ import os
 import sys
 import threading
 import traceback
+import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_jax.ablation import failures
+from lightning_jax.ablation import failures, inference
+from lightning_jax.ablation.results import Run, is_finished
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
+from lightning_jax.config.routing import EvalRouting
 from lightning_jax.runtime import compiler, program
 from lightning_jax.runtime.lock import InUse
 from lightning_jax.train import loop
@@ -34,6 +38,7 @@ class Request:
     Attributes:
       config: of the run, as `to_dict` writes it.
       folder: of the run.
+      ways: by name, the fields of other routings under which the finished run is evaluated.
       compiled: folder of compiled programs, which all runs of a sweep share.
       cores: numbers of the cores that the run may use; None for all.
       allow_changed_data: see `train.loop.run`.
@@ -42,6 +47,7 @@ class Request:
 
     config: dict[str, Any]
     folder: str
+    ways: dict[str, dict[str, Any]]
     compiled: str
     cores: list[int] | None
     allow_changed_data: bool
@@ -49,17 +55,25 @@ class Request:
     orig_argv: list[str]
 
 
-def train(config: RunConfig, folder: Path, *, allow_changed_data: bool = False) -> str | None:
-    """Trains a run; returns the reason, in one line, if it failed.
+def train(
+    config: RunConfig,
+    folder: Path,
+    *,
+    ways: Mapping[str, EvalRouting] = types.MappingProxyType({}),
+    allow_changed_data: bool = False,
+) -> str | None:
+    """Trains a run, unless it has finished, and evaluates it under other routings.
 
-    The reason is kept as `failure.txt`, with a traceback if it was no bad input; but for a folder
-    in which another process trains.
+    Returns the reason, in one line, if that failed. It is kept as `failure.txt`, with a traceback
+    if it was no bad input; but for a folder in which another process trains.
 
     Raises:
       Stopped: a signal; the state has been saved.
     """
     try:
-        loop.run(config, folder, allow_changed_data=allow_changed_data)
+        if not is_finished(folder):
+            loop.run(config, folder, allow_changed_data=allow_changed_data)
+        inference.evaluate(Run(folder.parent.name, config.seed), folder, ways)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # an extension's panic is no Exception
@@ -83,7 +97,8 @@ def main() -> None:
         os.sched_setaffinity(0, request.cores)
     compiler.cache_in(request.compiled)
     config, folder = RunConfig.parse(request.config, "config"), Path(request.folder)
-    failure = train(config, folder, allow_changed_data=request.allow_changed_data)
+    ways = {name: EvalRouting(**fields) for name, fields in request.ways.items()}
+    failure = train(config, folder, ways=ways, allow_changed_data=request.allow_changed_data)
     program.emit_json({"failure": failure})
 
 

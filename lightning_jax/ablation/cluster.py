@@ -88,7 +88,7 @@ def submit(
     numbers = {run: number for number, run in enumerate(sweep.runs())}
     runs = sweep.runs(only, seeds)
     runner.configs(sweep, root, runs, None)
-    left, _ = runner.unfinished(runs, root)
+    left, _ = runner.unfinished(sweep, runs, root)
     executor = _executor(root / _FOLDER, cluster, {"name": "lightning_jax", **parameters})
     job = Job(sweep, str(root), allow_changed_data)
     jobs = executor.map_array(job, [numbers[run] for run in left]) if left else []

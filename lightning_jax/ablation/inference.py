@@ -8,7 +8,7 @@ on the text of its own evaluation. Nothing is trained.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ def evaluate(run: Run, folder: Path, ways: Mapping[str, EvalRouting]) -> None:
             domains = evaluate_run(str(folder), EvalOptions(routing=routing))["domains"]
             path.parent.mkdir(exist_ok=True)
             write_json(path, domains)
+
+
+def is_measured(folder: Path, ways: Iterable[str]) -> bool:
+    """Whether a run's folder has its evaluations in all of these ways."""
+    return all(_path(folder, name).exists() for name in ways)
 
 
 def table(runs: Sequence[Run], root: Path, ways: Sequence[str]) -> list[dict[str, Any]]:

@@ -111,6 +111,7 @@ class _Process:
         request = child.Request(
             config=to_dict(task.config),
             folder=str(task.folder),
+            ways={name: dataclasses.asdict(way) for name, way in task.ways},
             compiled=str(pool.compiled),
             cores=cores,
             allow_changed_data=pool.allow_changed_data,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_jax.ablation import budget, failures, same, search
+from lightning_jax.ablation import budget, failures, inference, same, search
 from lightning_jax.ablation.pool import Pool
 from lightning_jax.ablation.results import FAILURE, METRIC, Run, collect, read, write_results
 from lightning_jax.ablation.sweep import Sweep
@@ -18,6 +18,7 @@ from lightning_jax.ablation.tasks import Task
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require
+from lightning_jax.config.routing import EvalRouting
 from lightning_jax.runtime.files import write_json
 from lightning_jax.train.workdir import claim
 
@@ -161,8 +162,11 @@ def _calibrate(pool: Pool, config: RunConfig, folder: Path) -> None:
             raise UserError(failure)
 
 
-def unfinished(runs: Iterable[Run], root: Path) -> tuple[list[Run], dict[str, str]]:
-    """Returns the runs to train, those that failed before last, and why others cannot be used."""
+def unfinished(sweep: Sweep, runs: Iterable[Run], root: Path) -> tuple[list[Run], dict[str, str]]:
+    """Returns the runs to train, those that failed before last, and why others cannot be used.
+
+    A run that was not evaluated under all routings of `sweep.inference` is one of them.
+    """
     left, failed = [], {}
     for run in runs:
         try:
@@ -171,11 +175,15 @@ def unfinished(runs: Iterable[Run], root: Path) -> tuple[list[Run], dict[str, st
             failed[str(run)] = str(error)
             logger.error("%s: %s", run, error)
         else:
-            if row is None:
+            if row is None or not inference.is_measured(run.folder(root), _ways(sweep, run)):
                 left.append(run)
             else:
                 logger.info("%s: finished before", run)
     return sorted(left, key=lambda run: (run.folder(root) / FAILURE).exists()), failed
+
+
+def _ways(sweep: Sweep, run: Run) -> Mapping[str, EvalRouting]:
+    return sweep.routings if sweep.config(run).model.moe.num_experts else {}
 
 
 def _train(
@@ -183,11 +191,12 @@ def _train(
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Trains what is left of some runs, whose configs are `known`; see `run_sweep`."""
     _write(sweep, root)
-    left, failed = unfinished(runs, root)
+    left, failed = unfinished(sweep, runs, root)
     tasks = {}
     for run in left:
         if run in known:
-            tasks[Task(str(run), known[run], run.folder(root))] = run
+            ways = tuple(_ways(sweep, run).items())
+            tasks[Task(str(run), known[run], run.folder(root), ways)] = run
         else:
             failed[str(run)] = "every trial of its learning rate failed"
             failures.keep(run.folder(root), failed[str(run)] + "\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_jax.config import RunConfig
+from lightning_jax.config.routing import EvalRouting
 from lightning_jax.train.plan import Plan
 from lightning_jax.train.workdir import METRICS
 
@@ -19,11 +20,19 @@ _TAIL_BYTES = 65_536
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A run to train: what messages call it, its config and its folder."""
+    """A run to train.
+
+    Attributes:
+      name: what messages call it.
+      config: of the run.
+      folder: of the run.
+      ways: by name, other routings under which it is evaluated when it has finished.
+    """
 
     name: str
     config: RunConfig
     folder: Path
+    ways: tuple[tuple[str, EvalRouting], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

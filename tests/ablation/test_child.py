@@ -82,6 +82,7 @@ def test_the_process_answers_on_standard_output_alone(tmp_path):
     request = child.Request(
         config=to_dict(config),
         folder=str(tmp_path / "run"),
+        ways={},
         compiled=str(tmp_path / "compiled"),
         cores=[min(os.sched_getaffinity(0))],
         allow_changed_data=False,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_jax.ablation import child, report, runner
+from lightning_jax.ablation import child, inference, report, runner
 from lightning_jax.ablation import sweep as sweeps
 from lightning_jax.config.errors import UserError
 from lightning_jax.train.workdir import claim
@@ -29,7 +29,7 @@ def trained(monkeypatch):
 
     def train_here(_, tasks):
         for task in tasks:
-            yield task, child.train(task.config, task.folder)
+            yield task, child.train(task.config, task.folder, ways=dict(task.ways))
 
     monkeypatch.setattr(child.loop, "run", fake)
     monkeypatch.setattr(runner.Pool, "train", train_here)
@@ -376,3 +376,23 @@ def test_preparing_trains_no_run(tmp_path, trained):
     config = json.loads((tmp_path / "hybrid" / "seed_0" / "config.json").read_text())
     tokens = sweep.base["stages"]["stable"]["tokens"]
     assert config["stages"]["stable"]["tokens"] > tokens
+
+
+def test_runs_with_experts_are_evaluated_under_the_other_routings_once(
+    tmp_path, trained, monkeypatch
+):
+    asked = []
+
+    def evaluate(folder, options):
+        asked.append((Path(folder).parent.name, options.routing.top_k))
+        return {"domains": {}}
+
+    monkeypatch.setattr(inference, "evaluate_run", evaluate)
+    arms = {"dense": {}, "sparse": {"model.moe.num_experts": 8}}
+    fields = {"arms": arms, "baseline": "dense", "seeds": (0,)}
+    runner.run_sweep(small_sweep(**fields), tmp_path)
+    ways = {f"top_{k}": {"routing": "top_k", "top_k": k} for k in (1, 2)}
+    for _ in range(2):
+        rows, failures = runner.run_sweep(small_sweep(**fields, inference=ways), tmp_path)
+        assert len(rows) == 2 and not failures
+    assert asked == [("sparse", 1), ("sparse", 2)] and len(trained[0]) == 2
