@@ -1,7 +1,7 @@
 """Train every arm of a sweep with every seed; the same command goes on where it was stopped.
 
     python -m experiments.sweep --sweep=configs/sweeps/pattern.py --workdir=runs/pattern
-        [--jobs=2] [--only=LLLG,G] [--seeds=0,1] [--config.model.model_dim=64]
+        [--jobs=2] [--only=LLLG_w16,G] [--seeds=0,1] [--config.model.model_dim=64]
 
 The folder gets sweep.json, a run's folder in <arm>/seed_<n>, results.jsonl and results.csv.
 `{"finished": rows, "failed": {run: error}}` is printed as JSON on stdout. A run that fails does not
