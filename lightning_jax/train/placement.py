@@ -112,7 +112,7 @@ def abstract_state(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement)
 
     return jax.tree_util.tree_map_with_path(
-        place, jax.eval_shape(lambda: step.init_state(config, optimizer))
+        place, jax.eval_shape(lambda: step.init_state(config, optimizer, config.seed))
     )
 
 
@@ -178,15 +178,19 @@ class TrainProgram:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         whole = sharding.replicated(mesh)
 
-        def init_state() -> step.TrainState:
-            return step.init_state(config, optimizer)
+        def init_state(seed: jax.Array) -> step.TrainState:
+            return step.init_state(config, optimizer, seed)
 
         def train_step(state: step.TrainState, batch: Batch, knobs: Knobs, accumulate: int) -> Any:
             return step.train_step(config, optimizer, state, batch, knobs, accumulate=accumulate)
 
-        self.init = jax.jit(
-            init_state, out_shardings=shardings, compiler_options=compiler.options()
+        init = jax.jit(
+            init_state,
+            in_shardings=whole,
+            out_shardings=shardings,
+            compiler_options=compiler.options(),
         )
+        self.init = lambda: init(np.uint32(config.seed))
         self.step = jax.jit(
             train_step,
             static_argnums=3,

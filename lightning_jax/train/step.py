@@ -43,9 +43,14 @@ class TrainState:
     controller: jax.Array
 
 
-def init_state(config: RunConfig, optimizer: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first step; jit it with the shardings wanted."""
-    params = lm.init_params(config.model, jax.random.key(config.seed))
+def init_state(
+    config: RunConfig, optimizer: optax.GradientTransformation, seed: int | jax.Array
+) -> TrainState:
+    """Returns the state before the first step; jit it with the shardings wanted.
+
+    The seed is an argument so that all seeds of a config are one program.
+    """
+    params = lm.init_params(config.model, jax.random.key(seed))
     return TrainState(
         step=jnp.int32(0),
         bad_steps=jnp.int32(0),

@@ -303,7 +303,7 @@ def test_devices_count_steps_and_the_tokens_of_one_step_in_int32_and_nothing_els
     run = dataclasses.replace(run, stages=(stage,))
     optimizer = make_optimizer(run.optimizer, lm.logical_axes(run.model))
     train = functools.partial(train_step, run, optimizer, accumulate=1)
-    state = jax.eval_shape(lambda: init_state(run, optimizer))
+    state = jax.eval_shape(lambda: init_state(run, optimizer, 0))
     batch = jax.tree.map(jnp.asarray, random_batch(2, 16, 64))
     after, metrics = jax.eval_shape(train, state, batch, Plan.of(run).knobs(0))
 

@@ -138,7 +138,7 @@ def test_float32_products_of_a_step_are_not_rounded_on_a_tpu(dtype, implementati
     train = functools.partial(step.train_step, config, optimizer, accumulate=1)
     batch = jax.tree.map(jnp.asarray, random_batch(2, 256, VOCAB))
     with jax.sharding.use_abstract_mesh(TPU):
-        state = jax.eval_shape(lambda: step.init_state(config, optimizer))
+        state = jax.eval_shape(lambda: step.init_state(config, optimizer, config.seed))
         program = jax.make_jaxpr(train)(state, batch, Plan.of(config).knobs(0))
     found = list(products(program.jaxpr))
     rounded = [str(name) for name, dtypes, exact in found if dtypes == {"float32"} and not exact]
@@ -174,7 +174,7 @@ def no_stats():
 
 def make_step(config):
     optimizer = make_optimizer(config.optimizer, lm.logical_axes(config.model))
-    state = step.init_state(config, optimizer)
+    state = step.init_state(config, optimizer, config.seed)
     stage = dataclasses.replace(
         config.stages[0], batch_size=8, seq_len=24, warmup_tokens=0, learning_rate=0.01
     )
