@@ -52,7 +52,10 @@ MAY_IMPORT = {
     "plots": BELOW_MODEL | {"infer", "pages"},
     "card": BELOW_TRAINING | {"train", "infer", "plots", "pages"},
     "inspect": BELOW_TRAINING | {"train", "infer", "interop"},
+    "ablation.statistics": {"config"},
     "ablation": BELOW_TRAINING | {"train", "infer", "plots", "card", "pages"},
+    "ablation.report": BELOW_TRAINING
+    | {"train", "infer", "plots", "card", "pages", "ablation", "ablation.statistics"},
     "aot": BELOW_TRAINING | {"train", "infer"},
 }
 # The values that kernels take; the ops that choose a kernel stand above it.
@@ -82,9 +85,13 @@ MODULES = {module_of(path) for path in SOURCES}
 
 
 def part_of(module):
-    """`lightning_jax.ops.kernels.x` -> `ops.kernels`, else the first name below the package."""
+    """The room of a module: `lightning_jax.ops.kernels.cpu.x` -> `ops.kernels`, `data.x` -> `data`.
+
+    A folder inside a room is part of it unless it has floors of its own.
+    """
     names = module.split(".")[1:]
-    return "ops.kernels" if names[:2] == ["ops", "kernels"] else ".".join(names[:1])
+    inner = ".".join(names[:2])
+    return inner if inner in MAY_IMPORT else ".".join(names[:1])
 
 
 def imports(path):

@@ -8,6 +8,7 @@ import pytest
 
 from lightning_jax.ablation import child, inference, report, runner
 from lightning_jax.ablation import sweep as sweeps
+from lightning_jax.ablation.report.summary import summarize
 from lightning_jax.config.errors import UserError
 from lightning_jax.train.workdir import claim
 from tests.ablation.fake_runs import small_sweep, write_rows, write_run
@@ -158,7 +159,7 @@ def test_a_damaged_finished_run_is_a_row_with_its_reason(tmp_path, trained, name
     # Found before the training of the others, and not trained over.
     assert len(trained[0]) == 6 and len(rows) == 8
     assert len(lines(tmp_path / "results.jsonl")) == 8
-    missing = report.summarize(small_sweep(), tmp_path)["missing"]
+    missing = summarize(small_sweep(), tmp_path)["missing"]
     assert [(run["arm"], run["seed"]) for run in missing] == [("full", 1)]
     assert reason in missing[0]["reason"]
 
@@ -174,7 +175,7 @@ def test_a_file_in_the_place_of_a_folder_is_a_row_with_its_reason(tmp_path, trai
     lost = 3 if name == "shared" else 1
     assert len(failures) == lost and len(rows) == len(trained[0]) == 9 - lost
     assert set(failures.values()) == {f"{tmp_path / name}: must be a folder"}
-    assert len(report.summarize(small_sweep(), tmp_path)["missing"]) == lost
+    assert len(summarize(small_sweep(), tmp_path)["missing"]) == lost
 
 
 # Case F12
@@ -360,7 +361,7 @@ def test_an_arm_all_of_whose_trials_failed_is_rows_with_that_reason(tmp_path, tr
     rows, failures = runner.run_sweep(sweep, tmp_path)
     assert set(failures.values()) == {"every trial of its learning rate failed"}
     assert list(failures) == [f"shared seed {seed}" for seed in range(3)] and len(rows) == 6
-    missing = report.summarize(sweep, tmp_path)["missing"]
+    missing = summarize(sweep, tmp_path)["missing"]
     assert {run["reason"] for run in missing} == {f"failed: {failures['shared seed 0']}"}
     faults.clear()
     rows, failures = runner.run_sweep(sweep, tmp_path)

@@ -8,8 +8,8 @@ import subprocess
 
 import pytest
 
-from lightning_jax.ablation.curves import curves
-from lightning_jax.ablation.provenance import provenance
+from lightning_jax.ablation.report.curves import curves
+from lightning_jax.ablation.report.provenance import provenance
 from lightning_jax.ablation.results import Run, run_row
 from lightning_jax.checkpoint import (
     Checkpointer,

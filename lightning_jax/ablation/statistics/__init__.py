@@ -1,0 +1,1 @@
+"""How sure a difference is: arms by seeds as numbers, without folders and configs."""
