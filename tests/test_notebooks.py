@@ -34,7 +34,10 @@ MODEL = {
     "stages.decay.decay_tokens": 1024,
     "final_eval_tokens": 1024,
 }
-STAGES = {field: value for field, value in MODEL.items() if field.startswith("stages.")}
+# What of it a model without experts has.
+SMALL = {field: value for field, value in MODEL.items() if field.split(".")[0] != "model"} | {
+    "model.model_dim": 32
+}
 # A model that OLMoE's layout has room for.
 OLMOE = {
     "model.unit": "G",
@@ -58,7 +61,7 @@ TINY = {
     "02_attention_and_kv": {"lengths": [256, 512], "rounds": 1},
     "03_top_p_routing": {"changes": MODEL, "top_ps": [0.2], "num_texts": 2, "short": 2048},
     "04_your_text": {"changes": MODEL | {"eval_every": 2}},
-    "05_read_an_ablation": {"changes": STAGES | {"model.model_dim": 32}, "seeds": [0, 1]},
+    "05_read_an_ablation": {"changes": SMALL, "seeds": [0, 1]},
     "06_hugging_face": {"stand_in": MODEL | OLMOE, "tuning": TUNING},
 }
 NAMES = notebooks.names()
