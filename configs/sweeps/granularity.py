@@ -29,5 +29,5 @@ def get_sweep() -> dict:
         baseline="4x144_top1",
         arms=arms,
         factors={"granularity": [*arms["4x144_top1"]]},
-        seeds=(0, 1, 2, 3, 4),
+        seeds=(0, 1, 2),
     )

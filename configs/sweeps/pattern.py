@@ -25,5 +25,5 @@ def get_sweep() -> dict:
         arms={"G": {"model.unit": "G", "model.num_units": 8}, **arms},
         factors={"pattern": ["model.unit", "model.num_units"]},
         several={"*": "every pattern has either window, and full attention has none"},
-        seeds=(0, 1, 2, 3, 4),
+        seeds=(0, 1, 2),
     )
