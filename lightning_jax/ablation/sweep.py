@@ -13,7 +13,7 @@ import fnmatch
 import os
 import re
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from lightning_jax.runtime import shipped
 BUDGETS = ("tokens", "flops", "time")
 SEARCH = {"trials": 8, "low": 0.3, "high": 3.0, "tokens": 1.0}
 _SEARCH_KINDS = {
-    "trials": kinds.integer(1, 10_000),
+    "trials": kinds.integer(3, 10_000),  # Fewer are no grid with a middle.
     "low": kinds.number(0, 1e6, above=True),
     "high": kinds.number(0, 1e6, above=True),
     "tokens": kinds.number(0, 1, above=True),
@@ -54,18 +54,22 @@ _KINDS = {
 _VALUES = {
     "arms": kinds.Kind('what it changes, such as {"model.unit": "G"}', _MAPPING.accepts),
     "factors": kinds.Kind(
-        'a list of fields, such as ["model.unit"]', kinds.list_of(kinds.TEXT).accepts
+        'a list of fields, such as ["model.unit"]',
+        lambda value: bool(value) and kinds.list_of(kinds.TEXT).accepts(value),
     ),
     "several": kinds.Kind("text that says why", kinds.TEXT.accepts),
-    "inference": kinds.Kind('a routing, such as {"top_p": 0.3}', _MAPPING.accepts),
+    "inference": kinds.Kind(
+        'a routing, such as {"top_p": 0.3}', lambda value: bool(value) and _MAPPING.accepts(value)
+    ),
 }
 _ROUTING_KINDS = {
     "routing": kinds.TEXT,
     "top_k": kinds.integer(1),
     "top_p": kinds.number(0, 1, above=True),
 }
-# What a sweep's folder has besides the folders of its arms, in lower case.
-_OWN_FOLDERS = ("calibration", "search")
+# What a sweep's folder has besides the folders of its arms, in lower case: folders, and files.
+_OWN_FOLDERS = ("calibration", "compiled", "search", "submitit")
+_OWN_FILES = (".csv", ".html", ".json", ".jsonl", ".png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,19 +125,17 @@ class Sweep:
         if self.search:
             low, high = self.search["low"], self.search["high"]
             require(low < high, "search.high", high, f"above search.low = {low}")
-        self._check_inference()
-        self._check_factors({arm: self.config(Run(arm, self.seeds[0])) for arm in self.arms})
+        configs = {arm: self.config(Run(arm, self.seeds[0])) for arm in self.arms}
+        self._check_inference(configs.values())
+        self._check_factors(configs)
 
     def _check_names(self) -> None:
         require(bool(self.arms), "arms", self.arms, "at least one arm by name")
         for name in self.arms:
-            _require_folder("arms", name)
-            right = "another name: the sweep's folder has a folder of its own with it"
-            require(name.lower() not in _OWN_FOLDERS, "arms", name, right)
-        folders = [name.lower() for name in self.arms]
-        require(
-            len(set(folders)) == len(folders), "arms", list(self.arms), "different without case"
-        )
+            right = "another name: the sweep's folder has a file or folder of its own like it"
+            is_own = name.lower() in _OWN_FOLDERS or name.lower().endswith(_OWN_FILES)
+            require(not is_own, "arms", name, right)
+        _require_folders("arms", self.arms)
         require(
             self.baseline in self.arms,
             "baseline",
@@ -143,21 +145,24 @@ class Sweep:
 
     def _check_scaling(self) -> None:
         for share in self.scaling:
-            fits = _SCALES.accepts(share) and share != 1
+            fits = _SCALES.accepts(share) and f"{share:g}" != "1"
             right = "shares of the tokens, in (0, 1000], but not 1, which the baseline has"
             require(fits, "scaling", self.scaling, right)
         is_distinct = len(self.scaling_arms) == len(self.scaling)
         require(is_distinct, "scaling", self.scaling, "different numbers, in six digits")
 
-    def _check_inference(self) -> None:
+    def _check_inference(self, configs: Iterable[RunConfig]) -> None:
+        _require_folders("inference", self.inference)
         for name, values in self.inference.items():
-            _require_folder("inference", name)
             for key in values:
                 require(
                     key in _ROUTING_KINDS, f"inference.{name}", key, suggest(key, _ROUTING_KINDS)
                 )
             kinds.check(values, _ROUTING_KINDS, f"inference.{name}", required=())
         _ = self.routings  # They are checked as they are made.
+        has_experts = any(config.model.moe.num_experts for config in configs)
+        right = "left out: no arm has experts"
+        require(has_experts or not self.inference, "inference", self.inference, right)
 
     def _check_factors(self, configs: Mapping[str, RunConfig]) -> None:
         """Refuses an arm that changes several factors without a word; gives each its own word."""
@@ -184,7 +189,8 @@ class Sweep:
                     f'why in several = {{"{arm}": "why"}}'
                 )
             elif arm in self.several:
-                right = f"left out: it differs from the baseline in {len(found)} factors"
+                count = "one factor alone" if found else "nothing"
+                right = f"left out: it differs from the baseline in {count}"
                 require(False, f"several.{arm}", self.several[arm], right)
         object.__setattr__(self, "several", reasons)
 
@@ -243,9 +249,15 @@ class Sweep:
         ]
 
 
-def _require_folder(field: str, name: str) -> None:
-    fits = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name) is not None
-    require(fits, field, name, "named with letters, digits and _.+- (the name is a folder's)")
+def _require_folders(field: str, names: Iterable[str]) -> None:
+    """Names that any file system tells apart."""
+    names = [*names]
+    for name in names:
+        fits = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}", name) is not None
+        right = "named with at most 100 letters, digits and _.+- (it is the name of a file)"
+        require(fits, field, name, right)
+    is_distinct = len({name.lower() for name in names}) == len(names)
+    require(is_distinct, field, names, "different without case")
 
 
 def _scaled(stage: StageConfig, tokens: float, rate: float) -> StageConfig:

@@ -37,8 +37,13 @@ SWEEPS = Path(__file__).resolve().parents[2] / "configs" / "sweeps"
         (dict(seeds=3), "seeds = 3: must be a list"),
         (dict(question=" "), "question = ' '"),
         (dict(bse={}), 'unknown sweep field bse: .*did you mean "base"'),
-        (dict(arms={"search": {}}, baseline="search"), "arms = 'search': must be another name"),
+        *(
+            (dict(arms={name: {}}, baseline=name), f"arms = '{name}': must be another name")
+            for name in ("search", "Compiled", "submitit", "results.csv", "report_x.png")
+        ),
+        (dict(arms={"a" * 101: {}}, baseline="a" * 101), "at most 100 letters"),
         (dict(factors=["model.unit"]), "factors = .*: must be a mapping"),
+        (dict(factors={"pattern": []}), r"factors.pattern = \[\]: must be a list of fields"),
         (dict(factors={"pattern": "model.unit"}), "factors.pattern = 'model.unit': must be a list"),
         (
             dict(factors={"pattern": ["model.uni"]}),
@@ -46,16 +51,20 @@ SWEEPS = Path(__file__).resolve().parents[2] / "configs" / "sweeps"
         ),
         (dict(several={"hybird": "?"}), 'several = .hybird.: .*did you mean "hybrid"'),
         (dict(several={"hybrid": 3}), "several.hybrid = 3: must be text"),
-        (dict(several={"hybrid": "?"}), "several.hybrid = '.': must be left out: .* in 1 factors"),
+        (dict(several={"hybrid": "?"}), "several.hybrid = '.': must be left out: .* in one factor"),
+        (dict(several={"full": "?"}), "several.full = '.': must be left out: .* in nothing"),
         (dict(budget="flop"), 'budget = .flop.: .*did you mean "flops"'),
         (dict(scaling=0.5), "scaling = 0.5: must be a list"),
         (dict(scaling=[1.0]), r"scaling = \(1.0,\): must be shares of the tokens"),
         (dict(scaling=[0]), r"scaling = \(0,\): must be shares"),
+        (dict(scaling=[1.0000001]), r"scaling = .* but not 1"),
         (dict(scaling=[2, 2.0]), r"scaling = \(2, 2.0\): must be different"),
         (dict(search={"trails": 3}), 'search = .trails.: .*did you mean "trials"'),
-        (dict(search={"trials": 0}), "search: trials = 0: must be a whole number"),
-        (dict(inference={"a/b": {}}), "inference = 'a/b': must be named with letters"),
+        (dict(search={"trials": 2}), r"search: trials = 2: must be a whole number in \[3"),
+        (dict(inference={"a/b": {"top_k": 2}}), "inference = 'a/b': must be named with letters"),
         (dict(inference={"a": 0.5}), r'inference.a = 0.5: must be a routing, such as {"top_p"'),
+        (dict(inference={"a": {}}), r"inference.a = {}: must be a routing"),
+        (dict(inference={"a": {"top_k": 2}}), "inference = .*: must be left out: no arm has exp"),
         (dict(inference={"a": {"topk": 2}}), 'inference.a = .topk.: .*did you mean "top_k"'),
         (dict(inference={"a": {"top_k": 0}}), "inference.a: top_k = 0: must be a whole number"),
         (dict(inference={"a": {"routing": "top"}}), "eval.routing = 'top': must be one of top_k"),
@@ -211,6 +220,7 @@ def test_a_search_has_defaults():
 
 def test_a_sweep_is_its_json():
     sweep = small_sweep(
+        base=tiny_config(),
         factors={"pattern": ["model.unit"]},
         budget="flops",
         scaling=[0.5, 2.0],

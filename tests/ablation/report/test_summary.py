@@ -9,6 +9,7 @@ import pytest
 from lightning_jax.ablation.report import cells, figures
 from lightning_jax.ablation.report.summary import summarize
 from tests.ablation.fake_runs import SCORES, pooled, small_sweep, write_rows, write_sweep
+from tests.tiny import tiny_config
 
 
 def by_arm(summary):
@@ -156,7 +157,7 @@ def test_costs_are_those_of_the_arms(tmp_path):
 
 def test_other_routings_are_set_against_the_arms_own(tmp_path):
     ways = {"top_1": {"routing": "top_k", "top_k": 1}}
-    sweep = write_sweep(tmp_path, small_sweep(inference=ways), experts=2.0)
+    sweep = write_sweep(tmp_path, small_sweep(base=tiny_config(), inference=ways), experts=2.0)
     assert summarize(sweep, tmp_path)["inference"] == []
     for seed, more in enumerate((0.1, 0.2, 0.3)):
         folder = tmp_path / "shared" / f"seed_{seed}"
