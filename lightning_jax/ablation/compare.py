@@ -56,7 +56,7 @@ def compare(first: StrPath, second: StrPath) -> dict[str, Any]:
     Raises:
       UserError: a folder that is not a run's or is given twice, or a damaged file.
     """
-    if Path(first).absolute() == Path(second).absolute():
+    if Path(first).resolve() == Path(second).resolve():
         raise UserError(f"{str(first)!r}: is given twice")
     pair = [_read(Path(folder)) for folder in (first, second)]
     curves = [plots.smooth_loss(run["rows"]) for run in pair]

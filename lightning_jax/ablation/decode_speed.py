@@ -12,8 +12,9 @@ from typing import Any
 
 import jax
 
-from lightning_jax.ablation.results import Run, is_finished
+from lightning_jax.ablation.results import Run, is_finished, read_by_arm
 from lightning_jax.ablation.sweep import Sweep
+from lightning_jax.config import kinds
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import require
 from lightning_jax.infer import run as trained
@@ -26,6 +27,14 @@ logger = logging.getLogger(__name__)
 FILE = "decode.json"
 # Tokens that are written after each prompt.
 _NEW = 64
+# What `read` needs of an arm.
+_RECORD = {
+    "tokens_per_second": kinds.number(0, above=True),
+    "prefill_seconds": kinds.number(0),
+    "context": kinds.integer(1),
+    "rounds": kinds.integer(1),
+    "device": kinds.TEXT,
+}
 _GREEDY = Sampling(temperature=0.0)
 
 
@@ -110,6 +119,15 @@ def measure(
     }
     write_json(root / FILE, found)
     return found
+
+
+def read(root: Path) -> dict[str, dict[str, Any]]:
+    """Returns the result of `measure` that a sweep's folder has; empty without any.
+
+    Raises:
+      UserError: `decode.json` is damaged.
+    """
+    return read_by_arm(root / FILE, _RECORD, required=[*_RECORD])
 
 
 def _load(folder: Path, seed: int, context: int) -> _Arm:

@@ -55,6 +55,7 @@ def run(call: Call) -> None:
       UserError: bad input, or a run has failed.
     """
     files.check_output_folder("workdir", call.workdir)
+    _check_mode(call)
     parameters = _parameters(call)
     sweep = load_sweep(call.sweep, call.changes)
     if call.plan:
@@ -79,6 +80,20 @@ def run(call: Call) -> None:
         _train(sweep, call)
 
 
+def _check_mode(call: Call) -> None:
+    """Refuses flags that what is asked for does not read."""
+    modes = {
+        "plan": (call.plan, ("only", "seeds")),
+        "prepare": (call.prepare, ("only", "seeds")),
+        "task": (call.task is not None, ("only", "seeds", "jobs")),
+        "submit": (call.submit is not None, ("jobs",)),
+    }
+    given = {"only": bool(call.only), "seeds": bool(call.seeds), "jobs": call.jobs != 1}
+    for mode, (is_asked, unread) in modes.items():
+        for name in unread if is_asked else ():
+            require(not given[name], name, getattr(call, name), f"left out with --{mode}")
+
+
 def _parameters(call: Call) -> dict[str, Any]:
     """The values of `executor`, which are Python literals or text."""
     right = "given with --submit"
@@ -100,8 +115,6 @@ def _train(sweep: Sweep, call: Call) -> None:
             allow_changed_data=call.allow_changed_data,
         )
     else:
-        for name, value in (("only", call.only), ("seeds", call.seeds)):
-            require(not value, name, value, "left out with --task, which is one run of all")
         rows, failed = runner.run_task(
             sweep, call.workdir, call.task, allow_changed_data=call.allow_changed_data
         )

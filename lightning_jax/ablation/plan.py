@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_jax import accounting
-from lightning_jax.ablation import budget, training_cost
+from lightning_jax.ablation import budget, same, search, training_cost
 from lightning_jax.ablation.results import COST_CONTEXT, Run, collect, costs, is_finished
 from lightning_jax.ablation.sweep import Sweep
 from lightning_jax.ablation.training_cost import Measured
 from lightning_jax.config import RunConfig
 from lightning_jax.runtime import tables
-from lightning_jax.runtime.files import read_json
 
 _UNKNOWN = {"tokens": None, "train_flops": None, "seconds": None}
 _BUDGETS = {
@@ -37,11 +36,13 @@ def rows(sweep: Sweep, root: Path) -> list[dict[str, Any]]:
     None until one run has finished.
 
     Raises:
-      UserError: the text cannot be read, or a calibration measured another config.
+      UserError: the text cannot be read, the folder holds runs of another sweep, or a calibration
+        measured another config.
     """
+    same.check_runs(sweep, root)
     known, scales = budget.calibrations(sweep, root), budget.known_scales(sweep, root)
     finished = collect(sweep.runs(), root)
-    searched = read_json(root / "search.json", missing_ok=True)
+    searched = search.read(root)
     configs = training_cost.with_vocabularies(
         sweep.config(Run(arm, sweep.seeds[0]), tokens=scale or 1.0) for arm, scale in scales.items()
     )

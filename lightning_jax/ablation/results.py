@@ -126,6 +126,21 @@ def run_row(run: Run, folder: Path) -> dict[str, Any]:
     }
 
 
+def read_by_arm(
+    path: Path, record: Mapping[str, kinds.Kind], *, required: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Reads a file of a sweep's folder that has one object for each arm; empty without the file.
+
+    Raises:
+      UserError: the file is damaged, or an arm's object is not what `record` says.
+    """
+    found = read_json(path, missing_ok=True)
+    kinds.check(found, dict.fromkeys(found, kinds.OBJECT), path, required=())
+    for arm, values in found.items():
+        kinds.check(values, record, f"{path}: {arm}", required=required)
+    return found
+
+
 def held_out(path: Path) -> dict[str, Any]:
     """Reads an evaluation of all domains of a run.
 
@@ -203,13 +218,16 @@ def costs(model: ModelConfig, experts_per_token: float | None) -> dict[str, floa
 def write_results(root: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes `results.jsonl`, and `results.csv` with nested names joined by slashes."""
     write_file(root / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    flat = [_flat(row) for row in rows]
+    write_file(root / "results.csv", csv_text([_flat(row) for row in rows]))
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns rows as CSV. Arms may have domains of their own: the columns are those of all."""
     table = io.StringIO()
-    # Arms may have domains of their own: the columns are those of all rows.
-    writer = csv.DictWriter(table, list(dict.fromkeys(key for row in flat for key in row)))
+    writer = csv.DictWriter(table, list(dict.fromkeys(key for row in rows for key in row)))
     writer.writeheader()
-    writer.writerows(flat)
-    write_file(root / "results.csv", table.getvalue())
+    writer.writerows(rows)
+    return table.getvalue()
 
 
 def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,7 +15,10 @@ from lightning_jax.train.workdir import CONFIG
 
 
 def check_runs(sweep: Sweep, root: Path) -> None:
-    """Raises UserError where the folder is a run's, or holds a run that the sweep does not have."""
+    """Raises UserError where the folder is a run's, or has what the sweep would not have made.
+
+    That is a run of no arm or seed of the sweep, or runs inferred with another routing of a name.
+    """
     if (root / CONFIG).exists():
         raise UserError(f"workdir = {str(root)!r}: is a run's folder; a sweep needs one of its own")
     runs = sweep.runs()
@@ -27,6 +30,14 @@ def check_runs(sweep: Sweep, root: Path) -> None:
             field, value = ("seeds", sweep.seeds) if known else ("arms", [*sweep.arms])
             raise UserError(
                 f"{field} = {value!r}: this workdir has a run {str(where)!r}, which is not in it"
+            )
+    before = read_json(root / "sweep.json", missing_ok=True).get("inference")
+    for name, way in sweep.inference.items():
+        old = before.get(name, way) if isinstance(before, dict) else way
+        if old != way and any(root.glob(f"*/seed_*/inference/{name}.json")):
+            raise UserError(
+                f"inference.{name} = {way!r}: runs in this workdir were inferred with {old!r}; use "
+                "another name"
             )
 
 

@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 
 from lightning_jax.ablation.pool import Pool
-from lightning_jax.ablation.results import METRIC, Run, is_finished, run_row
+from lightning_jax.ablation.results import METRIC, Run, is_finished, read_by_arm, run_row
 from lightning_jax.ablation.same import check_config
 from lightning_jax.ablation.sweep import Sweep
 from lightning_jax.ablation.tasks import Task
 from lightning_jax.config import kinds
 from lightning_jax.config.errors import UserError
 from lightning_jax.runtime import invocation
-from lightning_jax.runtime.files import read_json, write_json
+from lightning_jax.runtime.files import write_json
 from lightning_jax.train.metrics import pace, read_rows
 from lightning_jax.train.workdir import METRICS
 
@@ -40,8 +40,12 @@ _FIRST_SEED = 10_000
 _EDGE = 0.1
 _RECORD = {
     "factor": kinds.number(0, 1e6, above=True),
+    "edge": kinds.or_null(kinds.choice(("low", "high"))),
     "trials": kinds.list_of(kinds.OBJECT),
+    "seconds": kinds.number(0),
+    "train_flops": kinds.number(0),
 }
+_TRIAL = {"factor": _RECORD["factor"]}
 
 
 def factors(
@@ -65,8 +69,10 @@ def factors(
     """
     if not sweep.search:
         return dict.fromkeys(sweep.arms, 1.0)
-    known = _read(root)
-    count = sweep.search["trials"]
+    known, count = read(root), sweep.search["trials"]
+    for arm in arms:
+        if arm in known:
+            _check(sweep, root, arm, scales[arm], known[arm]["trials"])
     left = [arm for arm in arms if arm not in known or len(known[arm]["trials"]) != count]
     if left and pool is None:
         raise UserError(
@@ -85,13 +91,43 @@ def factors(
     return {arm: record["factor"] for arm, record in known.items() if arm in sweep.arms}
 
 
-def _read(root: Path) -> dict[str, Any]:
-    path = root / FILE
-    known = read_json(path, missing_ok=True)
-    for arm, record in known.items():
-        kinds.check({arm: record}, {arm: kinds.OBJECT}, path, required=[arm])
-        kinds.check(record, _RECORD, f"{path}: {arm}", required=[*_RECORD])
-    return known
+def read(root: Path) -> dict[str, dict[str, Any]]:
+    """Returns what `search.json` of a sweep's folder says, by arm; empty without the file.
+
+    `factor`, the best one; `edge` of the search that it is at (None: at none); `trials`; `seconds`
+    and `train_flops` of all trials together.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    found = read_by_arm(root / FILE, _RECORD, required=[*_RECORD])
+    for arm, record in found.items():
+        for trial in record["trials"]:
+            kinds.check(trial, _TRIAL, f"{root / FILE}: {arm}.trials", required=[*_TRIAL])
+    return found
+
+
+def _check(
+    sweep: Sweep, root: Path, arm: str, scale: float, trials: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raises a UserError unless the trials of an arm are those that its search would make."""
+    factors = [trial["factor"] for trial in trials]
+    if len(trials) == sweep.search["trials"]:
+        grid = _grid(sweep)
+        if not np.allclose(factors[: len(grid)], grid, rtol=1e-6):
+            low, high = sweep.search["low"], sweep.search["high"]
+            raise UserError(
+                f"search.low = {low:g}, search.high = {high:g}: {root / FILE} has trials of arm "
+                f"{arm!r} between others; use another --workdir, or remove the arm from this file "
+                f"and {root / _FOLDER / arm}"
+            )
+    for number, factor in enumerate(factors):
+        _task(sweep, root, arm, number, scale, factor)
+
+
+def _grid(sweep: Sweep) -> list[float]:
+    low, high, count = (sweep.search[key] for key in ("low", "high", "trials"))
+    return np.geomspace(low, high, max(count // 2 + 1, 3)).tolist()
 
 
 def _search(
@@ -100,7 +136,7 @@ def _search(
     """Searches the arms of `scales`; returns the records of those of which a trial has finished."""
     low, high, count = (sweep.search[key] for key in ("low", "high", "trials"))
     ask = _Estimator(low, high)
-    grid = np.geomspace(low, high, max(count // 2 + 1, min(count, 3))).tolist()
+    grid = _grid(sweep)
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in scales}
     # The grid is trained at once, then one trial of each arm at a time.
     for numbers in [range(len(grid)), *([number] for number in range(len(grid), count))]:

@@ -25,7 +25,7 @@ from lightning_jax.train import tags, writers
 _ROW = {
     "step": kinds.integer(0),
     "stage": kinds.TEXT,
-    "tokens": kinds.integer(0, LARGEST_COUNT),
+    "tokens": kinds.integer(1, LARGEST_COUNT),
     "loss": kinds.or_null(kinds.number()),
     "tokens_per_second": kinds.number(0),
     "eval": kinds.OBJECT,

@@ -88,6 +88,18 @@ def write_sweep(
     return sweep
 
 
+def decoded(speed: float, prefill: float = 0.25) -> dict[str, Any]:
+    """What decode.json says of an arm."""
+    about = {"context": 1024, "rounds": 5, "device": "cpu"}
+    return {"tokens_per_second": speed, "prefill_seconds": prefill, **about}
+
+
+def searched(factor: float, edge: str | None = None) -> dict[str, Any]:
+    """What search.json says of an arm."""
+    about = {"trials": [], "seconds": 60.0, "train_flops": 1e9}
+    return {"factor": factor, "edge": edge, **about}
+
+
 def pooled(code: float) -> float:
     """Bits per byte over all text of a run of `write_sweep`."""
     sizes = [size for _, size in DOMAINS.values()]

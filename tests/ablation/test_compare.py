@@ -85,3 +85,6 @@ def test_folders_that_are_no_runs_are_refused(pair, tmp_path):
         compare.compare(pair[0], tmp_path)
     with pytest.raises(UserError, match="is given twice"):
         compare.compare(pair[0], f"{pair[0]}/")
+    (tmp_path / "link").symlink_to(pair[0])
+    with pytest.raises(UserError, match="is given twice"):
+        compare.compare(pair[0], tmp_path / "link")

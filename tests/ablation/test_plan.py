@@ -1,9 +1,12 @@
 """What a sweep will take is known, or said to be unknown."""
 
+import json
+
 import pytest
 
 from lightning_jax.ablation import budget, plan
-from tests.ablation.fake_runs import small_sweep, write_run
+from lightning_jax.config.errors import UserError
+from tests.ablation.fake_runs import searched, small_sweep, write_run
 from tests.ablation.test_budget import routed_sweep, trainer
 from tests.tiny import tiny_config
 
@@ -57,7 +60,7 @@ def test_trials_of_a_search_count_until_they_are_done(tmp_path):
     sweep = dense_sweep(search={"trials": 4, "tokens": 0.5})
     full = by_arm(sweep, tmp_path)["full"]
     assert full["trials"] == 4 and full["tokens_left"] == 4 * full["tokens"]
-    (tmp_path / "search.json").write_text('{"full": {}}')
+    (tmp_path / "search.json").write_text(json.dumps({"full": searched(1.0)}))
     trial = tmp_path / "search" / "shared" / "trial_0"
     trial.mkdir(parents=True)
     (trial / "evaluation.json").write_text("{}")
@@ -93,3 +96,11 @@ def test_the_plan_is_printed_with_its_sums(tmp_path, capsys):
     plan.print_plan(sweep, tmp_path)
     words = capsys.readouterr().err
     assert "Left: 0 of 6 runs" in words and "unknown" not in words
+
+
+def test_a_folder_of_another_sweep_is_refused(tmp_path):
+    sweep = dense_sweep()
+    run = next(iter(sweep.runs()))
+    write_run(sweep.config(run), tmp_path / "other" / "seed_0")
+    with pytest.raises(UserError, match="this workdir has a run 'other/seed_0', which is not in"):
+        plan.rows(sweep, tmp_path)

@@ -397,3 +397,6 @@ def test_runs_with_experts_are_evaluated_under_the_other_routings_once(
         rows, failures = runner.run_sweep(small_sweep(**fields, inference=ways), tmp_path)
         assert len(rows) == 2 and not failures
     assert asked == [("sparse", 1), ("sparse", 2)] and len(trained[0]) == 2
+    ways["top_1"] = {"routing": "top_k", "top_k": 2}
+    with pytest.raises(UserError, match="inference.top_1 = .* were inferred with .*'top_k': 1"):
+        runner.run_sweep(small_sweep(**fields, inference=ways), tmp_path)

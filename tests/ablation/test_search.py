@@ -142,3 +142,11 @@ def test_what_is_missing_or_of_another_search_is_refused(tmp_path, pool):
     (tmp_path / "search.json").write_text('{"full": {"factor": -1}}')
     with pytest.raises(UserError, match="search.json: full"):
         search.factors(searched(), tmp_path, ARMS, SCALES, pool)
+
+
+def test_a_search_between_other_rates_is_another_search(tmp_path, pool):
+    search.factors(searched(), tmp_path, ARMS, SCALES, pool)
+    with pytest.raises(UserError, match="search.low = 0.2, search.high = 3: .* of arm 'full'"):
+        search.factors(searched(low=0.2), tmp_path, ARMS, SCALES, None)
+    with pytest.raises(UserError, match="tokens = .*: full trial 0, .* in this workdir has"):
+        search.factors(searched(tokens=1.0), tmp_path, ARMS, SCALES, None)

@@ -61,7 +61,7 @@ SWEEPS = Path(__file__).resolve().parents[2] / "configs" / "sweeps"
         (dict(scaling=[2, 2.0]), r"scaling = \(2, 2.0\): must be different"),
         (dict(search={"trails": 3}), 'search = .trails.: .*did you mean "trials"'),
         (dict(search={"trials": 2}), r"search: trials = 2: must be a whole number in \[3"),
-        (dict(inference={"a/b": {"top_k": 2}}), "inference = 'a/b': must be named with letters"),
+        (dict(inference={"a/b": {"top_k": 2}}), "inference = 'a/b': must be named with at most"),
         (dict(inference={"a": 0.5}), r'inference.a = 0.5: must be a routing, such as {"top_p"'),
         (dict(inference={"a": {}}), r"inference.a = {}: must be a routing"),
         (dict(inference={"a": {"top_k": 2}}), "inference = .*: must be left out: no arm has exp"),

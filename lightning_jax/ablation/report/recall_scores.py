@@ -36,7 +36,7 @@ def summarize(sweep: Sweep, rows: Rows, root: Path) -> dict[str, Any]:
     Returns by domain: `grids`, by arm the cells (mean of `exact` and sum of `examples` over
     seeds); `common`, the number of cells that all arms have, since lengths follow the window of an
     arm; `arms`, the `spread` of the mean over those cells; `signal_to_noise` and `is_shown`, see
-    `summary`; and what `judge` returns, with a margin of `MARGIN`. A difference is in points of a
+    `domains`; and what `judge` returns, with a margin of `MARGIN`. A difference is in points of a
     hundred, and more is better.
     """
     found: dict[str, dict[str, dict[int, Cells]]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from lightning_jax.ablation import budget, decode_speed, inference
+from lightning_jax.ablation import budget, decode_speed, inference, search
 from lightning_jax.ablation.report import domains, gain, recall_scores
 from lightning_jax.ablation.report.provenance import changed_text, provenance
 from lightning_jax.ablation.report.verdicts import (
@@ -22,8 +22,6 @@ from lightning_jax.ablation.report.verdicts import (
 )
 from lightning_jax.ablation.results import COST_CONTEXT, METRIC, Run, outcome
 from lightning_jax.ablation.sweep import Sweep
-from lightning_jax.config import kinds
-from lightning_jax.runtime.files import read_json
 
 COSTS = (
     "params_total",
@@ -36,8 +34,6 @@ COSTS = (
     "tokens_per_second",
     "seconds",
 )
-# Files of a sweep's folder that other parts write, each by arm.
-DECODE, SEARCH = decode_speed.FILE, "search.json"
 # A sweep's budget: what of a run's row it is, in words.
 _BUDGETS = {
     "tokens": ("train_tokens", "training tokens"),
@@ -75,7 +71,7 @@ def summarize(sweep: Sweep, root: Path) -> dict[str, Any]:
     withheld = why_withheld(compared)
     scores = scores_of(compared, lambda row: row[METRIC])
     judged = None if withheld else judge(scores, sweep.baseline, margin=sweep.margin)
-    decode, search = _by_arm(root / DECODE), _by_arm(root / SEARCH)
+    decode, searched = decode_speed.read(root), search.read(root)
     trend = None if withheld else gain.summarize(sweep, rows)
     origin = provenance(sweep.runs(), root)
     arms = []
@@ -83,7 +79,7 @@ def summarize(sweep: Sweep, root: Path) -> dict[str, Any]:
         entry = _arm(sweep, arm, compared[arm], judged, withheld)
         if compared[arm]:
             entry |= {
-                "search": search.get(arm),
+                "search": searched.get(arm),
                 "decode": decode.get(arm),
                 "gain": trend and trend["gains"].get(arm),
             }
@@ -115,7 +111,7 @@ def summarize(sweep: Sweep, root: Path) -> dict[str, Any]:
         "notes": [
             *_notes(sweep, rows, missing, changed_text(origin)),
             *budget.mismatches(sweep, found),
-            *_edges(sweep, search),
+            *_edges(sweep, searched),
         ],
         "provenance": origin,
     }
@@ -220,18 +216,11 @@ def _notes(
     return notes
 
 
-def _by_arm(path: Path) -> dict[str, dict[str, Any]]:
-    """Reads a file with one object for each arm; empty without the file."""
-    found = read_json(path, missing_ok=True)
-    kinds.check(found, dict.fromkeys(found, kinds.OBJECT), path, required=())
-    return found
-
-
-def _edges(sweep: Sweep, search: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _edges(sweep: Sweep, searched: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [
         f"{arm}: its best learning rate is at an edge of the search; a better one may lie beyond."
         for arm in sweep.arms
-        if search.get(arm, {}).get("edge")
+        if arm in searched and searched[arm]["edge"]
     ]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import sys
 from collections.abc import Mapping
@@ -12,9 +10,9 @@ from typing import Any
 
 from lightning_jax.ablation.report import cells, page, pictures
 from lightning_jax.ablation.report.summary import summarize
-from lightning_jax.ablation.results import Run
+from lightning_jax.ablation.results import Run, csv_text
 from lightning_jax.ablation.sweep import Sweep, build_sweep
-from lightning_jax.config.errors import UserError
+from lightning_jax.config.errors import UserError, some_of
 from lightning_jax.runtime import invocation, tables
 from lightning_jax.runtime.files import read_json, write_file, write_json
 
@@ -31,7 +29,10 @@ def read_sweep(workdir: str | os.PathLike[str]) -> Sweep:
     path = Path(workdir) / "sweep.json"
     if not path.exists():
         raise UserError(f"workdir = {str(workdir)!r}: must be a folder that experiments.sweep made")
-    return build_sweep(read_json(path))
+    try:
+        return build_sweep(read_json(path))
+    except UserError as error:
+        raise UserError(f"{path}: not a sweep ({error})") from error
 
 
 def has_routers(sweep: Sweep) -> bool:
@@ -59,30 +60,22 @@ def write_report(workdir: str | os.PathLike[str], *, routers: bool = True) -> di
         "command": invocation.recorded([_PROGRAM, f"--workdir={os.fspath(workdir)}"]),
     }
     if not any(arm["seeds"] for arm in report["arms"]):
-        reasons = "; ".join(gaps(report)[:2])
+        reasons = some_of([*dict.fromkeys(run["reason"] for run in report["missing"])])
         raise UserError(f"workdir = {str(workdir)!r}: no run of the sweep has a result ({reasons})")
     drawn = pictures.draw(report, root)
     routed, texts = pictures.draw_routers(report, sweep, root) if routers else ([], {})
     drawn += routed
+    text = page.build(report, drawn, texts)  # Nothing is written of a report that has no page.
     write_json(root / "report.json", report)
-    write_file(root / "report.csv", _csv(report))
+    write_file(root / "report.csv", csv_text(cells.csv_rows(report)))
     files = {f"report_{picture.name}.png": picture.png for picture in drawn}
     for old in root.glob("report_*.png"):
         if old.name not in files:
             old.unlink()
     for name, image in files.items():
         write_file(root / name, image)
-    write_file(root / "report.html", page.build(report, drawn, texts))
+    write_file(root / "report.html", text)
     return report
-
-
-def _csv(report: Mapping[str, Any]) -> str:
-    rows = cells.csv_rows(report)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def print_report(report: Mapping[str, Any]) -> None:

@@ -74,7 +74,7 @@ def compare(
 
     An arm is "equivalent" where its whole interval lies within the margin (two one-sided tests,
     Schuirmann 1987, each at half of 1 - confidence), else "better" or "worse" where its interval
-    excludes 0, else "undecided". The intervals are those of `ablation.intervals`, so all verdicts
+    excludes 0, else "undecided". The intervals are those of `statistics.intervals`, so all verdicts
     of a comparison are right together with the confidence.
 
     Args:

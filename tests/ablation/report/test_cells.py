@@ -6,7 +6,7 @@ import pytest
 
 from lightning_jax.ablation.report import cells
 from lightning_jax.ablation.report.summary import summarize
-from tests.ablation.fake_runs import small_sweep, write_sweep
+from tests.ablation.fake_runs import decoded, small_sweep, write_sweep
 
 
 @pytest.fixture(scope="module")
@@ -15,8 +15,7 @@ def report(tmp_path_factory):
     arms = {**small_sweep().arms, "lost": {"model.unit": "GL"}}
     sweep = small_sweep(arms=arms)
     write_sweep(root, sweep)
-    speeds = {"tokens_per_second": 1234.5, "prefill_seconds": 0.25}
-    (root / "decode.json").write_text(json.dumps({"full": speeds}))
+    (root / "decode.json").write_text(json.dumps({"full": decoded(1234.5)}))
     return summarize(sweep, root)
 
 

@@ -7,14 +7,14 @@ import pytest
 
 from lightning_jax.ablation.report import figures
 from lightning_jax.ablation.report.summary import summarize
-from tests.ablation.fake_runs import SCORES, small_sweep, write_sweep
+from tests.ablation.fake_runs import SCORES, decoded, small_sweep, write_sweep
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     root = tmp_path_factory.mktemp("sweep")
     write_sweep(root)
-    speeds = {arm: {"tokens_per_second": 100.0 * n} for n, arm in enumerate(SCORES, 1)}
+    speeds = {arm: decoded(100.0 * n) for n, arm in enumerate(SCORES, 1)}
     (root / "decode.json").write_text(json.dumps(speeds))
     return summarize(small_sweep(), root)
 

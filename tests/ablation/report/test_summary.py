@@ -8,7 +8,16 @@ import pytest
 
 from lightning_jax.ablation.report import cells, figures
 from lightning_jax.ablation.report.summary import summarize
-from tests.ablation.fake_runs import SCORES, pooled, small_sweep, write_rows, write_sweep
+from lightning_jax.config.errors import UserError
+from tests.ablation.fake_runs import (
+    SCORES,
+    decoded,
+    pooled,
+    searched,
+    small_sweep,
+    write_rows,
+    write_sweep,
+)
 from tests.tiny import tiny_config
 
 
@@ -132,9 +141,7 @@ def test_verdicts_on_different_bytes_are_withheld(tmp_path):
 
 def test_costs_are_those_of_the_arms(tmp_path):
     sweep = write_sweep(tmp_path, experts=2.5)
-    (tmp_path / "search.json").write_text(
-        json.dumps({"shared": {"factor": 3.0, "edge": "high", "seconds": 60.0, "trials": []}})
-    )
+    (tmp_path / "search.json").write_text(json.dumps({"shared": searched(3.0, "high")}))
     summary = summarize(sweep, tmp_path)
     arms = by_arm(summary)
     attention = sweep.config(sweep.runs()[0]).model.attention
@@ -174,3 +181,21 @@ def test_other_routings_are_set_against_the_arms_own(tmp_path):
     # s = 0.1, t(0.975, 2) = 4.302653
     reach = 4.302653 * 0.1 / 3**0.5
     assert other["percent"]["high"] == pytest.approx(100 * (0.2 + reach) / whole, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("file", "record", "message"),
+    [
+        ("decode", {"tokens_per_second": "x"}, "decode.json: full: tokens_per_second = 'x'"),
+        ("decode", {"context": None}, "decode.json: full: context = None"),
+        ("search", {"seconds": "x"}, "search.json: full: seconds = 'x': must be a finite number"),
+        ("search", {"edge": "left"}, "search.json: full: edge = 'left': must be one of low, high"),
+        ("search", {"trials": [{}]}, "search.json: full.trials: lacks factor"),
+    ],
+)
+def test_a_damaged_measurement_is_named(tmp_path, file, record, message):
+    sweep = write_sweep(tmp_path)
+    whole = {"decode": decoded(1.0), "search": searched(1.0)}[file]
+    (tmp_path / f"{file}.json").write_text(json.dumps({"full": whole | record}))
+    with pytest.raises(UserError, match=message):
+        summarize(sweep, tmp_path)

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from lightning_jax.ablation import report
+from lightning_jax.ablation.report import page
 from lightning_jax.config.errors import UserError
 from lightning_jax.runtime import tables
 from tests.ablation.fake_runs import SCORES, small_sweep, write_sweep
@@ -75,3 +76,18 @@ def test_a_sweep_without_results_is_refused(tmp_path):
     with pytest.raises(UserError, match="no run of the sweep has a result"):
         report.write_report(tmp_path)
     assert not list(tmp_path.glob("report*"))
+
+
+def test_a_folder_that_has_no_report_is_left_as_it_is(tmp_path, monkeypatch):
+    write_sweep(tmp_path, scores={})
+    with pytest.raises(UserError, match=r"no run of the sweep has a result \(not started\)"):
+        report.write_report(tmp_path)
+    write_sweep(tmp_path)
+    files = set(tmp_path.iterdir())
+    monkeypatch.setattr(page, "build", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report.write_report(tmp_path)
+    assert set(tmp_path.iterdir()) == files
+    (tmp_path / "sweep.json").write_text('{"arms": 3}')
+    with pytest.raises(UserError, match=r"sweep.json: not a sweep \(sweep field question is mis"):
+        report.write_report(tmp_path)
