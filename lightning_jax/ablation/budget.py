@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_jax.ablation import training_cost
-from lightning_jax.ablation.results import Run, is_finished
+from lightning_jax.ablation.results import Run, is_finished, read_by_arm
 from lightning_jax.ablation.sweep import Sweep
 from lightning_jax.ablation.training_cost import Measured
 from lightning_jax.config import RunConfig, kinds
@@ -43,7 +43,7 @@ _WORDS = {
 }
 # Of budgets that are called equal.
 _TOLERANCE = 0.02
-_RECORD = {"config": kinds.TEXT, "stages": kinds.OBJECT}
+_RECORD = {"config": kinds.TEXT, "stages": kinds.map_of(kinds.OBJECT)}
 _STAGE = {
     "experts_per_token": kinds.or_null(kinds.number(0)),
     "tokens_per_second": kinds.number(0, above=True),
@@ -112,11 +112,8 @@ def calibrations(sweep: Sweep, root: Path) -> dict[str, dict[str, Measured]]:
       UserError: the file is damaged, or measured another config of an arm.
     """
     path, found = root / FILE, {}
-    for arm, record in read_json(path, missing_ok=True).items():
-        kinds.check({arm: record}, {arm: kinds.OBJECT}, path, required=[arm])
-        kinds.check(record, _RECORD, f"{path}: {arm}", required=[*_RECORD])
+    for arm, record in read_by_arm(path, _RECORD, required=[*_RECORD]).items():
         for name, stage in record["stages"].items():
-            kinds.check({name: stage}, {name: kinds.OBJECT}, f"{path}: {arm}", required=[name])
             kinds.check(stage, _STAGE, f"{path}: {arm}.{name}", required=[*_STAGE])
         if arm in sweep.arms:
             _check_config(sweep, arm, record, root)

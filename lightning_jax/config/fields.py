@@ -51,7 +51,8 @@ def require(condition: bool, field: str, value: object, right: str) -> None:
 
 def require_choice(field: str, value: str, options: Sequence[str]) -> None:
     """Raises `UserError`, with a "did you mean", unless `value` is one of `options`."""
-    require(value in options, field, value, suggest(value, options))
+    if value not in options:  # What it may mean takes long to find.
+        require(False, field, value, suggest(value, options))
 
 
 def build(cls: type, values: Mapping[str, Any], *, path: str = "") -> Any:

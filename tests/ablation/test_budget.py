@@ -179,7 +179,7 @@ def test_another_config_than_the_calibrated_one_is_refused(tmp_path):
         ("[", "not JSON"),
         ('{"fixed": 3}', "fixed = 3: must be an object"),
         ('{"fixed": {}}', "fixed: lacks config"),
-        ('{"fixed": {"config": "", "stages": {"stable": 3}}}', "stable = 3: must be an object"),
+        ('{"fixed": {"config": "", "stages": {"stable": 3}}}', "'stable': 3}: must be an object"),
         ('{"fixed": {"config": "", "stages": {"stable": {}}}}', "stable: lacks experts_per_token"),
     ],
 )

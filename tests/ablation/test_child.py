@@ -77,6 +77,7 @@ def test_a_run_that_another_process_trains_has_not_failed(tmp_path):
         assert not (tmp_path / FAILURE).exists()
 
 
+@pytest.mark.slow
 def test_the_process_answers_on_standard_output_alone(tmp_path):
     config = small_sweep(base=tiny_config(data__tokenizer=str(tmp_path / "none"))).config(RUN)
     request = child.Request(

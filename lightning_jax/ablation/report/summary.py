@@ -70,7 +70,9 @@ def summarize(sweep: Sweep, root: Path) -> dict[str, Any]:
     compared = {arm: rows[arm] for arm in sweep.arms}
     withheld = why_withheld(compared)
     scores = scores_of(compared, lambda row: row[METRIC])
-    judged = None if withheld else judge(scores, sweep.baseline, margin=sweep.margin)
+    judged = (
+        None if withheld else judge(scores, sweep.baseline, margin=sweep.margin, is_answer=True)
+    )
     decode, searched = decode_speed.read(root), search.read(root)
     trend = None if withheld else gain.summarize(sweep, rows)
     origin = provenance(sweep.runs(), root)

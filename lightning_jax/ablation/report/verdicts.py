@@ -45,6 +45,7 @@ def judge(
     margin: float,
     relative_to: float | None = None,
     lower_is_better: bool = True,
+    is_answer: bool = False,
 ) -> dict[str, Any] | None:
     """Compares all arms with the baseline.
 
@@ -54,17 +55,22 @@ def judge(
       margin: the difference that matters, as a share of `relative_to`.
       relative_to: what percentages are of; None: the baseline's mean.
       lower_is_better: of the scores.
+      is_answer: of the sweep's question: says how many seeds an undecided arm needs.
 
     Returns:
       The fields of `comparison.Comparison`; each of its `differences` has besides `percent` (mean,
-      low and high), `by_seed` (of the paired seeds, in percent) and, of scores of which lower is
-      better, `sentence`. None without a baseline, or with nothing to compare.
+      low and high), `by_seed` (of the paired seeds, in percent) and, of an answer, `sentence`. None
+      without a baseline, or with nothing to compare.
     """
     if baseline not in scores or len(scores) < 2:
         return None
     whole = relative_to or float(np.mean([*scores[baseline].values()]))
     found = comparison.compare(
-        scores, baseline, margin=margin * whole, lower_is_better=lower_is_better
+        scores,
+        baseline,
+        margin=margin * whole,
+        lower_is_better=lower_is_better,
+        plan=is_answer,
     )
     differences = {}
     for arm, difference in found.differences.items():
@@ -76,7 +82,7 @@ def judge(
             "percent": {k: None if v is None else 100 * v / whole for k, v in ends.items()},
             "by_seed": [100 * value / whole for value in paired],
         }
-        if lower_is_better:
+        if is_answer:
             text = comparison.sentence(arm, baseline, difference, whole)
             differences[arm]["sentence"] = text
     return {**dataclasses.asdict(found), "differences": differences}

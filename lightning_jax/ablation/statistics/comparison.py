@@ -27,7 +27,7 @@ class Difference:
     (of no difference, two-sided) and `p_equivalent` (of a difference of `margin` or more) are
     adjusted for the number of arms. `seeds_needed`, where undecided: the number of seeds of every
     arm that decide with a probability of 80%, if the true difference is the measured one; None
-    where that is above `power.MOST_SEEDS` or nothing is known.
+    where that is above `power.MOST_SEEDS`, nothing is known, or nobody has asked.
     """
 
     mean: float | None
@@ -69,6 +69,7 @@ def compare(
     margin: float,
     confidence: float = 0.95,
     lower_is_better: bool = True,
+    plan: bool = True,
 ) -> Comparison:
     """Compares every arm with the baseline and gives each a verdict.
 
@@ -83,6 +84,7 @@ def compare(
       margin: difference that matters, in the unit of the scores, above 0.
       confidence: that all intervals hold together.
       lower_is_better: of the scores.
+      plan: find `seeds_needed`, which takes simulations.
 
     Raises:
       UserError: an unknown baseline, a score that is not finite, a margin or a confidence out of
@@ -114,7 +116,7 @@ def compare(
             p_equivalent=found.equivalence_p(margin, index),
             verdict=verdict,
             seeds_needed=_seeds_needed(found, index, len(common[arm]), margin, confidence)
-            if verdict == "undecided"
+            if plan and verdict == "undecided"
             else None,
             deviation=found.deviation_RM[0, index].item(),
         )

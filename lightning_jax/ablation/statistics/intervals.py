@@ -1,6 +1,6 @@
 """Intervals of the differences to a baseline that hold together, by arm.
 
-Letters as in `ablation.statistics.additive`: R replicates, A arms (the baseline first), M = A - 1 arms that
+Letters as in `statistics.additive`: R replicates, A arms (the baseline first), M = A - 1 arms that
 are compared with it, S seeds.
 """
 

@@ -9,6 +9,7 @@ from tests.tiny import tiny_run, write_corpus
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
+@pytest.mark.slow
 def test_every_picture_is_made_of_all_domains(tmp_path):
     config = tiny_run(write_corpus(tmp_path / "text", 300), model__vocab_size=272)
     save_run(tmp_path / "run", config)
