@@ -12,7 +12,15 @@ Each name is imported when it is first used.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # What the names are, for checkers of types and for editors.
+    from lightning_jax import inspect
+    from lightning_jax.infer.engine import Engine
+    from lightning_jax.infer.run import Run, load_run
+    from lightning_jax.interop.hf import load, save
+    from lightning_jax.model import LightningLM
+    from lightning_jax.train.loop import run
 
 __version__ = "0.1.0"
 
@@ -26,7 +34,7 @@ _HOMES = {
     "run": "train.loop",
     "save": "interop.hf",
 }
-__all__ = [*_HOMES]
+__all__ = ["Engine", "LightningLM", "Run", "inspect", "load", "load_run", "run", "save"]
 
 
 def __getattr__(name: str) -> Any:

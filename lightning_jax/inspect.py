@@ -13,11 +13,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from lightning_jax import model as lm
 from lightning_jax.config import ModelConfig
 from lightning_jax.config.errors import UserError
+from lightning_jax.config.fields import require
 from lightning_jax.data.tokenizer import Tokenizer, load_tokenizer
 from lightning_jax.infer.inspector import Inspector
 from lightning_jax.infer.readings import TextAttention, TextRouting, TextScore
@@ -65,6 +67,8 @@ def open(path: StrPath) -> Inspector:
     Raises:
       UserError: no such folder, or a config, weights or tokenizer that cannot be read.
     """
+    right = "the folder of a run, or one of Hugging Face: there is no config.json in it"
+    require((Path(path) / "config.json").is_file(), "path", str(path), right)
     if convert.is_run(path):
         return load_run(path)
     _, tokenizer = convert.describe(path)

@@ -47,8 +47,9 @@ def test_a_run_opens_as_a_run(tmp_path):
 
 
 def test_what_is_no_model_is_refused(folder, tmp_path):
-    with pytest.raises(UserError, match="config.json"):
-        lightning_jax.inspect.open(tmp_path)
+    for path in (tmp_path, tmp_path / "none", __file__):
+        with pytest.raises(UserError, match="path = .*: must be the folder of a run, or one of"):
+            lightning_jax.inspect.open(path)
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     with pytest.raises(UserError, match="must have a tokenizer beside its weights"):

@@ -194,16 +194,18 @@ class Task:
         require(name in _KINDS, field, path, f"recall: and {suggest(name, _KINDS)}")
         kind = _KINDS[name]
         limits = {"longest": _LONGEST, kind.option: (kind.default, kind.low, kind.high)}
-        values = {option: default for option, (default, _, _) in limits.items()}
+        given: dict[str, int] = {}
         for part in parts:
             option, _, value = part.partition("=")
             require(
                 option in limits, field, path, f"with options of {name}: {suggest(option, limits)}"
             )
+            require(option not in given, field, path, f"with {option} once")
             _, low, high = limits[option]
-            fits = value.isdecimal() and low <= int(value) <= high
+            fits = value.isdecimal() and len(value) < 10 and low <= int(value) <= high
             require(fits, field, path, f"with {option} = a number in [{low}, {high}]")
-            values[option] = int(value)
+            given[option] = int(value)
+        values = {option: default for option, (default, _, _) in limits.items()} | given
         return cls(name, values["longest"], values[kind.option])
 
     @property

@@ -62,7 +62,11 @@ class Inspector(abc.ABC):
         """Returns the T token ids that the methods below read: a document that begins with `text`.
 
         They begin with bos if the model was taught so.
+
+        Raises:
+          UserError: it is no string, or not valid Unicode.
         """
+        require(isinstance(text, str), "text", text, "a string")
         return encode_prompt(self.tokenizer, text)
 
     def logits(self, text: str) -> np.ndarray:
@@ -113,7 +117,8 @@ class Inspector(abc.ABC):
           UserError: no such layer, or maps that would take more than 4 GiB.
         """
         ids, last = self.encode(text), self.model.num_layers - 1
-        wanted = tuple(range(last + 1)) if layers is None else tuple(layers)
+        layers = range(last + 1) if layers is None else layers
+        wanted = tuple(layers) if isinstance(layers, Sequence) else ()
         valid = bool(wanted) and all(type(i) is int and 0 <= i <= last for i in wanted)
         require(valid, "layers", layers, f"numbers from 0 to {last}")
         shards = sharding.ambient_shards("sequence")
@@ -147,8 +152,9 @@ class Inspector(abc.ABC):
         comparing routers, or runs, on a few texts at hand.
 
         Raises:
-          UserError: no text has more than one token.
+          UserError: no text has more than one token, or `texts` is one text.
         """
+        require(not isinstance(texts, str), "texts", texts, "a list of texts")
         nats, num_bytes, tokens, counts = 0.0, 0, 0, []
         for text in texts:
             ids = self.encode(text)

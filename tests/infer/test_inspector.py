@@ -79,8 +79,11 @@ def test_a_score_is_over_all_tokens_of_all_texts(run):
     assert score.tokens == sum(len(text.encode()) for text in texts)
     assert score.bits_per_byte == pytest.approx(nats / np.log(2) / score.tokens)
     assert score.experts_per_token == pytest.approx(counts.mean())
-    with pytest.raises(UserError, match="texts"):
-        run.score([])
+    for bad in ([], "a text"):
+        with pytest.raises(UserError, match="texts"):
+            run.score(bad)
+    with pytest.raises(UserError, match="text = b'a': must be a string"):
+        run.logits(b"a")
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +139,7 @@ def test_a_map_has_its_window_its_causality_and_its_sink(sharing):
     np.testing.assert_allclose(some.probs_LNTS, maps.probs_LNTS[[7, 2]], atol=1e-6)
 
 
-@pytest.mark.parametrize("layers", [[], [9], [-1], ["0"]])
+@pytest.mark.parametrize("layers", [[], [9], [-1], ["0"], 0])
 def test_layers_that_the_model_does_not_have_are_refused(sharing, layers):
     with pytest.raises(UserError, match="layers = .*: must be numbers from 0 to 8"):
         sharing.attention(TEXT, layers=layers)
