@@ -11,6 +11,7 @@ from lightning_jax import accounting
 from lightning_jax.ablation import budget, same, search, training_cost
 from lightning_jax.ablation.results import COST_CONTEXT, Run, collect, costs, is_finished
 from lightning_jax.ablation.sweep import Sweep
+from lightning_jax.ablation.table import duration
 from lightning_jax.ablation.training_cost import Measured
 from lightning_jax.config import RunConfig
 from lightning_jax.runtime import tables
@@ -159,9 +160,4 @@ def _count(value: float | None) -> str:
 
 
 def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "unknown"
-    for length, unit in ((3600, "h"), (60, "min")):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.3g} {unit}"
-    return f"{seconds:.0f} s"
+    return "unknown" if seconds is None else duration(seconds)

@@ -13,7 +13,7 @@ from typing import Any
 from lightning_jax.ablation import budget, failures, inference, same, search
 from lightning_jax.ablation.pool import Pool
 from lightning_jax.ablation.results import FAILURE, METRIC, Run, collect, read, write_results
-from lightning_jax.ablation.sweep import Sweep
+from lightning_jax.ablation.sweep import FILE, Sweep
 from lightning_jax.ablation.tasks import Task
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
@@ -224,7 +224,7 @@ def _judge(run: Run, folder: Path) -> str | None:
 
 def _write(sweep: Sweep, root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    write_json(root / "sweep.json", dataclasses.asdict(sweep))
+    write_json(root / FILE, dataclasses.asdict(sweep))
 
 
 def _collect(sweep: Sweep, root: Path) -> list[dict[str, Any]]:

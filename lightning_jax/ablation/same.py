@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lightning_jax.ablation.results import Run
-from lightning_jax.ablation.sweep import Sweep
+from lightning_jax.ablation.sweep import FILE, Sweep
 from lightning_jax.config import RunConfig
 from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import build, first_change, to_dict
@@ -31,7 +31,7 @@ def check_runs(sweep: Sweep, root: Path) -> None:
             raise UserError(
                 f"{field} = {value!r}: this workdir has a run {str(where)!r}, which is not in it"
             )
-    before = read_json(root / "sweep.json", missing_ok=True).get("inference")
+    before = read_json(root / FILE, missing_ok=True).get("inference")
     for name, way in sweep.inference.items():
         old = before.get(name, way) if isinstance(before, dict) else way
         if old != way and any(root.glob(f"*/seed_*/inference/{name}.json")):

@@ -25,6 +25,8 @@ from lightning_jax.config.fields import build, require, require_choice, to_dict
 from lightning_jax.config.routing import EvalRouting
 from lightning_jax.runtime import shipped
 
+# Of a sweep's folder: the sweep that it holds.
+FILE = "sweep.json"
 BUDGETS = ("tokens", "flops", "time")
 SEARCH = {"trials": 8, "low": 0.3, "high": 3.0, "tokens": 1.0}
 _SEARCH_KINDS = {

@@ -5,11 +5,10 @@ report.print_report(summary)
 """
 
 from lightning_jax.ablation.report.writing import (
-    gaps,
     has_routers,
     print_report,
     read_sweep,
     write_report,
 )
 
-__all__ = ["gaps", "has_routers", "print_report", "read_sweep", "write_report"]
+__all__ = ["has_routers", "print_report", "read_sweep", "write_report"]

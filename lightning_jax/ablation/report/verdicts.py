@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lightning_jax.ablation.statistics import comparison
+from lightning_jax.config.errors import some_of
 
 # By arm and seed: a row of `results.run_row`, or a score.
 Rows = Mapping[str, Mapping[int, dict[str, Any]]]
@@ -103,15 +104,11 @@ def why_withheld(rows: Rows) -> str | None:
     for name, runs in sizes.items():
         if len(runs) > 1:
             parts = [
-                f"{'none' if size is None else f'{size:,} bytes'} in {_few(of_size)}"
+                f"{'none' if size is None else f'{size:,} bytes'} in {some_of(of_size, 1)}"
                 for size, of_size in runs.items()
             ]
             return f"held-out text of {name} differs between runs: {'; '.join(parts)}"
     return None
-
-
-def _few(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def headline(baseline: str, judged: Mapping[str, Any] | None, margin: float) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from lightning_jax.ablation.report import cells, page, pictures
 from lightning_jax.ablation.report.summary import summarize
 from lightning_jax.ablation.results import Run, csv_text
-from lightning_jax.ablation.sweep import Sweep, build_sweep
+from lightning_jax.ablation.sweep import FILE, Sweep, build_sweep
 from lightning_jax.config.errors import UserError, some_of
 from lightning_jax.runtime import invocation, tables
 from lightning_jax.runtime.files import read_json, write_file, write_json
@@ -26,7 +26,7 @@ def read_sweep(workdir: str | os.PathLike[str]) -> Sweep:
     Raises:
       UserError: it is not the folder of a sweep.
     """
-    path = Path(workdir) / "sweep.json"
+    path = Path(workdir) / FILE
     if not path.exists():
         raise UserError(f"workdir = {str(workdir)!r}: must be a folder that experiments.sweep made")
     try:
@@ -79,7 +79,7 @@ def write_report(workdir: str | os.PathLike[str], *, routers: bool = True) -> di
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """Prints the answer, the tables, notes and gaps on standard error."""
+    """Prints the answer, the tables, the notes and what is missing on standard error."""
     print("\n".join([report["question"], "", report["headline"]]), file=sys.stderr)
     for arm in report["arms"]:
         print(f"- {arm['sentence']}", file=sys.stderr)
@@ -89,11 +89,6 @@ def print_report(report: Mapping[str, Any]) -> None:
     tables.print_table(cells.time_rows(report), "Time")
     if report["inference"]:
         tables.print_table(cells.inference_rows(report), "Inferred with another routing")
-    for line in gaps(report):
-        print(line, file=sys.stderr)
-
-
-def gaps(report: Mapping[str, Any]) -> list[str]:
-    """Returns notes, and runs without a result, one per line."""
     _, *lost = cells.missing_rows(report)
-    return [*report["notes"], *[f"No result: {runs} ({reason})." for runs, reason in lost]]
+    for line in [*report["notes"], *[f"No result: {runs} ({reason})." for runs, reason in lost]]:
+        print(line, file=sys.stderr)
