@@ -26,6 +26,7 @@ from lightning_jax.config.fields import to_dict
 from lightning_jax.runtime.files import read_json, write_json
 from lightning_jax.train.metrics import read_rows
 from lightning_jax.train.plan import Plan
+from lightning_jax.train.workdir import METRICS
 
 # Trains a config in a folder to its end; raises UserError if it fails.
 Train = Callable[[RunConfig, Path], object]
@@ -144,7 +145,7 @@ def _calibrate(sweep: Sweep, root: Path, arm: str, train: Train | None) -> None:
             train(config, folder)
         except UserError as error:
             raise UserError(f"arm {arm!r}: its calibration failed: {error}") from error
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS
     stages = training_cost.measured(read_rows(path), path)
     record = {
         "config": _fingerprint(config),

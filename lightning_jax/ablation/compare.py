@@ -23,6 +23,7 @@ from lightning_jax.runtime.files import StrPath, read_json, write_file
 from lightning_jax.runtime.invocation import recorded
 from lightning_jax.train.metrics import pace, read_rows
 from lightning_jax.train.record import Record
+from lightning_jax.train.workdir import CONFIG, METRICS
 
 _CURVE_POINTS = 8
 # Names of folders and values of the config may be long.
@@ -83,11 +84,11 @@ def compare(first: StrPath, second: StrPath) -> dict[str, Any]:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not path.exists():
         raise UserError(f"{str(folder)!r}: must be the folder of a run")
     config = RunConfig.parse(read_json(path), path)
-    rows = read_rows(folder / "metrics.jsonl")
+    rows = read_rows(folder / METRICS)
     row = results.read(results.Run(str(folder), config.seed), folder)
     facts: dict[str, Any] = {"workdir": str(folder), "finished": row is not None}
     steps = [logged for logged in rows if "tokens_per_second" in logged]
@@ -193,7 +194,7 @@ def write_page(compared: Mapping[str, Any], path: StrPath) -> None:
     """Writes the comparison as one HTML file, and its figure beside it as PNG. UserError: disk."""
     page = Path(path)
     folders = [run["workdir"] for run in compared["runs"]]
-    logs = [read_rows(Path(folder) / "metrics.jsonl") for folder in folders]
+    logs = [read_rows(Path(folder) / METRICS) for folder in folders]
     names = _labels(compared)
     rows = dict(zip(names, logs, strict=True))
     picture = plots.png(plots.losses(rows))

@@ -19,6 +19,7 @@ from lightning_jax.config.errors import UserError
 from lightning_jax.config.routing import EvalRouting
 from lightning_jax.runtime.files import write_json
 from lightning_jax.train.evaluation import EvalOptions, evaluate_run
+from lightning_jax.train.workdir import EVALUATION
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def table(runs: Sequence[Run], root: Path, ways: Sequence[str]) -> list[dict[str
     rows = []
     for arm in dict.fromkeys(run.arm for run in runs):
         folders = {run.seed: run.folder(root) for run in runs if run.arm == arm}
-        own = {seed: held_out(folder / "evaluation.json") for seed, folder in folders.items()}
+        own = {seed: held_out(folder / EVALUATION) for seed, folder in folders.items()}
         if any(score["experts_per_token"] is None for score in own.values()):
             continue
         rows.append(_row(arm, OWN, own, own))

@@ -18,6 +18,7 @@ from lightning_jax.config.errors import UserError
 from lightning_jax.config.fields import LARGEST_COUNT, require
 from lightning_jax.runtime.files import read_json, write_file
 from lightning_jax.train.metrics import pace, read_rows
+from lightning_jax.train.workdir import CONFIG, EVALUATION, METRICS
 
 METRIC = "bits_per_byte"
 # Of a domain in evaluation.json.
@@ -53,7 +54,7 @@ class Run:
 
 def is_finished(folder: Path) -> bool:
     """Whether a run's folder has its last evaluation."""
-    return (folder / "evaluation.json").exists()
+    return (folder / EVALUATION).exists()
 
 
 def read(run: Run, folder: Path) -> dict[str, Any] | None:
@@ -67,8 +68,8 @@ def read(run: Run, folder: Path) -> dict[str, Any] | None:
             raise UserError(f"{path}: must be a folder")
     if is_finished(folder):
         return run_row(run, folder)
-    if (folder / "config.json").exists():
-        read_json(folder / "config.json")
+    if (folder / CONFIG).exists():
+        read_json(folder / CONFIG)
     return None
 
 
@@ -82,7 +83,7 @@ def outcome(run: Run, workdir: Path) -> tuple[dict[str, Any] | None, str]:
         if (folder / FAILURE).exists():
             reason = (folder / FAILURE).read_text(encoding="utf-8", errors="replace")
             return None, f"failed: {(reason.splitlines() or ['?'])[0]}"
-        steps = read_rows(folder / "metrics.jsonl")
+        steps = read_rows(folder / METRICS)
     except (UserError, OSError) as error:
         return None, str(error)
     return None, f"stopped at step {steps[-1]['step']}" if steps else "not started"
@@ -107,10 +108,10 @@ def run_row(run: Run, folder: Path) -> dict[str, Any]:
     Raises:
       UserError: a file of the run is missing or damaged, or nothing finite was measured.
     """
-    score = held_out(folder / "evaluation.json")
-    path = folder / "config.json"
+    score = held_out(folder / EVALUATION)
+    path = folder / CONFIG
     config = RunConfig.parse(read_json(path), path)
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS
     steps = read_rows(path)
     speed, seconds = pace(steps)
     stages = training_cost.measured(steps, path)

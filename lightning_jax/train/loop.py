@@ -105,7 +105,7 @@ def _run(start: Start, path: Path, mesh: Mesh, **options: Any) -> dict[str, Any]
         session.writer.last_evaluation(results, plan.total_steps)
     require_finite(results)
     if processes.is_writer():
-        write_json(path / "evaluation.json", results)
+        write_json(path / folder.EVALUATION, results)
     session.progress.note(closing(path, plan))
     return results
 

@@ -18,7 +18,7 @@ from lightning_jax.runtime import lock, processes
 from lightning_jax.runtime.files import read_json
 from lightning_jax.train.record import Record
 
-CONFIG, METRICS, LOCK = "config.json", "metrics.jsonl", "lock"
+CONFIG, METRICS, EVALUATION, LOCK = "config.json", "metrics.jsonl", "evaluation.json", "lock"
 # Items of checkpoint 0: imported weights, before the first step.
 START_ITEMS = ("params", "router")
 _ATTEMPTS = 10

@@ -9,6 +9,7 @@ import numpy as np
 
 from lightning_jax.ablation.results import Run
 from lightning_jax.train.metrics import read_rows
+from lightning_jax.train.workdir import METRICS
 
 _POINTS = 40
 
@@ -23,7 +24,7 @@ def curves(runs: Sequence[Run], workdir: Path) -> Curves:
     """
     logs: dict[str, dict[int, np.ndarray]] = {}
     for run in runs:
-        rows = read_rows(run.folder(workdir) / "metrics.jsonl")
+        rows = read_rows(run.folder(workdir) / METRICS)
         pairs = [(row["tokens"], row["loss"]) for row in rows if row.get("loss") is not None]
         if pairs:
             logs.setdefault(run.arm, {})[run.seed] = np.array(pairs, float)

@@ -12,6 +12,7 @@ from lightning_jax.ablation.results import METRIC, Run
 from lightning_jax.ablation.statistics import noise
 from lightning_jax.ablation.sweep import Sweep
 from lightning_jax.train.metrics import read_rows
+from lightning_jax.train.workdir import METRICS
 
 # Evaluations during training whose spread is a run's checkpoint noise.
 _LAST = 5
@@ -50,7 +51,7 @@ def _checkpoint_noise(rows: Rows, root: Path) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for arm, by_seed in rows.items():
         for seed in by_seed:
-            steps = read_rows(Run(arm, seed).folder(root) / "metrics.jsonl")
+            steps = read_rows(Run(arm, seed).folder(root) / METRICS)
             scores: dict[str, list[float]] = {}
             for row in steps:
                 for name, domain in row.get("eval", {}).items():

@@ -13,6 +13,7 @@ from lightning_jax.ablation.statistics import noise
 from lightning_jax.ablation.sweep import Sweep
 from lightning_jax.config import kinds
 from lightning_jax.runtime.files import read_json
+from lightning_jax.train.workdir import EVALUATION
 
 # The difference in exact matches that matters: two points of a hundred.
 MARGIN = 0.02
@@ -48,7 +49,7 @@ def summarize(sweep: Sweep, rows: Rows, root: Path) -> dict[str, Any]:
 
 
 def _read(folder: Path) -> dict[str, Cells]:
-    path = folder / "evaluation.json"
+    path = folder / EVALUATION
     found = {}
     for name, domain in read_json(path).items():
         recall = domain.get("recall") if isinstance(domain, dict) else None
