@@ -124,4 +124,5 @@ def _train(sweep: Sweep, call: Call) -> None:
     program.emit_json({"finished": rows, "failed": failed})
     if failed:
         name, first = next(iter(failed.items()))
-        raise UserError(f"{len(failed)} runs failed, first {name}: {first}")
+        others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise UserError(f"{name} failed{others}: {first}")

@@ -14,11 +14,14 @@ import numpy as np
 
 from lightning_jax import accounting
 from lightning_jax.config import DataConfig, MoeConfig, RunConfig, kinds
+from lightning_jax.config.fields import LARGEST_COUNT, require
 from lightning_jax.train.plan import Plan
 from lightning_jax.train.resolve import resolve
 
-_PER_LAYER = kinds.list_of(kinds.number(0))
-_ROW = {"mean_experts": _PER_LAYER, "dropped_share": _PER_LAYER}
+_ROW = {
+    "mean_experts": kinds.list_of(kinds.number(0, LARGEST_COUNT)),
+    "dropped_share": kinds.list_of(kinds.number(0, 1)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +48,16 @@ def measured(rows: Sequence[Mapping[str, Any]], where: object) -> dict[str, Meas
       where: the file, for errors.
 
     Raises:
-      UserError: a row's experts are no list of numbers.
+      UserError: a row's experts are no numbers by layer.
     """
     stages: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     last = 0
     for row in rows:
         if "tokens_per_second" in row:
             kinds.check(row, _ROW, where, required=["stage"])
+            layers = {len(row[name]) for name in _ROW if name in row}
+            right = "numbers of the same layers, one or more"
+            require(len(layers) < 2 and 0 not in layers, f"{where}: {', '.join(_ROW)}", row, right)
             stages.setdefault(row["stage"], []).append((row["tokens"] - last, row))
             last = row["tokens"]
     return {stage: _of_stage(found) for stage, found in stages.items()}

@@ -56,6 +56,9 @@ def test_dense_models_measure_no_experts():
 def test_damaged_experts_are_named():
     with pytest.raises(UserError, match="here: mean_experts = 'x': must be a list"):
         training_cost.measured([row(1, "s", 10, mean_experts="x")], "here")
+    for found in (dict(mean_experts=[]), dict(mean_experts=[1, 2], dropped_share=[0.5])):
+        with pytest.raises(UserError, match="here: mean_experts, dropped_share = .*: must be numb"):
+            training_cost.measured([row(1, "s", 10, **found)], "here")
 
 
 def test_flops_count_the_experts_of_each_stage():
