@@ -75,6 +75,10 @@ def _row(
     arm: str, way: str, scores: Mapping[int, dict[str, Any]], own: Mapping[int, dict[str, Any]]
 ) -> dict[str, Any]:
     for seed, score in scores.items():
+        if score["experts_per_token"] is None:
+            raise UserError(
+                f"{arm} seed {seed}: {way} has no experts_per_token; delete its folder `inference`"
+            )
         if score["bytes"] != own[seed]["bytes"]:
             raise UserError(
                 f"{arm} seed {seed}: {way} was measured on {score['bytes']:,} bytes of text, its "

@@ -71,6 +71,9 @@ def test_other_text_is_refused(tmp_path, measured):
     path.write_text(json.dumps({"code": domain(2.0, 900, 2999, 1.0)}))
     with pytest.raises(UserError, match=r"full seed 0: top_1 was measured on 2,999 bytes .*3,000"):
         inference.table(runs, tmp_path, ["top_1"])
+    path.write_text(json.dumps({"code": domain(2.0, 900, 3000, None)}))
+    with pytest.raises(UserError, match="full seed 0: top_1 has no experts_per_token"):
+        inference.table(runs, tmp_path, ["top_1"])
 
 
 def test_a_run_that_is_none_is_refused(tmp_path):
