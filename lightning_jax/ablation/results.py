@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lightning_jax import accounting
 from lightning_jax.ablation import training_cost
 from lightning_jax.config import ModelConfig, RunConfig, kinds
@@ -32,6 +34,7 @@ _DOMAIN = {
     "recall": kinds.OBJECT,
 }
 _KEYS = ("loss", METRIC, "tokens", "bytes")
+_LOADS = {"load_max_over_mean": kinds.list_of(kinds.number(0, LARGEST_COUNT))}
 # Why a run failed, in one line; below it the traceback of what was no bad input.
 FAILURE = "failure.txt"
 COST_CONTEXT = 65_536  # tokens of context at which memory and attention are counted
@@ -100,7 +103,9 @@ def run_row(run: Run, folder: Path) -> dict[str, Any]:
 
     Returns `arm`, `seed`; held-out `loss` (nats per token) over all tokens, `bits_per_byte` over
     all bytes, their `tokens` and `bytes`, `domains` with the same by domain; `experts_per_token`
-    (routed, mean over layers; None without); costs (see `costs`); `tokens_per_second` (median over
+    (routed, mean over layers; None without); `load_max_over_mean`, how many times the mean the
+    busiest expert had in training (mean over layers and the last tenth of the logged steps; None
+    without experts); costs (see `costs`); `tokens_per_second` (median over
     logged windows, so that compilation does not count) and `seconds` of training, summed over
     sessions; `train_tokens`, and the `train_flops` that the model needed for them, with the experts
     that tokens used in each stage (None if they are neither logged nor known).
@@ -120,11 +125,20 @@ def run_row(run: Run, folder: Path) -> dict[str, Any]:
         "seed": run.seed,
         **score,
         **costs(config.model, score["experts_per_token"]),
+        "load_max_over_mean": _busiest(steps, path),
         "tokens_per_second": speed,
         "seconds": seconds,
         "train_tokens": training_cost.tokens(config),
         "train_flops": training_cost.training_flops(config, stages),
     }
+
+
+def _busiest(steps: Sequence[Mapping[str, Any]], path: Path) -> float | None:
+    logged = [row for row in steps if "load_max_over_mean" in row]
+    for row in logged:
+        kinds.check(row, _LOADS, path, required=())
+    last = logged[9 * len(logged) // 10 :]
+    return float(np.mean([np.mean(row["load_max_over_mean"]) for row in last])) if last else None
 
 
 def read_by_arm(

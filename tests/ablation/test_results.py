@@ -48,6 +48,23 @@ def test_a_training_costs_what_its_config_says(tmp_path):
     assert row["train_flops"] == pytest.approx(245 * 4096 * one)
 
 
+def test_the_busiest_expert_is_that_of_the_last_steps(tmp_path):
+    assert finished(tmp_path)["load_max_over_mean"] is None
+    path = tmp_path / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    assert len(steps) == 20
+    loads = [[9.0, 9.0]] * 18 + [[1.0, 2.0], [2.0, 3.0]]
+    for row, load in zip(steps, loads, strict=True):
+        row["load_max_over_mean"] = load
+    path.write_text("".join(json.dumps(row) + "\n" for row in steps))
+    assert results.run_row(RUN, tmp_path)["load_max_over_mean"] == pytest.approx(2.0)
+    steps[-1]["load_max_over_mean"] = "much"
+    path.write_text("".join(json.dumps(row) + "\n" for row in steps))
+    with pytest.raises(UserError, match="load_max_over_mean = 'much': must be a list"):
+        results.run_row(RUN, tmp_path)
+
+
 def test_a_run_without_logged_steps_has_no_speed(tmp_path):
     finished(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")

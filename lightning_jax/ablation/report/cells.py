@@ -75,6 +75,7 @@ _PER_TOKEN = {
     "KV B/token": "kv_bytes_per_token",
     "attn FLOPs": "attention_flops_per_token",
     "experts": "experts_per_token",
+    "busiest expert": "load_max_over_mean",
 }
 _TRAINING = {"tokens": "train_tokens", "FLOPs": "train_flops", "tokens/s": "tokens_per_second"}
 # Other work on the machine moves it: no ratio to the baseline.

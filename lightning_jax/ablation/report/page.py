@@ -18,7 +18,7 @@ body { max-width: 60rem; } .lead { font-size: 1.15rem; } h2 { margin-top: 2.2rem
 table { margin: .8rem 0; } ul.answers { padding-left: 1.1rem; } ul.answers li { margin: .35rem 0; }
 .box { border-left: .3rem solid #C04A00; background: #FBF1EA; padding: .5rem .9rem; }
 table.left td, table.left th { text-align: left; }
-td.any { white-space: normal; overflow-wrap: anywhere; }
+table.cards td { white-space: normal; } td.any { white-space: normal; overflow-wrap: anywhere; }
 .grey { color: #999; } .note { color: #555; font-size: .9rem; }
 figure { margin: 1rem 0; } figure img { width: 100%; max-width: 38rem; }
 figcaption { color: #555; font-size: .9rem; max-width: 38rem; }

@@ -29,6 +29,7 @@ COSTS = (
     "kv_bytes_per_token",
     "attention_flops_per_token",
     "experts_per_token",
+    "load_max_over_mean",
     "train_tokens",
     "train_flops",
     "tokens_per_second",
@@ -205,8 +206,10 @@ def _notes(
         notes.append("Arms have different seeds: compare paired differences, not means.")
     if changed:
         notes.append(f"The training text differs between runs: {', '.join(changed)}.")
-    for arm, why in sweep.several.items():
-        notes.append(f"{arm} changes several factors: {why.rstrip('.')}.")
+    for why in dict.fromkeys(sweep.several.values()):
+        arms = [arm for arm, reason in sweep.several.items() if reason == why]
+        verb = "changes" if len(arms) == 1 else "change"
+        notes.append(f"{', '.join(arms)} {verb} several factors: {why.rstrip('.')}.")
     found = [row for arm in sweep.arms for row in rows[arm].values()]
     if found:
         seen = max(row["train_tokens"] for row in found)

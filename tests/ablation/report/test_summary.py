@@ -199,3 +199,13 @@ def test_a_damaged_measurement_is_named(tmp_path, file, record, message):
     (tmp_path / f"{file}.json").write_text(json.dumps({"full": whole | record}))
     with pytest.raises(UserError, match=message):
         summarize(sweep, tmp_path)
+
+
+def test_arms_that_change_several_factors_for_one_reason_are_one_note(tmp_path):
+    arms = {
+        "full": {"model.unit": "GG"},
+        "a": {"model.unit": "Gg", "model.mlp_dim": 32},
+        "b": {"model.unit": "LG", "model.mlp_dim": 32},
+    }
+    sweep = write_sweep(tmp_path, small_sweep(arms=arms, several={"*": "to be cheap."}))
+    assert "a, b change several factors: to be cheap." in summarize(sweep, tmp_path)["notes"]
