@@ -21,5 +21,5 @@ def get_sweep() -> dict:
             "head_gate": {"model.attention.output_gate": True},
             "nope_global": {"model.attention.global_rope": False},
         },
-        seeds=(0, 1, 2, 3),
+        seeds=tuple(range(10)),
     )
