@@ -36,7 +36,7 @@ BAD = {
     "train": [
         ("", "--workdir is missing"),
         ("{W}", "--config is missing"),
-        ("{W} --config=", "--config=: no such file: one of base, "),
+        ("{W} --config=", "--config=: no such file: one of ablation, base, "),
         ("{W} --config=configs", "--config=configs: no such file"),
         ("{W} --config=README.md", "README.md:"),
         ("{W} --config=configs/smal.py", 'did you mean "configs/small.py"'),

@@ -40,7 +40,7 @@ SMALL = {field: value for field, value in MODEL.items() if field.split(".")[0] !
 }
 # A model that OLMoE's layout has room for.
 OLMOE = {
-    "model.unit": "G",
+    "model.unit": "GG",
     "model.attention.qk_norm": "projection",
     "model.attention.head_dim": 8,
     "model.moe.num_shared_experts": 0,
