@@ -6,9 +6,9 @@ documentation in its mixture.
 
     make quickstart
 
-Of code that it has not seen it needs 1.80 bits per byte, where `xz -9e` needs 1.86 and `gzip -9`
-2.11. From `git clone` to the end, setting up included, that took 3.7 minutes on two cores with the
-packages at hand (benchmarks/results/first_minutes.json, by `python -m benchmarks.first_minutes`).
+Of code that it has not seen it needs 1.79 bits per byte, where `xz -9e` needs 1.86 and `gzip -9`
+2.11. From `git clone` to the end, setting up included, that took 3.8 minutes on two cores
+(benchmarks/results/first_minutes.json, by `python -m benchmarks.first_minutes`).
 """
 
 from ml_collections import ConfigDict
