@@ -92,10 +92,11 @@ def test_a_killed_sweep_ends_with_the_numbers_of_one_left_alone(tmp_path, start)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     left_alone, _ = end(start("whole"))
     killed = start("cut")
-    for arm in ARMS:
-        wait_for(cut / arm / "seed_0" / "metrics.jsonl", 50)
+    wait_for(cut / "lock")
     _, err = end(start("cut"), status=2)
     assert "cut': in use by process" in err
+    for arm in ARMS:
+        wait_for(cut / arm / "seed_0" / "metrics.jsonl", 50)
     killed.kill()
     killed.communicate()
     assert not list(cut.glob("*/*/evaluation.json"))
